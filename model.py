@@ -1,0 +1,461 @@
+"""The network: a Llama / MobileLLM transformer in one class, its loss, generation and FLOP count.
+
+RMSNorm, rotary positions (Llama-3 scaling included), grouped-query attention, optional QK-norm (Qwen3), optional QKV bias
+(Qwen2), SwiGLU, tied or untied embeddings, optional repetition of every layer (MobileLLM-LS). Weight layout and rotary
+convention (two halves) are those of Hugging Face's Llama, so its weights copy over one to one.
+
+`GPT.forward` returns hidden states. The loss is a function of hidden states and the output weight and works through the
+rows in chunks, so the B x T x V logits never exist at once.
+
+Letters in shape comments: B rows, T tokens, C n_embd, H n_head, K n_kv_head, D head_dim, F ffn_dim, V vocab_size, N = B*T.
+"""
+import hashlib
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import checkpoint
+
+from configurator import BadInput
+
+
+@dataclass
+class ModelConfig:
+    vocab_size: int = 128256
+    n_layer: int = 15
+    n_head: int = 9
+    n_kv_head: int = 3
+    n_embd: int = 576
+    ffn_dim: int = 2048
+    head_dim: int | None = None           # None: n_embd // n_head
+    tie_embeddings: bool = True
+    qk_norm: bool = False                 # RMSNorm of every query and key head before the rotation (Qwen3, MobileLLM-R1)
+    qkv_bias: bool = False                # bias of the q, k and v projections (Qwen2)
+    layer_repeat: int = 1                 # every layer runs this many times in a row with the same weights (MobileLLM-LS)
+    norm_eps: float = 1e-5
+    rope_theta: float = 500000.0
+    rope_scaling: dict | None = None      # Llama 3: factor, low_freq_factor, high_freq_factor, original_max_position
+    n_expert: int = 0                     # mixture of experts: routed experts of a layer, 0 = dense
+    n_expert_active: int = 0              # routed experts that see a token
+    n_shared_expert: int = 0              # experts that see every token
+    expert_ffn_dim: int = 0
+    n_dense_layer: int = 0                # first layers that stay dense (width ffn_dim)
+
+    def __post_init__(self):
+        if self.head_dim is None:
+            if self.n_embd % self.n_head:
+                raise BadInput(f'n_embd = {self.n_embd} is not a multiple of n_head = {self.n_head}. '
+                               f'Try {round(self.n_embd / self.n_head) * self.n_head}, or set head_dim.')
+            self.head_dim = self.n_embd // self.n_head
+        if self.n_head % self.n_kv_head:
+            raise BadInput(f'n_head = {self.n_head} is not a multiple of n_kv_head = {self.n_kv_head}.')
+        if self.head_dim % 2:
+            raise BadInput(f'head_dim = {self.head_dim} is odd; rotary positions need an even one.')
+        for name in ('vocab_size', 'n_layer', 'n_head', 'n_kv_head', 'n_embd', 'ffn_dim', 'layer_repeat'):
+            if getattr(self, name) < 1:
+                raise BadInput(f'{name} = {getattr(self, name)} must be at least 1.')
+        if self.rope_scaling is not None:
+            wanted = {'factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position'}
+            if set(self.rope_scaling) != wanted:
+                raise BadInput(f'rope_scaling needs exactly the keys {sorted(wanted)}, got {sorted(self.rope_scaling)}.')
+
+
+# -- counts ------------------------------------------------------------------------------------------------------------
+
+def count_parameters(config):
+    """Parameters from the formula, without building the model: dict(total, embedding, non_embedding, active).
+
+    `embedding` counts the input table, and the output table too when it is not tied; `active` is what one token passes
+    through (all of it in a dense model).
+    """
+    c = config
+    attention = c.n_embd * c.head_dim * (2 * c.n_head + 2 * c.n_kv_head)
+    attention += c.head_dim * (c.n_head + 2 * c.n_kv_head) * c.qkv_bias + 2 * c.head_dim * c.qk_norm + 2 * c.n_embd
+    n_moe = c.n_layer - c.n_dense_layer if c.n_expert else 0
+    one_expert = 3 * c.n_embd * c.expert_ffn_dim
+    router = c.n_embd * c.n_expert
+    blocks = c.n_layer * attention + (c.n_layer - n_moe) * 3 * c.n_embd * c.ffn_dim + c.n_embd
+    moe = n_moe * (router + (c.n_expert + c.n_shared_expert) * one_expert)
+    moe_active = n_moe * (router + (c.n_expert_active + c.n_shared_expert) * one_expert)
+    embedding = c.vocab_size * c.n_embd * (1 if c.tie_embeddings else 2)
+    return dict(total=blocks + moe + embedding, embedding=embedding, non_embedding=blocks + moe,
+                active=blocks + moe_active + embedding)
+
+
+def flops_per_token(config, block_size, causal=False):
+    """FLOPs of forward and backward for one token: 6 per matrix weight it meets, plus attention.
+
+    The PaLM count (arXiv:2204.02311, appendix B) that nanoGPT and torchtitan use: 6 * N_matmul + 12 * layers * H * D * T,
+    the output layer once and the embedding look-up not at all. causal=True halves the attention term, the honest count.
+    """
+    c = config
+    params = count_parameters(c)
+    matmul = params['active'] - params['embedding'] + c.vocab_size * c.n_embd
+    matmul -= c.n_embd * (2 * c.n_layer + 1) + c.n_layer * (
+        2 * c.head_dim * c.qk_norm + c.head_dim * (c.n_head + 2 * c.n_kv_head) * c.qkv_bias)      # norms and biases
+    matmul += (c.layer_repeat - 1) * (matmul - c.vocab_size * c.n_embd)
+    attention = 12 * c.n_layer * c.layer_repeat * c.n_head * c.head_dim * block_size
+    return 6 * matmul + (attention // 2 if causal else attention)
+
+
+# -- rotary positions --------------------------------------------------------------------------------------------------
+
+def rope_frequencies(config, device=None):
+    """Angle per position of every pair of a head's dimensions: (D/2,) fp32. Su et al. 2021 (arXiv:2104.09864).
+
+    With rope_scaling, the Llama-3.1 rule: long waves are slowed by `factor`, short ones kept, a linear ramp between.
+    """
+    D, scaling = config.head_dim, config.rope_scaling
+    freqs = config.rope_theta ** -(torch.arange(0, D, 2, dtype=torch.float32, device=device) / D)      # (D/2,)
+    if scaling is None:
+        return freqs
+    turns = scaling['original_max_position'] * freqs / (2 * math.pi)     # rotations within the original context
+    low, high = scaling['low_freq_factor'], scaling['high_freq_factor']
+    keep = ((turns - low) / (high - low)).clamp(0, 1)                    # 1: short wave, kept; 0: long wave, slowed
+    return freqs * (keep + (1 - keep) / scaling['factor'])
+
+
+def apply_rope(x, cos, sin):
+    """Rotates x (B, heads, T, D) by cos, sin (T, D): first and second half of D are the pairs, as in Hugging Face."""
+    half = x.shape[-1] // 2
+    turned = torch.cat((x[..., half:], x[..., :half]), dim=-1)           # the sign of the swapped half sits in `sin`
+    return x * cos + turned * sin
+
+
+# -- layers ------------------------------------------------------------------------------------------------------------
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, the mean square in fp32. Zhang & Sennrich 2019 (arXiv:1910.07467)."""
+
+    def __init__(self, dim, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim))
+        self.eps = eps
+
+    def forward(self, x):
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        c = config
+        self.n_head, self.n_kv_head, self.head_dim = c.n_head, c.n_kv_head, c.head_dim
+        self.wq = nn.Linear(c.n_embd, c.n_head * c.head_dim, bias=c.qkv_bias)
+        self.wk = nn.Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=c.qkv_bias)
+        self.wv = nn.Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=c.qkv_bias)
+        self.wo = nn.Linear(c.n_head * c.head_dim, c.n_embd, bias=False)
+        self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else None
+        self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else None
+
+    def forward(self, x, cos, sin, mask=None, cu_seqlens=None, cache=None, position=0):
+        """x (B, T, C) -> (B, T, C).
+
+        mask        (B or 1, 1, T, T_total) bool, True where a query may look; None: plain causal
+        cu_seqlens  (documents + 1,) int32, document boundaries in the B*T stream (CUDA's way to a document mask)
+        cache       (2, B, K, T_max, D): keys and values of the first `position` tokens, extended in place
+        """
+        B, T, _ = x.shape
+        q = self.wq(x).view(B, T, self.n_head, self.head_dim).transpose(1, 2)         # (B, H, T, D)
+        k = self.wk(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)      # (B, K, T, D)
+        v = self.wv(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)      # (B, K, T, D)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        if cache is not None:
+            cache[0, :, :, position:position + T] = k
+            cache[1, :, :, position:position + T] = v
+            k, v = cache[0, :, :, :position + T], cache[1, :, :, :position + T]
+        if cu_seqlens is not None:
+            y = self.attend_documents(q, k, v, cu_seqlens)
+        else:
+            is_causal = mask is None and T > 1
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=True)
+        return self.wo(y.transpose(1, 2).reshape(B, T, -1))
+
+    def attend_documents(self, q, k, v, cu_seqlens):
+        """Causal attention within documents by the variable-length flash kernel (CUDA, bf16/fp16): (B, H, T, D)."""
+        from torch.nn.attention.varlen import varlen_attn
+        B, H, T, D = q.shape
+        k, v = (t.repeat_interleave(H // t.shape[1], dim=1) for t in (k, v))      # enable_gqa is missing from torch 2.11
+        q, k, v = (t.transpose(1, 2).reshape(B * T, H, D) for t in (q, k, v))
+        y = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, T, T, window_size=(-1, 0))
+        return y.view(B, T, H, D).transpose(1, 2)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)). Shazeer 2020 (arXiv:2002.05202)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.w_gate = nn.Linear(config.n_embd, config.ffn_dim, bias=False)
+        self.w_up = nn.Linear(config.n_embd, config.ffn_dim, bias=False)
+        self.w_down = nn.Linear(config.ffn_dim, config.n_embd, bias=False)
+
+    def forward(self, x):
+        return self.w_down(F.silu(self.w_gate(x)) * self.w_up(x))       # (B, T, F) inside
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.attn_norm = RMSNorm(config.n_embd, config.norm_eps)
+        self.attn = Attention(config)
+        self.ffn_norm = RMSNorm(config.n_embd, config.norm_eps)
+        self.ffn = FeedForward(config)
+
+    def forward(self, x, cos, sin, mask=None, cu_seqlens=None, cache=None, position=0):
+        x = x + self.attn(self.attn_norm(x), cos, sin, mask, cu_seqlens, cache, position)
+        return x + self.ffn(self.ffn_norm(x))
+
+
+class GPT(nn.Module):
+    """The whole network. Build it on the meta device, shard it, `to_empty` it, then call `init_weights`."""
+
+    def __init__(self, config):
+        super().__init__()
+        if config.n_expert:
+            raise BadInput(f'n_expert = {config.n_expert}: mixture-of-experts layers cannot be built yet, only counted. '
+                           'Set n_expert=0 for the dense model.')
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.n_embd)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = RMSNorm(config.n_embd, config.norm_eps)
+        self.lm_head = None if config.tie_embeddings else nn.Linear(config.n_embd, config.vocab_size, bias=False)
+
+    @property
+    def output_weight(self):
+        """The output layer's weight (V, C): the embedding table itself when tied."""
+        return self.embed.weight if self.lm_head is None else self.lm_head.weight
+
+    def forward(self, idx, doc_ids=None, cache=None, position=0):
+        """Token ids to final hidden states, normed and ready for the output layer.
+
+        idx       (B, T) int32 or int64 token ids
+        doc_ids   (B, T) int, document number of every token: attention stays within a document. None: plain causal.
+                  Rotary positions are relative, so they need not restart where a document does.
+        cache     list of n_layer * layer_repeat tensors (2, B, K, T_max, D), filled in place; position: tokens in it
+        Returns (B, T, C) in the compute dtype (autocast's when it is on).
+        """
+        T = idx.shape[1]
+        x = self.embed(idx)                                                           # (B, T, C)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))     # the residual stream too, as under FSDP's bf16 policy
+        angles = torch.arange(position, position + T, device=x.device)[:, None] * rope_frequencies(self.config, x.device)
+        cos, sin = angles.cos(), angles.sin()                                         # (T, D/2)
+        cos, sin = torch.cat((cos, cos), -1).to(x.dtype), torch.cat((-sin, sin), -1).to(x.dtype)    # (T, D)
+        mask, cu_seqlens = None, None
+        if doc_ids is not None:
+            mask, cu_seqlens = document_boundaries(doc_ids) if x.is_cuda else document_mask(doc_ids)
+        elif cache is not None and position > 0 and T > 1:
+            mask = torch.ones(T, position + T, dtype=torch.bool, device=x.device).tril(position)[None, None]
+        application = 0
+        for block in self.blocks:
+            for _ in range(self.config.layer_repeat):
+                x = block(x, cos, sin, mask, cu_seqlens, None if cache is None else cache[application], position)
+                application += 1
+        return self.norm(x)
+
+    def loss(self, idx, targets, token_weights=None, doc_ids=None):
+        """Forward and loss in one call (under FSDP2 this is where the output weight is whole).
+
+        targets (B, T) int64, -1 = not counted; token_weights (B, T) fp32 or None. Returns `linear_cross_entropy`'s three
+        results: sum () fp32 with gradient; losses (B, T) and hits (B, T) without.
+        """
+        h = self.forward(idx, doc_ids)
+        flat_weights = None if token_weights is None else token_weights.flatten()
+        total, losses, hits = linear_cross_entropy(h.flatten(0, 1), self.output_weight, targets.flatten(), flat_weights)
+        return total, losses.view_as(targets), hits.view_as(targets)
+
+    @torch.no_grad()
+    def logits(self, idx, cache=None, position=0):
+        """Logits of the last position only: (B, V) fp32."""
+        h = self.forward(idx, cache=cache, position=position)[:, -1]
+        return F.linear(h, self.output_weight.to(h.dtype)).float()
+
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, stop_token=None, seed=0):
+        """Extends idx (B, T) token by token with a KV cache. Returns (B, T + new) int64.
+
+        temperature 0 takes the likeliest token; top_k keeps that many candidates; a row that has produced stop_token is
+        filled with it, and generation ends when every row has. Same seed, same tokens.
+        """
+        B, T = idx.shape
+        c, device = self.config, idx.device
+        dtype = (torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type)
+                 else self.blocks[0].attn.wk.weight.dtype)
+        cache = [torch.zeros(2, B, c.n_kv_head, T + max_new_tokens, c.head_dim, device=device, dtype=dtype)
+                 for _ in range(c.n_layer * c.layer_repeat)]
+        generator = torch.Generator(device).manual_seed(seed)
+        done = torch.zeros(B, 1, dtype=torch.bool, device=device)
+        out, step_input, position = idx.long(), idx.long(), 0
+        for _ in range(max_new_tokens):
+            logits = self.logits(step_input, cache, position)                         # (B, V)
+            position += step_input.shape[1]
+            if temperature == 0:
+                token = logits.argmax(-1, keepdim=True)                               # (B, 1)
+            else:
+                if top_k is not None:
+                    smallest = logits.topk(min(top_k, c.vocab_size)).values[:, -1:]
+                    logits = logits.masked_fill(logits < smallest, -math.inf)
+                token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+            if stop_token is not None:
+                token = token.masked_fill(done, stop_token)
+                done |= token == stop_token
+            out, step_input = torch.cat((out, token), 1), token
+            if done.all():
+                break
+        return out
+
+
+def document_mask(doc_ids):
+    """doc_ids (B, T) -> ((B, 1, T, T) bool, None): causal and same document."""
+    T = doc_ids.shape[1]
+    same = doc_ids[:, :, None] == doc_ids[:, None, :]
+    return (same & torch.ones(T, T, dtype=torch.bool, device=doc_ids.device).tril())[:, None], None
+
+
+def document_boundaries(doc_ids):
+    """doc_ids (B, T) -> (None, cu_seqlens int32): starts of the documents in the B*T stream, and its end."""
+    starts = torch.ones_like(doc_ids, dtype=torch.bool)
+    starts[:, 1:] = doc_ids[:, 1:] != doc_ids[:, :-1]
+    starts = starts.flatten().nonzero().flatten().int()
+    return None, F.pad(starts, (0, 1), value=doc_ids.numel())
+
+
+@torch.no_grad()
+def init_weights(model, seed):
+    """Random weights in place, the same for any number of ranks and any device.
+
+    Every parameter has its own generator, seeded by its name, on the CPU; a sharded parameter keeps its part. Matrices are
+    normal with std 0.02, those that write into the residual stream divided by sqrt(2 * layers) (GPT-2), the output weight
+    small enough that a fresh model's loss is ln(vocab_size) within 2 %; norms are 1, biases 0.
+    """
+    c = model.config
+    for name, parameter in model.named_parameters():
+        full = torch.empty(parameter.shape)
+        generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(f'{seed}/{name}'.encode()).digest()[:8],
+                                                                 'little') >> 1)
+        if 'norm' in name:
+            full.fill_(1.0)
+        elif name.endswith('bias'):
+            full.zero_()
+        elif name.endswith(('wo.weight', 'w_down.weight')):
+            full.normal_(std=0.02 / math.sqrt(2 * c.n_layer * c.layer_repeat), generator=generator)
+        elif parameter is model.output_weight:
+            full.normal_(std=min(0.02, 0.4 / math.sqrt(c.n_embd)), generator=generator)     # logits of std <= 0.4
+        else:
+            full.normal_(std=0.02, generator=generator)
+        full = full.to(parameter.device, parameter.dtype)
+        if isinstance(parameter, DTensor):
+            full = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        parameter.copy_(full)
+
+
+# -- loss --------------------------------------------------------------------------------------------------------------
+
+def chunk_rows(n_rows, vocab_size, device):
+    """Rows of logits held at once: 256 MB in fp32 on the CPU, 1 GB on a GPU. Few large chunks: each one reads dW again."""
+    return max(1, min(n_rows, (2**28 if device.type == 'cuda' else 2**26) // vocab_size))
+
+
+def _compute_dtype(h):
+    """autocast's dtype where it is on, else the hidden states' own."""
+    return torch.get_autocast_dtype(h.device.type) if torch.is_autocast_enabled(h.device.type) else h.dtype
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Weighted sum of token losses. Gradients are made in the forward, while a chunk's probabilities are at hand: three
+    products of N*C*V instead of the four that recomputing the logits would take; backward only scales them."""
+
+    @staticmethod
+    def forward(ctx, h, weight, targets, token_weights):
+        N, V = h.shape[0], weight.shape[0]
+        needs_h, needs_weight = ctx.needs_input_grad[:2]
+        dtype = _compute_dtype(h)
+        h_low, weight_low = h.to(dtype), weight.to(dtype)
+        counted = targets >= 0
+        if token_weights is None:
+            token_weights = counted.to(torch.float32)
+        else:
+            token_weights = torch.where(counted, token_weights.to(torch.float32), 0)
+        safe_targets = targets.clamp(min=0)
+        losses = torch.empty(N, dtype=torch.float32, device=h.device)
+        hits = torch.empty(N, dtype=torch.bool, device=h.device)
+        dh = torch.empty_like(h_low) if needs_h else None
+        dweight = torch.zeros(weight.shape, dtype=torch.float32, device=h.device) if needs_weight else None
+        rows = chunk_rows(N, V, h.device)
+        with torch.autocast(h.device.type, enabled=False):
+            for start in range(0, N, rows):
+                part = slice(start, min(start + rows, N))
+                target = safe_targets[part, None]                                    # (n, 1)
+                logits = (h_low[part] @ weight_low.T).float()                        # (n, V) fp32, whatever the product's dtype
+                target_logit = logits.gather(1, target)[:, 0]
+                largest = logits.amax(1)                                             # (n,)
+                hits[part] = target_logit == largest                                 # a tie counts as a hit
+                probs = torch.softmax(logits, 1)
+                del logits
+                lse = largest - probs.amax(1).log()      # softmax of the largest is 1 / sum exp(z - max): never underflows
+                losses[part] = lse - target_logit
+                if needs_h or needs_weight:
+                    probs.scatter_add_(1, target, probs.new_full(target.shape, -1.0))
+                    probs = probs.to(dtype)
+                    scale = token_weights[part, None]                                # (n, 1); applied to C columns, not V
+                    if needs_h:
+                        dh[part] = ((probs @ weight_low) * scale).to(dtype)
+                    if needs_weight:
+                        scaled_h = (h_low[part] * scale).to(dtype)
+                        if dtype == torch.float32:
+                            dweight.addmm_(probs.T, scaled_h)
+                        else:
+                            dweight += probs.T @ scaled_h                            # low-precision product, fp32 sum
+        losses.masked_fill_(~counted, 0)
+        hits &= counted
+        ctx.save_for_backward(dh, dweight)
+        ctx.dtypes = h.dtype, weight.dtype
+        ctx.mark_non_differentiable(losses, hits)
+        return (losses * token_weights).sum(), losses, hits
+
+    @staticmethod
+    def backward(ctx, upstream, _losses, _hits):
+        dh, dweight = ctx.saved_tensors
+        dh = None if dh is None else (dh * upstream).to(ctx.dtypes[0])
+        dweight = None if dweight is None else dweight.mul_(upstream).to(ctx.dtypes[1])
+        return dh, dweight, None, None
+
+
+def linear_cross_entropy(h, weight, targets, token_weights=None):
+    """Cross-entropy of the logits h @ weight.T, summed with weights, without ever holding all logits.
+
+    h (N, C) any float dtype; weight (V, C); targets (N,) int64, -1 = not counted; token_weights (N,) fp32 or None = ones
+    Returns (sum () fp32, losses (N,) fp32 nats, hits (N,) bool). Gradients of h and weight flow from `sum` alone; divide it
+    by the number of valid tokens yourself. losses are unweighted, 0 where not counted; hits: the target has the largest
+    logit. dweight is accumulated in fp32. Backward may run once.
+    """
+    return _LinearCrossEntropy.apply(h, weight, targets, token_weights)
+
+
+def _chunk_losses(h, weight, targets):
+    logits = F.linear(h, weight).float()
+    return F.cross_entropy(logits, targets, ignore_index=-1, reduction='none')
+
+
+def token_losses(h, weight, targets, reduction='none'):
+    """Differentiable losses, for gradients other than of one weighted sum: logits are recomputed in the backward.
+
+    h (B, T, C), weight (V, C), targets (B, T) int64 with -1 = not counted. reduction 'none': (B, T) fp32 nats per token,
+    0 where not counted; 'row': (B,) sums over tokens. A quarter more work than `linear_cross_entropy`.
+    """
+    dtype = _compute_dtype(h)
+    flat, flat_targets, weight = h.flatten(0, 1).to(dtype), targets.flatten(), weight.to(dtype)
+    rows = chunk_rows(flat.shape[0], weight.shape[0], h.device)
+    losses = torch.cat([checkpoint(_chunk_losses, flat[i:i + rows], weight, flat_targets[i:i + rows], use_reentrant=False)
+                        for i in range(0, flat.shape[0], rows)]).view_as(targets)
+    if reduction == 'none':
+        return losses
+    if reduction == 'row':
+        return losses.sum(1)
+    raise ValueError(f"reduction must be 'none' or 'row', got {reduction!r}")

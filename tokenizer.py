@@ -1,0 +1,215 @@
+"""Tokenizers: whatever form they come in, a `tiktoken.Encoding`, its end-of-text token and a fingerprint.
+
+    tokenizer = load_tokenizer('gpt2')                        # a tiktoken name (tiktoken downloads it once)
+    tokenizer = load_tokenizer('llama3/tokenizer.model')      # a tiktoken rank file: base64 token, rank
+    tokenizer = load_tokenizer('smollm2/tokenizer.json')      # a Hugging Face byte-level BPE, read directly
+
+Everything but a tiktoken name works without a network. A rank file says nothing about its split pattern and special
+tokens; those of Llama 3 are assumed for 128,000 ranks, else those of GPT-2, unless a file of the same name ending in .json
+stands beside it ({"pattern": ..., "special_tokens": {...}, "bos": ...}), which is how `save_tokenizer` writes ours.
+"""
+import base64
+import hashlib
+import json
+import os
+import unicodedata
+from dataclasses import dataclass
+
+import tiktoken
+
+from configurator import BadInput
+
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# GPT-2's pattern on text whose digits were first cut out one by one; a space run before a digit ends its piece
+DIGITS_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
+LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+                  r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+END_OF_TEXT = ('<|begin_of_text|>', '<|endoftext|>', '<|end_of_text|>', '<s>', '</s>')    # documents begin with the first there is
+
+
+@dataclass
+class Tokenizer:
+    encoding: tiktoken.Encoding
+    path: str             # what it was loaded from
+    fingerprint: str      # sha256 over tokens, ids, special tokens, pattern and normalisation, 16 hex digits
+    bos_id: int           # the token that every document begins with
+    nfc: bool             # text is Unicode-normalised (NFC) before it is encoded
+
+    @property
+    def vocab_size(self):
+        return self.encoding.n_vocab
+
+    def encode(self, text):
+        """Text -> list of ids, special tokens in the text taken as plain characters, no BOS."""
+        return self.encoding.encode_ordinary(unicodedata.normalize('NFC', text) if self.nfc else text)
+
+    def decode(self, ids):
+        """Ids -> text; bytes that are no UTF-8 become the replacement character."""
+        return self.encoding.decode(ids)
+
+    def token_bytes(self):
+        """Bytes of text that every id stands for, a list of length vocab_size; 0 for special and unused ids."""
+        special = self.encoding.special_tokens_set
+        sizes = [0] * self.vocab_size
+        for token in self.encoding.token_byte_values():
+            sizes[self.encoding.encode_single_token(token)] = len(token)
+        for name in special:
+            sizes[self.encoding.encode_single_token(name)] = 0
+        return sizes
+
+
+def make_tokenizer(path, ranks, pattern, special_tokens, bos, nfc=False):
+    """A Tokenizer of byte strings -> ids, a split pattern and special tokens (name -> id); `bos` is one of their names."""
+    encoding = tiktoken.Encoding(os.path.basename(path), pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens)
+    content = json.dumps([[[t.hex(), i] for t, i in sorted(ranks.items())], sorted(special_tokens.items()), pattern, bos, nfc])
+    fingerprint = hashlib.sha256(content.encode()).hexdigest()[:16]
+    return Tokenizer(encoding, path, fingerprint, special_tokens[bos], nfc)
+
+
+def choose_bos(path, special_tokens):
+    """The name of the special token that documents begin with; BadInput when there is none of the usual ones."""
+    for name in END_OF_TEXT:
+        if name in special_tokens:
+            return name
+    raise BadInput(f'{path} has none of the special tokens {", ".join(END_OF_TEXT)}, so documents cannot be told apart.')
+
+
+def load_tokenizer(path):
+    """A tiktoken name, a tiktoken rank file, an HF tokenizer.json, or a folder that holds one of them -> Tokenizer.
+
+    Raises BadInput when there is no such file, or it is no byte-level BPE that tiktoken can express exactly.
+    """
+    if os.path.isdir(path):
+        found = [n for n in ('tokenizer.tiktoken', 'tokenizer.json', 'tokenizer.model') if os.path.isfile(os.path.join(path, n))]
+        if not found:
+            raise BadInput(f'{path} holds no tokenizer.tiktoken, tokenizer.json or tokenizer.model.')
+        path = os.path.join(path, found[0])
+    if path.endswith('.json'):
+        return load_tokenizer_json(path)
+    if os.path.isfile(path):
+        return load_rank_file(path)
+    if path not in tiktoken.list_encoding_names():
+        raise BadInput(f"tokenizer '{path}' is neither a file nor one of tiktoken's names "
+                       f'({", ".join(tiktoken.list_encoding_names())}).')
+    try:
+        encoding = tiktoken.get_encoding(path)
+    except Exception as error:          # requests raises whatever the network does; the reason is passed on whole
+        raise BadInput(f"tokenizer '{path}' could not be downloaded ({type(error).__name__}). Without a network give a "
+                       'local rank file or tokenizer.json instead.') from None
+    return make_tokenizer(path, encoding._mergeable_ranks, encoding._pat_str, encoding._special_tokens,
+                          choose_bos(path, encoding._special_tokens))
+
+
+def load_rank_file(path):
+    """Reads lines of `base64 rank` and, if it exists, the .json beside it."""
+    ranks = {}
+    try:
+        with open(path, 'rb') as f:
+            for line in f:
+                if line.strip():
+                    token, rank = line.split()
+                    ranks[base64.b64decode(token, validate=True)] = int(rank)
+    except ValueError:
+        raise BadInput(f"{path} is no tiktoken rank file (lines of 'base64 rank'). A SentencePiece model does not work; "
+                       'give the tokenizer.json of the same model.') from None
+    beside = os.path.splitext(path)[0] + '.json'
+    if path.endswith('.tiktoken') and os.path.isfile(beside) and 'pattern' in (extra := read_json(beside)):
+        return make_tokenizer(path, ranks, extra['pattern'], extra['special_tokens'], extra['bos'], extra['nfc'])
+    if len(ranks) == 128000:
+        names = ['<|begin_of_text|>', '<|end_of_text|>', '<|reserved_special_token_0|>', '<|reserved_special_token_1|>',
+                 '<|finetune_right_pad_id|>', '<|reserved_special_token_2|>', '<|start_header_id|>', '<|end_header_id|>',
+                 '<|eom_id|>', '<|eot_id|>', '<|python_tag|>']
+        names += [f'<|reserved_special_token_{i}|>' for i in range(3, 3 + 256 - len(names))]
+        return make_tokenizer(path, ranks, LLAMA3_PATTERN, {n: len(ranks) + i for i, n in enumerate(names)}, names[0])
+    return make_tokenizer(path, ranks, GPT2_PATTERN, {'<|endoftext|>': len(ranks)}, '<|endoftext|>')
+
+
+def read_json(path):
+    try:
+        with open(path, encoding='utf-8') as f:
+            return json.load(f)
+    except FileNotFoundError:
+        raise BadInput(f'{path} does not exist.') from None
+    except ValueError as error:
+        raise BadInput(f'{path} is no valid JSON: {error}.') from None
+
+
+def byte_of_character():
+    """The 256 characters by which byte-level BPE files write bytes: printable bytes stand for themselves, the rest follow."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+def split_pattern(path, pre_tokenizer):
+    """The one regular expression that a tokenizer.json's pre_tokenizer amounts to; BadInput when it is another kind."""
+    steps = pre_tokenizer['pretokenizers'] if pre_tokenizer['type'] == 'Sequence' else [pre_tokenizer]
+    pattern = None
+    for step in steps:
+        kind = step['type']
+        if kind == 'Split' and 'Regex' in step['pattern'] and (step['behavior'], step['invert']) in (
+                ('Isolated', False), ('Removed', True)) and pattern is None:
+            pattern = step['pattern']['Regex']
+        elif kind == 'Digits' and step['individual_digits'] and pattern is None:
+            pattern = DIGITS_PATTERN
+        elif kind == 'ByteLevel' and not step['add_prefix_space']:
+            if step.get('use_regex', True):
+                if pattern not in (None, DIGITS_PATTERN):
+                    raise BadInput(f'{path}: a Split followed by ByteLevel with use_regex cannot be read as one pattern.')
+                pattern = pattern or GPT2_PATTERN
+            elif pattern == DIGITS_PATTERN:
+                raise BadInput(f'{path}: Digits without the GPT-2 split cannot be read as one pattern.')
+        else:
+            raise BadInput(f"{path}: pre-tokenizer step '{kind}' with these options is not supported; GPT-2's ByteLevel, "
+                           'Digits, and Split by a regular expression are.')
+    if pattern is None:
+        raise BadInput(f'{path}: its pre-tokenizer splits nothing, which tiktoken cannot express.')
+    return pattern
+
+
+def load_tokenizer_json(path):
+    """Reads a Hugging Face tokenizer.json of a byte-level BPE, with no help from `tokenizers`.
+
+    tiktoken merges by token id, Hugging Face by the order of `merges`; the two agree only when ids follow that order,
+    which is checked. Added tokens that are not special (runs of spaces, say) are not matched in the text.
+    """
+    content = read_json(path)
+    model = content.get('model', {})
+    if model.get('type') != 'BPE' or not model.get('merges'):
+        raise BadInput(f"{path}: model type {model.get('type')!r} is not supported; a byte-level BPE is.")
+    if model.get('byte_fallback'):
+        raise BadInput(f'{path} is a SentencePiece-style BPE with byte_fallback; only byte-level BPE is supported.')
+    normalizer = content.get('normalizer')
+    if normalizer is not None and normalizer['type'] != 'NFC':
+        raise BadInput(f"{path}: normalizer '{normalizer['type']}' is not supported; NFC or none is.")
+    special_tokens = {t['content']: t['id'] for t in content.get('added_tokens', [])}
+    to_byte = byte_of_character()
+    ranks = {}
+    for token, i in model['vocab'].items():
+        if token in special_tokens:
+            continue
+        try:
+            ranks[bytes(to_byte[c] for c in token)] = i
+        except KeyError:
+            raise BadInput(f'{path}: token {token!r} is not written in byte-level characters.') from None
+    last = -1
+    for merge in model['merges']:
+        merged = ''.join(merge.split(' ') if isinstance(merge, str) else merge)
+        i = model['vocab'].get(merged)
+        if i is None or i < last:
+            raise BadInput(f'{path}: its token ids do not follow the order of its merges (at {merged!r}), so tiktoken would '
+                           'merge in another order.')
+        last = i
+    pattern = split_pattern(path, content['pre_tokenizer'])
+    return make_tokenizer(path, ranks, pattern, special_tokens, choose_bos(path, special_tokens), normalizer is not None)
+
+
+def save_tokenizer(folder, ranks, pattern, special_tokens, bos):
+    """Writes tokenizer.tiktoken and tokenizer.json into `folder` and returns the rank file's path."""
+    path = os.path.join(folder, 'tokenizer.tiktoken')
+    with open(os.path.join(folder, 'tokenizer.json'), 'w', encoding='utf-8') as f:
+        json.dump(dict(pattern=pattern, special_tokens=special_tokens, bos=bos, nfc=False), f)
+    with open(path, 'wb') as f:
+        for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+            f.write(base64.b64encode(token) + b' %d\n' % rank)
+    return path
