@@ -5,13 +5,14 @@
     tokenizer = load_tokenizer('smollm2/tokenizer.json')      # a Hugging Face byte-level BPE, read directly
 
 Everything but a tiktoken name works without a network. A rank file says nothing about its split pattern and special
-tokens; those of Llama 3 are assumed for 128,000 ranks, else those of GPT-2, unless a file of the same name ending in .json
-stands beside it ({"pattern": ..., "special_tokens": {...}, "bos": ...}), which is how `save_tokenizer` writes ours.
+tokens; those of Llama 3 are assumed for 128,000 ranks, else those of GPT-2, unless <rank file>.json stands beside it
+with what is missing, which is how `save_tokenizer` writes one beside the shards.
 """
 import base64
 import hashlib
 import json
 import os
+import re
 import unicodedata
 from dataclasses import dataclass
 
@@ -34,6 +35,7 @@ class Tokenizer:
     fingerprint: str      # sha256 over tokens, ids, special tokens, pattern and normalisation, 16 hex digits
     bos_id: int           # the token that every document begins with
     nfc: bool             # text is Unicode-normalised (NFC) before it is encoded
+    added: re.Pattern | None    # tokens matched in the text as they stand, before it is split (runs of spaces, say)
 
     @property
     def vocab_size(self):
@@ -41,7 +43,14 @@ class Tokenizer:
 
     def encode(self, text):
         """Text -> list of ids, special tokens in the text taken as plain characters, no BOS."""
-        return self.encoding.encode_ordinary(unicodedata.normalize('NFC', text) if self.nfc else text)
+        if self.nfc:
+            text = unicodedata.normalize('NFC', text)
+        if self.added is None:
+            return self.encoding.encode_ordinary(text)
+        ids = []
+        for i, piece in enumerate(self.added.split(text)):       # odd pieces are the added tokens themselves
+            ids += [self.encoding._special_tokens[piece]] if i % 2 else self.encoding.encode_ordinary(piece)
+        return ids
 
     def decode(self, ids):
         """Ids -> text; bytes that are no UTF-8 become the replacement character."""
@@ -49,21 +58,25 @@ class Tokenizer:
 
     def token_bytes(self):
         """Bytes of text that every id stands for, a list of length vocab_size; 0 for special and unused ids."""
-        special = self.encoding.special_tokens_set
         sizes = [0] * self.vocab_size
-        for token in self.encoding.token_byte_values():
-            sizes[self.encoding.encode_single_token(token)] = len(token)
-        for name in special:
-            sizes[self.encoding.encode_single_token(name)] = 0
+        for token, i in self.encoding._mergeable_ranks.items():
+            sizes[i] = len(token)
+        for name, i in self.encoding._special_tokens.items():
+            sizes[i] = len(name.encode()) if self.added is not None and self.added.fullmatch(name) else 0
         return sizes
 
 
-def make_tokenizer(path, ranks, pattern, special_tokens, bos, nfc=False):
-    """A Tokenizer of byte strings -> ids, a split pattern and special tokens (name -> id); `bos` is one of their names."""
+def make_tokenizer(path, ranks, pattern, special_tokens, bos, nfc=False, added=()):
+    """A Tokenizer of byte strings -> ids, a split pattern and special tokens (name -> id).
+
+    bos is the name of one of the special tokens; added: names of those that are matched in plain text.
+    """
     encoding = tiktoken.Encoding(os.path.basename(path), pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens)
-    content = json.dumps([[[t.hex(), i] for t, i in sorted(ranks.items())], sorted(special_tokens.items()), pattern, bos, nfc])
+    content = json.dumps([[[t.hex(), i] for t, i in sorted(ranks.items())], sorted(special_tokens.items()), pattern, bos, nfc,
+                          sorted(added)])
     fingerprint = hashlib.sha256(content.encode()).hexdigest()[:16]
-    return Tokenizer(encoding, path, fingerprint, special_tokens[bos], nfc)
+    longest_first = '|'.join(re.escape(name) for name in sorted(added, key=len, reverse=True))
+    return Tokenizer(encoding, path, fingerprint, special_tokens[bos], nfc, re.compile(f'({longest_first})') if added else None)
 
 
 def choose_bos(path, special_tokens):
@@ -112,9 +125,10 @@ def load_rank_file(path):
     except ValueError:
         raise BadInput(f"{path} is no tiktoken rank file (lines of 'base64 rank'). A SentencePiece model does not work; "
                        'give the tokenizer.json of the same model.') from None
-    beside = os.path.splitext(path)[0] + '.json'
-    if path.endswith('.tiktoken') and os.path.isfile(beside) and 'pattern' in (extra := read_json(beside)):
-        return make_tokenizer(path, ranks, extra['pattern'], extra['special_tokens'], extra['bos'], extra['nfc'])
+    if os.path.isfile(path + '.json'):
+        extra = read_json(path + '.json')
+        return make_tokenizer(path, ranks, extra['pattern'], extra['special_tokens'], extra['bos'], extra['nfc'],
+                              extra['added'])
     if len(ranks) == 128000:
         names = ['<|begin_of_text|>', '<|end_of_text|>', '<|reserved_special_token_0|>', '<|reserved_special_token_1|>',
                  '<|finetune_right_pad_id|>', '<|reserved_special_token_2|>', '<|start_header_id|>', '<|end_header_id|>',
@@ -171,7 +185,7 @@ def load_tokenizer_json(path):
     """Reads a Hugging Face tokenizer.json of a byte-level BPE, with no help from `tokenizers`.
 
     tiktoken merges by token id, Hugging Face by the order of `merges`; the two agree only when ids follow that order,
-    which is checked. Added tokens that are not special (runs of spaces, say) are not matched in the text.
+    which is checked. Added tokens that are not special are matched in the text as they stand, as there.
     """
     content = read_json(path)
     model = content.get('model', {})
@@ -201,15 +215,19 @@ def load_tokenizer_json(path):
                            'merge in another order.')
         last = i
     pattern = split_pattern(path, content['pre_tokenizer'])
-    return make_tokenizer(path, ranks, pattern, special_tokens, choose_bos(path, special_tokens), normalizer is not None)
+    return make_tokenizer(path, ranks, pattern, special_tokens, choose_bos(path, special_tokens), normalizer is not None,
+                          [t['content'] for t in content.get('added_tokens', []) if not t['special']])
 
 
-def save_tokenizer(folder, ranks, pattern, special_tokens, bos):
-    """Writes tokenizer.tiktoken and tokenizer.json into `folder` and returns the rank file's path."""
+def save_tokenizer(folder, tokenizer):
+    """Writes tokenizer.tiktoken and tokenizer.tiktoken.json into `folder`: load_tokenizer(folder) gives the same one."""
+    encoding = tokenizer.encoding
+    bos = next(name for name, i in encoding._special_tokens.items() if i == tokenizer.bos_id)
+    added = [name for name in encoding._special_tokens if tokenizer.added is not None and tokenizer.added.fullmatch(name)]
     path = os.path.join(folder, 'tokenizer.tiktoken')
-    with open(os.path.join(folder, 'tokenizer.json'), 'w', encoding='utf-8') as f:
-        json.dump(dict(pattern=pattern, special_tokens=special_tokens, bos=bos, nfc=False), f)
     with open(path, 'wb') as f:
-        for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        for token, rank in sorted(encoding._mergeable_ranks.items(), key=lambda item: item[1]):
             f.write(base64.b64encode(token) + b' %d\n' % rank)
-    return path
+    with open(path + '.json', 'w', encoding='utf-8') as f:
+        json.dump(dict(pattern=encoding._pat_str, special_tokens=encoding._special_tokens, bos=bos, nfc=tokenizer.nfc,
+                       added=added), f)

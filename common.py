@@ -1,0 +1,135 @@
+"""What several scripts share: the device and its dtype, ranks, peak FLOPs, memory settings, the metrics log."""
+import ctypes
+import json
+import os
+import platform
+
+import torch
+import torch.distributed as dist
+
+from configurator import BadInput
+
+# dense bf16 peaks without sparsity, FLOP/s, from the makers' data sheets; matched against the device's name, first hit wins
+PEAK_FLOPS = {'H200': 989e12, 'H100 PCIe': 756e12, 'H100': 989e12, 'GH200': 989e12, 'B200': 2250e12, 'A100': 312e12,
+              'L40S': 362e12, 'L4': 121e12, 'A10G': 125e12, 'A6000': 155e12, 'RTX 4090': 165e12, 'RTX 3090': 71e12,
+              'V100': 125e12, 'T4': 65e12}
+
+
+def start_ranks(device):
+    """Joins torchrun's process group, if there is one. Returns (rank, world_size, torch.device).
+
+    device: 'auto' (CUDA when there is one), 'cpu' or 'cuda'. A plain `python` has no process group at all.
+    """
+    if device not in ('auto', 'cpu', 'cuda'):
+        raise BadInput(f"device = '{device}' must be auto, cpu or cuda.")
+    if device == 'cuda' and not torch.cuda.is_available():
+        raise BadInput("device = 'cuda', but torch finds no CUDA device here. Use device=cpu or auto.")
+    kind = 'cuda' if device != 'cpu' and torch.cuda.is_available() else 'cpu'
+    if 'RANK' not in os.environ:
+        return 0, 1, torch.device(kind)
+    if kind == 'cuda':
+        torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
+    dist.init_process_group('cpu:gloo,cuda:nccl' if kind == 'cuda' else 'gloo')
+    here = torch.device(kind, int(os.environ['LOCAL_RANK'])) if kind == 'cuda' else torch.device('cpu')
+    return dist.get_rank(), dist.get_world_size(), here
+
+
+def all_reduce_sum(values, device):
+    """Sums a list of numbers over all ranks: list of float (fp64 inside)."""
+    if not dist.is_initialized():
+        return [float(v) for v in values]
+    total = torch.tensor([float(v) for v in values], dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def cpu_flags():
+    """The processor's feature flags (Linux on x86), else an empty set."""
+    try:
+        with open('/proc/cpuinfo', encoding='ascii', errors='replace') as f:
+            return next((set(line.split()) for line in f if line.startswith('flags')), set())
+    except OSError:
+        return set()
+
+
+def pick_dtype(dtype, device):
+    """Returns (torch dtype for autocast or fp32, the reason as text). 'auto' takes bf16 where the hardware gains by it."""
+    named = {'float32': torch.float32, 'bfloat16': torch.bfloat16}
+    if dtype in named:
+        return named[dtype], 'as asked'
+    if dtype != 'auto':
+        raise BadInput(f"dtype = '{dtype}' must be auto, float32 or bfloat16.")
+    if device.type == 'cuda':
+        capable = torch.cuda.get_device_capability(device)[0] >= 8
+        return (torch.bfloat16, 'tensor cores') if capable else (torch.float32, 'this GPU has no bf16 tensor cores')
+    for flag in ('amx_bf16', 'avx512_bf16'):
+        if flag in cpu_flags():
+            return torch.bfloat16, f'this CPU has {flag}'
+    return torch.float32, 'this CPU has no bf16 instructions'
+
+
+def peak_flops(device):
+    """Dense bf16 peak of the device in FLOP/s, None when it is not in the table: then no MFU is shown."""
+    if device.type != 'cuda':
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+
+
+def device_name(device):
+    """A GPU's name, or the processor's."""
+    return torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{platform.processor() or platform.machine()} CPU'
+
+
+def tune_malloc():
+    """Keeps glibc from handing every large buffer back to the system: page faults were 17 to 24 % of a small model's CPU step.
+
+    Does nothing where there is no glibc. M_MMAP_MAX = 0, M_TRIM_THRESHOLD = 2 GB, M_TOP_PAD = 64 MB.
+    """
+    if platform.libc_ver()[0] == 'glibc':
+        libc = ctypes.CDLL('libc.so.6')
+        for parameter, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**26)):
+            libc.mallopt(parameter, value)
+
+
+class MetricsLog:
+    """metrics.jsonl in the run folder, one object per logged step, and W&B under the same names when it is on."""
+
+    def __init__(self, out_dir, first_step, config, wandb_mode, wandb_project):
+        """Going on at first_step drops the lines of later steps (and a torn last line) that a killed run left."""
+        self.path = os.path.join(out_dir, 'metrics.jsonl')
+        records = [r for r in read_metrics(out_dir) if r['step'] < first_step]
+        temporary = self.path + '.tmp'
+        with open(temporary, 'w', encoding='utf-8') as f:
+            f.writelines(json.dumps(r) + '\n' for r in records)
+        os.replace(temporary, self.path)
+        self.file = open(self.path, 'a', encoding='utf-8', buffering=1)      # a line is on its way when it is complete
+        self.wandb = None
+        if wandb_mode != 'disabled':
+            import wandb
+            self.wandb = wandb.init(project=wandb_project, dir=out_dir, config=config, mode=wandb_mode)
+
+    def write(self, step, metrics):
+        self.file.write(json.dumps({'step': step, **metrics}) + '\n')
+        if self.wandb is not None:
+            self.wandb.log(metrics, step=step)
+
+    def close(self):
+        self.file.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def read_metrics(out_dir):
+    """The records of a run's metrics.jsonl, [] when there is none. A torn last line (a killed run) is left out."""
+    path = os.path.join(out_dir, 'metrics.jsonl')
+    if not os.path.isfile(path):
+        return []
+    with open(path, encoding='utf-8') as f:
+        lines = f.read().split('\n')
+    return [json.loads(line) for line in lines[:-1]]      # what follows the last newline is '' or torn

@@ -1,0 +1,335 @@
+"""Token shards on disk, and which row comes when.
+
+A source is a folder with `train/*.bin`, `val/*.bin` (and others) and `meta.json`. A shard is 256 int32 and then the tokens:
+llm.c's and modded-nanogpt's format for uint16, a version of our own for uint32. Reading is a memory map and one copy; no
+worker processes (`bench.py data` measures it).
+
+The rows of a run are a pure function of a few integers: each source is a permuted set of windows of block_size + 1 tokens,
+permuted by a keyed bijection (so 2T tokens need no index), and a cursor per source says how far it has been read. The
+mixture decides per global batch how many rows every source gives. None of it knows about ranks: a rank reads its own rows
+of the global batch, so a run goes on unchanged with another number of them.
+"""
+import functools
+import glob
+import hashlib
+import json
+import os
+
+import numpy as np
+
+from configurator import BadInput, did_you_mean
+
+HEADER_INTS = 256
+HEADER_BYTES = 4 * HEADER_INTS
+FORMATS = {(20240520, 1): np.dtype('<u2'), (20240801, 7): np.dtype('<u4')}      # (magic, version) -> token dtype
+WEIGHT_UNIT = 2**32             # mixture weights are held as integers that sum to this, so nothing drifts
+PERMUTATION_BLOCK = 4096        # positions permuted at once
+
+
+# -- shards ------------------------------------------------------------------------------------------------------------
+
+def shard_bytes(tokens, vocab_size):
+    """A 1-D array of token ids as the two byte strings of a shard: header and tokens (uint16 if the vocabulary allows)."""
+    magic, version = (20240520, 1) if vocab_size <= 2**16 else (20240801, 7)
+    header = np.zeros(HEADER_INTS, dtype='<i4')
+    header[:3] = magic, version, len(tokens)
+    return header.tobytes(), np.asarray(tokens).astype(FORMATS[magic, version]).tobytes()
+
+
+def read_header(path):
+    """(number of tokens, dtype) of a shard. Raises BadInput for a foreign, empty or truncated file."""
+    with open(path, 'rb') as f:
+        beginning = f.read(HEADER_BYTES)
+    header = np.frombuffer(beginning[:len(beginning) // 4 * 4], dtype='<i4')
+    if len(header) < HEADER_INTS or (int(header[0]), int(header[1])) not in FORMATS:
+        raise BadInput(f'{path} is no token shard: it begins with {header[:2].tolist()}, not with one of '
+                       f'{[list(k) for k in FORMATS]} (magic, version). Remove it or make it again.')
+    n_tokens, dtype = int(header[2]), FORMATS[int(header[0]), int(header[1])]
+    holds = (os.path.getsize(path) - HEADER_BYTES) // dtype.itemsize
+    if holds != n_tokens:
+        raise BadInput(f'{path} holds {holds:,} tokens, its header says {n_tokens:,}: '
+                       f'{"truncated" if holds < n_tokens else "damaged"}. Delete it and prepare the source again.')
+    return n_tokens, dtype
+
+
+@functools.lru_cache(maxsize=512)       # a bound on open files; 2T tokens are some 20,000 shards
+def open_shard(path):
+    n_tokens, dtype = read_header(path)
+    return np.memmap(path, dtype=dtype, mode='r', offset=HEADER_BYTES, shape=(n_tokens,))
+
+
+# -- permutation -------------------------------------------------------------------------------------------------------
+
+def _mix(x, key):
+    """splitmix64's finaliser: uint64 array and key -> well-mixed uint64 array."""
+    x = (x + key) * np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def derive_keys(n, *what):
+    """n uint64 keys from the repr of anything: the same in every process and on every machine."""
+    return np.frombuffer(hashlib.shake_256(repr(what).encode()).digest(8 * n), dtype='<u8')
+
+
+def permute(positions, n, keys):
+    """Bijection of range(n) applied to an int array: a four-round Feistel network on the next power of four, walked until
+    the value falls below n (Black & Rogaway 2002, cycle walking). keys: (4,) uint64. Returns int64.
+    """
+    half = np.uint64(max(1, (max(n - 1, 1).bit_length() + 1) // 2))
+    mask = np.uint64((1 << int(half)) - 1)
+    out = np.asarray(positions, dtype=np.uint64).copy()
+    todo = np.arange(len(out))
+    with np.errstate(over='ignore'):
+        while len(todo):
+            left, right = out[todo] >> half, out[todo] & mask
+            for key in keys:
+                left, right = right, left ^ (_mix(right, key) & mask)
+            value = (left << half) | right
+            out[todo] = value
+            todo = todo[value >= n]
+    return out.astype(np.int64)
+
+
+# -- sources -----------------------------------------------------------------------------------------------------------
+
+class Source:
+    """One split of one source: its shards as a permuted, endless sequence of rows of block_size + 1 tokens.
+
+    Neighbouring windows of a shard share one token (the last target of one is the first input of the next); the tail of a
+    shard that fills no window is not used. `meta` is meta.json's content, or None for shards made elsewhere.
+    """
+
+    def __init__(self, data_dir, name, split, block_size, seed=0, vocab_size=None):
+        self.name, self.split, self.block_size, self.seed, self.vocab_size = name, split, block_size, seed, vocab_size
+        folder = os.path.join(data_dir, name)
+        if not os.path.isdir(folder):
+            there = sorted(os.listdir(data_dir)) if os.path.isdir(data_dir) else []
+            raise BadInput(f"source '{name}': {folder} does not exist.{did_you_mean(name, there)} Make it with a script in "
+                           'prepare/, or set data_dir.')
+        if os.path.isfile(os.path.join(folder, 'progress.json')):
+            raise BadInput(f"source '{name}': {folder} is half prepared (it holds progress.json). Run its script in prepare/ "
+                           'again; it goes on where it stopped.')
+        self.paths = sorted(glob.glob(os.path.join(folder, split, '*.bin')))
+        if not self.paths:
+            raise BadInput(f"source '{name}': {folder}/{split} holds no *.bin shards. Prepare the source again.")
+        headers = [read_header(path) for path in self.paths]
+        self.shard_tokens = [n for n, _ in headers]
+        self.first_window = np.concatenate(([0], np.cumsum([max(0, n - 1) // block_size for n in self.shard_tokens])))
+        self.n_windows = int(self.first_window[-1])
+        self.n_tokens = sum(self.shard_tokens)
+        if self.n_windows == 0:
+            raise BadInput(f"source '{name}' ({split}): {self.n_tokens:,} tokens do not fill one window of block_size + 1 = "
+                           f'{block_size + 1}. Lower block_size or prepare more.')
+        meta_path = os.path.join(folder, 'meta.json')
+        self.meta = None
+        if os.path.isfile(meta_path):
+            with open(meta_path, encoding='utf-8') as f:
+                self.meta = json.load(f)
+            if vocab_size is not None and self.meta['vocab_size'] > vocab_size:
+                raise BadInput(f"source '{name}' was tokenized with a vocabulary of {self.meta['vocab_size']:,}, the model's "
+                               f'vocab_size is {vocab_size:,}. Set vocab_size, or prepare the source with its tokenizer.')
+        self._block_cache = {}
+
+    def fingerprint(self):
+        """16 hex digits over shard names, lengths, first and last tokens and recorded hashes: changes when the data does."""
+        digest = hashlib.sha256()
+        recorded = {s['file']: s['sha256'] for s in self.meta['shards']} if self.meta else {}
+        for path, n_tokens in zip(self.paths, self.shard_tokens):
+            tokens = open_shard(path)
+            digest.update(f'{os.path.basename(path)} {n_tokens} '
+                          f'{recorded.get(os.path.relpath(path, os.path.dirname(os.path.dirname(path))), "")}'.encode())
+            digest.update(tokens[:1024].tobytes() + tokens[-1024:].tobytes())
+        return digest.hexdigest()[:16]
+
+    def window(self, cursor):
+        """The window that the cursor-th row is: epochs follow one another, each a permutation of its own."""
+        epoch, position = divmod(int(cursor), self.n_windows)
+        block = position // PERMUTATION_BLOCK
+        if (epoch, block) not in self._block_cache:
+            if len(self._block_cache) > 8:
+                self._block_cache.clear()
+            positions = np.arange(block * PERMUTATION_BLOCK, min((block + 1) * PERMUTATION_BLOCK, self.n_windows))
+            keys = derive_keys(4, self.seed, self.name, self.split, epoch)
+            self._block_cache[epoch, block] = permute(positions, self.n_windows, keys).tolist()
+        return self._block_cache[epoch, block][position % PERMUTATION_BLOCK]
+
+    def read(self, cursor, out):
+        """Copies the cursor-th row into out (block_size + 1,)."""
+        window = self.window(cursor)
+        shard = int(np.searchsorted(self.first_window, window, side='right')) - 1
+        start = (window - int(self.first_window[shard])) * self.block_size
+        out[:] = open_shard(self.paths[shard])[start:start + self.block_size + 1]
+
+    def rows(self, cursors):
+        """(n, block_size + 1) int32 rows; BadInput when one holds a token id that the model's vocabulary lacks."""
+        out = np.empty((len(cursors), self.block_size + 1), dtype=np.int32)
+        for i, cursor in enumerate(cursors):
+            self.read(cursor, out[i])
+        self.check_ids(out)
+        return out
+
+    def check_ids(self, rows):
+        """Raises BadInput when a row of this source holds a token id outside the vocabulary."""
+        if self.vocab_size is not None and not 0 <= int(rows.min()) <= int(rows.max()) < self.vocab_size:
+            bad = int(rows.max()) if rows.min() >= 0 else int(rows.min()) % 2**32
+            raise BadInput(f"source '{self.name}' ({os.path.dirname(self.paths[0])}) holds token id {bad}, the model's "
+                           f'vocab_size is {self.vocab_size}: shards of another tokenizer. Prepare the source again or set vocab_size.')
+
+
+def common_tokenizer(sources):
+    """The tokenizer record (meta.json's 'tokenizer') that all sources share, None when none of them has a meta.json.
+
+    Raises BadInput when two sources were made with different tokenizers.
+    """
+    known = {s.name: s.meta['tokenizer'] for s in sources if s.meta is not None}
+    if not known:
+        return None
+    first_name, first = next(iter(known.items()))
+    for name, tokenizer in known.items():
+        if tokenizer['fingerprint'] != first['fingerprint']:
+            raise BadInput(f"source '{name}' was made with tokenizer {tokenizer['name']} ({tokenizer['fingerprint']}), "
+                           f"'{first_name}' with {first['name']} ({first['fingerprint']}). Prepare one of them again.")
+    return first
+
+
+def document_ids(rows, bos_id):
+    """Number of the document that every token belongs to within its row: same shape, int. Documents begin with bos_id."""
+    return (rows == bos_id).cumsum(1)
+
+
+# -- the mixture -------------------------------------------------------------------------------------------------------
+
+def check_weights(weights, names):
+    """dict name -> weight for exactly `names`, finite, none negative, sum above 0; returns them divided by their sum."""
+    for name in weights:
+        if name not in names:
+            raise BadInput(f"weights name the source '{name}', which is not there.{did_you_mean(name, names)} "
+                           f'Sources: {", ".join(names)}.')
+    missing = [name for name in names if name not in weights]
+    if missing:
+        raise BadInput(f'weights say nothing of the source(s) {", ".join(missing)}. Give 0 to leave one out.')
+    bad = {name: w for name, w in weights.items() if not np.isfinite(w) or w < 0}
+    total = sum(weights.values())
+    if bad or total <= 0:
+        raise BadInput(f'mixture weights must be finite, none negative, and sum to more than 0; got {bad or weights}.')
+    return {name: weights[name] / total for name in names}
+
+
+class MixtureLoader:
+    """Draws rows from several sources so that counts follow the weights, batch after batch.
+
+    While the weights stand, the rows drawn from a source never differ by one whole row from its share of all rows, at the
+    end of any batch. Every row is a job that becomes due when its source's share reaches a whole number; earliest due date
+    first meets all dates (a schedule exists, because the fluid one does). What is owed is carried over a change of weights.
+    Integers throughout: no drift, and the state is two of them per source, besides the weights.
+    """
+
+    def __init__(self, sources, weights, seed=0):
+        """sources: list of Source with the same block_size; weights: dict name -> share (any positive scale)."""
+        self.sources = {source.name: source for source in sources}
+        self.names = list(self.sources)
+        self.seed = seed
+        self.cursors = {name: 0 for name in self.names}          # rows drawn so far
+        self.credits = {name: 0 for name in self.names}          # rows owed, in WEIGHT_UNITs; they sum to 0
+        self.set_weights(weights)
+
+    def set_weights(self, weights):
+        """New weights (dict name -> share), in force from the next batch on. Raises BadInput if they make no sense."""
+        shares = check_weights(weights, self.names)
+        exact = {name: share * WEIGHT_UNIT for name, share in shares.items()}
+        units = {name: int(x) for name, x in exact.items()}
+        by_remainder = sorted(self.names, key=lambda name: units[name] - exact[name])
+        for name in by_remainder[:WEIGHT_UNIT - sum(units.values())]:
+            units[name] += 1
+        self.units = units
+        heaviest = max(self.names, key=lambda name: units[name])
+        for name in self.names:                 # what is owed to or by a source that is now switched off goes to the heaviest
+            if units[name] == 0:
+                self.credits[heaviest] += self.credits[name]
+                self.credits[name] = 0
+
+    @property
+    def weights(self):
+        """dict name -> share in force."""
+        return {name: units / WEIGHT_UNIT for name, units in self.units.items()}
+
+    def epochs(self):
+        """dict name -> how often the source has been read (1.5: once and a half)."""
+        return {name: self.cursors[name] / source.n_windows for name, source in self.sources.items()}
+
+    def _counts(self, n_rows):
+        """Rows that every source gives to the next batch of n_rows: dict name -> int, sum n_rows."""
+        owed = {name: self.credits[name] + n_rows * self.units[name] for name in self.names}
+        counts = {name: max(0, x // WEIGHT_UNIT) for name, x in owed.items()}                # due by the end of this batch
+        spare = n_rows - sum(counts.values())
+        due_later = [name for name in self.names if self.units[name] and owed[name] > 0 and owed[name] % WEIGHT_UNIT]
+
+        def due(name):          # batches until the next row of this source is due; ties go to the one owed most
+            rest = owed[name] % WEIGHT_UNIT
+            return -(-(WEIGHT_UNIT - rest) // (n_rows * self.units[name])), -rest
+
+        for name in sorted(due_later, key=due)[:max(0, spare)]:
+            counts[name] += 1
+        spare = n_rows - sum(counts.values())
+        while spare:            # only just after a change of weights, when credits and weights no longer fit together
+            sign = 1 if spare > 0 else -1
+            able = [name for name in self.names if (self.units[name] if sign > 0 else counts[name])]
+            name = max(able, key=lambda n: sign * (owed[n] - counts[n] * WEIGHT_UNIT))
+            counts[name] += sign
+            spare -= sign
+        return counts
+
+    def next_batch(self, n_rows):
+        """Decides the next global batch and moves on. Returns (source index (n_rows,), cursor (n_rows,)), int64 arrays.
+
+        The order of rows within the batch is shuffled by a key made of the seed and the rows drawn so far.
+        """
+        counts = self._counts(n_rows)
+        drawn = sum(self.cursors.values())
+        index = np.repeat(np.arange(len(self.names)), [counts[name] for name in self.names])
+        cursor = np.concatenate([np.arange(self.cursors[name], self.cursors[name] + counts[name]) for name in self.names])
+        with np.errstate(over='ignore'):
+            order = np.argsort(_mix(np.arange(n_rows, dtype=np.uint64), derive_keys(1, self.seed, drawn)[0]), kind='stable')
+        for name in self.names:
+            self.credits[name] += n_rows * self.units[name] - counts[name] * WEIGHT_UNIT
+            self.cursors[name] += counts[name]
+        return index[order], cursor[order]
+
+    def read(self, index, cursors):
+        """The rows that `next_batch` (or a part of it) names: (n, block_size + 1) int32, in that order."""
+        sources = [self.sources[name] for name in self.names]
+        out = np.empty((len(index), sources[0].block_size + 1), dtype=np.int32)
+        for i, (s, cursor) in enumerate(zip(index.tolist(), cursors.tolist())):
+            sources[s].read(cursor, out[i])
+        limit = min((s.vocab_size for s in sources if s.vocab_size is not None), default=2**31)
+        if len(out) and not 0 <= int(out.min()) <= int(out.max()) < limit:
+            for s in np.unique(index):          # the error names the source
+                sources[s].check_ids(out[index == s])
+        return out
+
+    def state_dict(self):
+        """Everything that the coming batches depend on, as plain integers by source name."""
+        return dict(cursors=dict(self.cursors), credits=dict(self.credits), units=dict(self.units),
+                    fingerprints={name: source.fingerprint() for name, source in self.sources.items()})
+
+    def load_state_dict(self, state):
+        """Takes up a state; BadInput when the sources are others, or their shards have changed since it was saved."""
+        if set(state['cursors']) != set(self.names):
+            raise BadInput(f"the checkpoint's sources are {sorted(state['cursors'])}, the config's {sorted(self.names)}; to go on "
+                           'with other sources start a new run with init_from.')
+        for name, source in self.sources.items():
+            if state['fingerprints'][name] != source.fingerprint():
+                raise BadInput(f"the shards of source '{name}' ({os.path.dirname(source.paths[0])}) have changed since the "
+                               'checkpoint was written. Restore them, or start a new run with init_from.')
+        self.cursors, self.credits, self.units = (
+            {name: int(state[key][name]) for name in self.names} for key in ('cursors', 'credits', 'units'))
+
+
+def rows_of_rank(n_rows, batch_size, rank, world_size):
+    """Positions in the global batch that a rank trains on, micro-step by micro-step: (n_rows / world_size,) int array.
+
+    Micro-step m is rows m * batch_size * world_size onwards, each rank its batch_size of them in turn.
+    """
+    return np.arange(n_rows).reshape(-1, world_size, batch_size)[:, rank].ravel()
