@@ -78,7 +78,8 @@ class Checkpointer:
                 shutil.rmtree(temporary, ignore_errors=True)
                 os.makedirs(temporary)
             barrier()
-            torch.save(_rng_state(), os.path.join(temporary, f'rng_{_rank()}.pt'))
+            with open(os.path.join(temporary, f'rng_{_rank()}.pt'), 'wb') as f:
+                torch.save(_rng_state(), f)
             if _rank() == 0:
                 with open(os.path.join(temporary, 'state.json'), 'w', encoding='utf-8') as f:
                     json.dump({'step': step, **state}, f)
@@ -88,7 +89,7 @@ class Checkpointer:
             else:
                 dcp.save(tensors, checkpoint_id=temporary)
                 self._publish(temporary, step)
-        except (OSError, RuntimeError, CheckpointException) as error:
+        except (OSError, CheckpointException) as error:
             self._fail(temporary, step, error)
 
     def finish(self):
@@ -99,7 +100,7 @@ class Checkpointer:
             try:
                 future.result()
                 self._publish(temporary, step)
-            except (OSError, RuntimeError, CheckpointException) as error:
+            except (OSError, CheckpointException) as error:
                 self._fail(temporary, step, error)
 
     def poll(self):

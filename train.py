@@ -1,0 +1,441 @@
+"""Trains a language model on a mixture of sources. This file is the whole story of a run, top to bottom.
+
+    python train.py config/demo.py                                                        # a laptop, a few minutes
+    torchrun --standalone --nproc_per_node=8 train.py config/model/smollm2_135m.py config/stage2.py        # one node
+    torchrun --nnodes=2 --node_rank=0 --nproc_per_node=8 --master_addr=HOST --master_port=29500 \\
+        train.py config/model/mobilellm_950m.py config/stage1.py                          # the first of two nodes
+
+Config files and --key=value apply from left to right; --help lists every knob. A run lives in out_dir: config.json,
+metrics.jsonl, ckpt/, curves.png. Killed or stopped, it goes on with --resume=True and ends as if nothing had happened.
+A fresh model starts at a loss of ln(vocab_size): 8.3 for the demo, 11.8 for a vocabulary of 128,256.
+"""
+import contextlib
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, fields
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from tqdm import tqdm
+
+import checkpoint
+from common import (MetricsLog, all_reduce_sum, barrier, device_name, peak_flops, pick_dtype, read_metrics, start_ranks,
+                    tune_malloc)
+from configurator import BadInput, RunFault, configure
+from data import MixtureLoader, Source, common_tokenizer, document_ids, rows_of_rank
+from model import GPT, ModelConfig, count_parameters, flops_per_token, init_weights
+
+# -- input and output --
+out_dir = 'out/run'                     # folder of this run; must be new unless resume=True
+resume = False                          # go on with the run in out_dir, bit for bit; starts it when it has no checkpoint yet
+init_from: str | None = None            # run folder or checkpoint to take weights (only) from; None: random weights
+seed = 1337                             # of initial weights and data order
+log_interval = 10                       # steps between two lines in metrics.jsonl
+eval_interval = 1000                    # steps between two evaluations; there is one before the first and after the last step
+eval_rows = 128                         # fixed validation rows of every source
+save_interval = 1000                    # steps between two checkpoints; there is one after the last step
+keep_last = 2                           # checkpoints kept; 0: all
+async_save: bool | None = None          # write checkpoints while training goes on; None: on CUDA
+wandb_mode = 'disabled'                 # online | offline | disabled
+wandb_project = 'cheapertraining'       # W&B project
+sample_tokens = 0                       # tokens of text to generate after training
+sample_prompt = ''                      # what the text begins with
+# -- data --
+data_dir = 'data'                       # folder of the sources
+sources: dict[str, float] = {}          # source -> start weight in the mixture, any positive scale
+prepare: str | None = None              # script that makes the sources when they are not there (gets --out=data_dir)
+block_size = 2048                       # tokens of a row
+batch_size = 16                         # rows per rank and micro-step
+total_batch_tokens = 524288             # tokens of an optimizer step over all ranks; gives grad_accum
+document_mask = False                   # attention stays within a document
+# -- mixture --
+mixture = 'fixed'                       # how weights change while training: fixed (influence is not built yet)
+mixture_interval = 1000                 # steps between two re-weightings
+probe: dict[str, float] = {}            # domain -> weight: probe sets that the influence of sources is measured on
+# -- model (defaults: MobileLLM-R1 140M) --
+vocab_size = 128256                     # rows of the embedding table
+n_layer = 15                            # transformer blocks
+n_head = 9                              # query heads
+n_kv_head = 3                           # key and value heads
+n_embd = 576                            # width of the residual stream
+ffn_dim = 2048                          # inner width of the feed-forward network
+head_dim: int | None = None             # width of a head; None: n_embd / n_head
+tie_embeddings = True                   # output weight = embedding table
+qk_norm = False                         # RMSNorm of query and key heads
+qkv_bias = False                        # bias in the q, k, v projections
+layer_repeat = 1                        # times that every layer runs in a row
+norm_eps = 1e-5                         # epsilon of RMSNorm
+rope_theta = 500000.0                   # base of the rotary frequencies
+rope_scaling: dict | None = None        # Llama 3: factor, low_freq_factor, high_freq_factor, original_max_position
+n_expert = 0                            # routed experts of a layer; 0: dense. Counted, not yet built
+n_expert_active = 0                     # routed experts per token
+n_shared_expert = 0                     # experts that see every token
+expert_ffn_dim = 0                      # inner width of an expert
+n_dense_layer = 0                       # first layers without experts
+# -- optimizer and schedule --
+optimizer = 'adamw'                     # adamw | muon (matrices of the blocks; AdamW for the rest)
+learning_rate = 4e-3                    # peak
+weight_decay = 0.1                      # of matrices and embeddings
+beta1 = 0.9                             # Adam
+beta2 = 0.95                            # Adam
+adam_eps = 1e-8                         # Adam
+grad_clip = 1.0                         # largest global gradient norm; 0: off
+max_steps: int | None = None            # optimizer steps; None: max_tokens decides
+max_tokens: int | None = None           # tokens; None: max_steps decides. The smaller of the two when both are set
+warmup_steps = 2000                     # linear from 0
+schedule = 'linear'                     # after the warm-up: linear | cosine | wsd (linear over the last decay_frac) | constant
+decay_frac = 0.2                        # wsd: share of the steps that decay
+min_lr_frac = 0.1                       # learning rate at the end, as a share of the peak
+# -- system --
+device = 'auto'                         # auto | cpu | cuda
+dtype = 'auto'                          # auto | float32 | bfloat16 (autocast over fp32 weights)
+compile: bool | None = None             # torch.compile every block; None: when the run is long enough to gain by it
+config = configure(globals())
+
+# -- derived values and checks -----------------------------------------------------------------------------------------
+tune_malloc()
+rank, world_size, device = start_ranks(config['device'])
+is_master = rank == 0
+torch.manual_seed(seed + rank)
+dtype, dtype_reason = pick_dtype(config['dtype'], device)
+
+
+def choose(name, allowed):
+    if config[name] not in allowed:
+        raise BadInput(f"{name} = '{config[name]}' must be one of {', '.join(allowed)}.")
+
+
+for _name, _allowed in (('optimizer', ('adamw', 'muon')), ('schedule', ('linear', 'cosine', 'wsd', 'constant')),
+                        ('wandb_mode', ('online', 'offline', 'disabled')), ('mixture', ('fixed', 'influence'))):
+    choose(_name, _allowed)
+if mixture != 'fixed':
+    raise BadInput(f"mixture = '{mixture}' is not built yet; set --mixture=fixed to train with the start weights.")
+for _name in ('block_size', 'batch_size', 'total_batch_tokens', 'log_interval', 'eval_interval', 'eval_rows', 'save_interval'):
+    if config[_name] < 1:
+        raise BadInput(f'{_name} = {config[_name]} must be at least 1.')
+if not sources:
+    raise BadInput("sources is empty. Give a config file, or --sources=\"{'name': weight}\" with folders of data_dir.")
+if max_steps is None and max_tokens is None:
+    raise BadInput('neither max_steps nor max_tokens says how long to train. Set one.')
+micro_tokens = batch_size * block_size * world_size            # tokens of a micro-step over all ranks
+if total_batch_tokens % micro_tokens:
+    raise BadInput(f'total_batch_tokens = {total_batch_tokens:,} is not a multiple of batch_size * block_size * world_size = '
+                   f'{batch_size} * {block_size} * {world_size} = {micro_tokens:,}. '
+                   f'Try {max(1, round(total_batch_tokens / micro_tokens)) * micro_tokens}.')
+grad_accum = total_batch_tokens // micro_tokens
+batch_rows = total_batch_tokens // block_size                  # rows of a global batch
+n_steps = min(n for n in (max_steps, max_tokens and -(-max_tokens // total_batch_tokens)) if n is not None)
+model_config = ModelConfig(**{f.name: config[f.name] for f in fields(ModelConfig)})
+
+
+def get_lr(step):
+    """Learning rate of a step: linear warm-up, then the schedule down to min_lr_frac * learning_rate at n_steps."""
+    if step < warmup_steps:
+        return learning_rate * (step + 1) / warmup_steps
+    done = (step - warmup_steps) / max(1, n_steps - warmup_steps)
+    if schedule == 'linear':
+        share = 1 - done
+    elif schedule == 'cosine':
+        share = 0.5 * (1 + math.cos(math.pi * done))
+    elif schedule == 'wsd':
+        share = min(1.0, (1 - done) / decay_frac)
+    else:
+        return learning_rate
+    return learning_rate * (min_lr_frac + (1 - min_lr_frac) * share)
+
+
+# -- the run folder ----------------------------------------------------------------------------------------------------
+found = checkpoint.find_checkpoint(out_dir) if resume and os.path.isdir(out_dir) else None
+used = [name for name in ('metrics.jsonl', 'ckpt') if os.path.exists(os.path.join(out_dir, name))]
+if used and not resume:
+    raise BadInput(f"out_dir '{out_dir}' already holds a run ({', '.join(used)}). Go on with it by --resume=True, or choose "
+                   'another --out_dir.')
+barrier()                                                      # nobody writes before everybody has looked
+checkpointer = checkpoint.Checkpointer(out_dir, keep_last, device.type == 'cuda' if async_save is None else async_save)
+
+# -- data --------------------------------------------------------------------------------------------------------------
+if prepare is not None and any(not os.path.isfile(os.path.join(data_dir, name, 'meta.json')) for name in sources):
+    if is_master:
+        print(f'data: {data_dir} is not complete; running {prepare}', flush=True)
+        if subprocess.run([sys.executable, prepare, f'--out={data_dir}']).returncode:
+            raise BadInput(f'{prepare} failed; its message stands above.')
+    barrier()
+train_sources = [Source(data_dir, name, 'train', block_size, seed, vocab_size) for name in sources]
+val_sources = [Source(data_dir, name, 'val', block_size, 0, vocab_size) for name in sources]
+shards_tokenizer = common_tokenizer(train_sources + val_sources)
+loader = MixtureLoader(train_sources, sources, seed)
+for _source in train_sources:
+    if sources[_source.name] > 0 and _source.n_windows < batch_rows:
+        raise BadInput(f"source '{_source.name}' has {_source.n_windows} windows of {block_size} tokens, fewer than one batch "
+                       f'({batch_rows} rows). Prepare more of it, or lower total_batch_tokens or block_size.')
+if document_mask and shards_tokenizer is None:
+    raise BadInput('document_mask needs the beginning-of-document token, and these sources have no meta.json that names it.')
+if document_mask and device.type == 'cuda' and dtype != torch.bfloat16:
+    raise BadInput('document_mask on CUDA works in bfloat16 only (variable-length flash attention). Set dtype=bfloat16.')
+tokenizer, token_bytes = None, None
+if shards_tokenizer is not None:
+    from tokenizer import load_tokenizer
+    tokenizer = load_tokenizer(os.path.join(data_dir, train_sources[0].name))
+    token_bytes = torch.tensor(tokenizer.token_bytes() + [0] * (vocab_size - tokenizer.vocab_size), device=device)
+
+
+def to_device(rows):
+    """(n, T + 1) int32 numpy -> inputs (n, T) int32, targets (n, T) int64, document ids or None, on the device."""
+    rows = torch.from_numpy(rows)
+    if device.type == 'cuda':
+        rows = rows.pin_memory().to(device, non_blocking=True)
+    inputs = rows[:, :-1]
+    return inputs, rows[:, 1:].long(), document_ids(inputs, shards_tokenizer['bos_id']) if document_mask else None
+
+
+# -- model: on the meta device, sharded, then memory, then values ------------------------------------------------------
+with torch.device('meta'):
+    model = GPT(model_config)
+peak = peak_flops(device)
+token_flops = flops_per_token(model_config, block_size)
+if compile is None:         # compiling costs about a minute; it gains some 10 to 40 %
+    _speed = 0.3 * peak * world_size if peak else 1e11         # FLOP/s that a run may reach without it
+    _minutes = n_steps * total_batch_tokens * token_flops / _speed / 60
+    _compiler = device.type == 'cuda' or shutil.which(os.environ.get('CXX', 'g++')) is not None
+    compile = _minutes > 20 and _compiler
+    _reason = f'about {_minutes:,.0f} minutes of work' + ('' if _compiler else ', no C++ compiler')
+else:
+    _reason = 'as asked'
+if compile:
+    for block in model.blocks:
+        block.compile()
+if world_size > 1:
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32) if dtype != torch.float32 else MixedPrecisionPolicy()
+    for block in model.blocks:
+        fully_shard(block, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)                       # the rest: embeddings, final norm, output layer
+    for method in ('loss', 'logits'):
+        register_fsdp_forward_method(model, method)
+model.to_empty(device=device)
+counts = count_parameters(model_config)
+if is_master:
+    print(f"model: {counts['total'] / 1e6:.2f}M parameters, {counts['non_embedding'] / 1e6:.2f}M without embeddings; "
+          f'{token_flops / 1e6:,.1f} MFLOP per token')
+    print(f'device: {world_size} x {device_name(device)}, {dtype} ({dtype_reason}), compile={compile} ({_reason})')
+    print(f'batch: {batch_rows} rows of {block_size} = {total_batch_tokens:,} tokens, {grad_accum} micro-steps; {n_steps} steps')
+autocast = (torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext())
+
+# -- optimizer ---------------------------------------------------------------------------------------------------------
+block_matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and name.startswith('blocks.')]
+other_matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and not name.startswith('blocks.')]
+vectors = [p for p in model.parameters() if p.ndim < 2]        # norms and biases: no weight decay
+by_adamw = other_matrices if optimizer == 'muon' else block_matrices + other_matrices
+optimizers = [torch.optim.AdamW([dict(params=by_adamw, weight_decay=weight_decay), dict(params=vectors, weight_decay=0.0)],
+                                lr=learning_rate, betas=(beta1, beta2), eps=adam_eps, fused=True)]
+if optimizer == 'muon':     # the update is scaled to AdamW's RMS, so one learning rate serves both (arXiv:2502.16982)
+    optimizers.append(torch.optim.Muon(block_matrices, lr=learning_rate, weight_decay=weight_decay,
+                                       adjust_lr_fn='match_rms_adamw'))
+
+# -- init_from, resume -------------------------------------------------------------------------------------------------
+first_step = 0
+if found is not None:
+    saved = checkpoint.read_state(found)
+    checkpoint.check_same_model(found, saved['model'], asdict(model_config))
+    for _name in ('seed', 'block_size', 'total_batch_tokens', 'optimizer', 'mixture'):
+        if saved['config'][_name] != config[_name]:
+            raise BadInput(f"{_name} was {saved['config'][_name]!r} in {found}, it is {config[_name]!r} now; a resumed run cannot "
+                           'change it. Put it back, or start a new run with init_from.')
+    loader.load_state_dict(saved['loader'])
+    _note = checkpoint.load(found, model, optimizers)
+    first_step = saved['step']
+    _changed = [k for k in config if k not in ('resume', 'out_dir') and saved['config'].get(k) != config[k]]
+    if is_master:
+        print(f'resume: {found}, step {first_step}' + (f'; changed since: {", ".join(_changed)}' if _changed else ''))
+    if _note:
+        print(f'resume: {_note}')
+elif init_from is not None:
+    _source = checkpoint.find_checkpoint(init_from)
+    if _source is None:
+        raise BadInput(f"init_from = '{init_from}' holds no complete checkpoint.")
+    saved = checkpoint.read_state(_source)
+    checkpoint.check_same_model(_source, saved['model'], {**asdict(model_config), 'rope_theta': saved['model']['rope_theta']})
+    if tokenizer is not None and saved['tokenizer'] not in (None, tokenizer.fingerprint):
+        raise BadInput(f"init_from = '{init_from}' was trained with another tokenizer ({saved['tokenizer']}) than these shards "
+                       f'({tokenizer.fingerprint}). Prepare the sources with its tokenizer.')
+    checkpoint.load_weights(_source, model)
+    if is_master:
+        print(f'init_from: weights of {_source}')
+else:
+    init_weights(model, seed)
+    if is_master and resume:
+        print(f'resume: {out_dir} has no checkpoint yet; starting at step 0')
+metrics_log = None
+if is_master:
+    os.makedirs(out_dir, exist_ok=True)
+    with open(os.path.join(out_dir, 'config.json'), 'w', encoding='utf-8') as f:
+        json.dump(config, f, indent=1)
+    metrics_log = MetricsLog(out_dir, first_step, config, wandb_mode, wandb_project)
+barrier()
+
+
+# -- evaluate, save ----------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def evaluate():
+    """Loss and bits per byte of every source on its first eval_rows validation rows (the same at every call).
+
+    Every rank runs the same number of batches; rows beyond the end are repeated with no weight. Returns metrics to log.
+    """
+    metrics, mean = {}, 0.0
+    for source in val_sources:
+        n_rows = min(eval_rows, source.n_windows)
+        loss_sum = n_valid = n_bytes = 0.0
+        for start in range(0, n_rows, batch_size * world_size):
+            mine = range(start + rank * batch_size, start + (rank + 1) * batch_size)
+            inputs, targets, doc_ids = to_device(source.rows([min(i, n_rows - 1) for i in mine]))
+            targets[max(0, n_rows - mine.start):] = -1
+            with autocast:
+                _, losses, _ = model.loss(inputs, targets, doc_ids=doc_ids)
+            loss_sum += losses.double().sum().item()
+            n_valid += (targets >= 0).sum().item()
+            if token_bytes is not None:
+                n_bytes += (token_bytes[targets.clamp(min=0)] * (targets >= 0)).sum().item()
+        loss_sum, n_valid, n_bytes = all_reduce_sum((loss_sum, n_valid, n_bytes), device)
+        metrics[f'val/loss_{source.name}'] = loss_sum / n_valid
+        if n_bytes:
+            metrics[f'val/bpb_{source.name}'] = loss_sum / n_bytes / math.log(2)
+        mean += loss_sum / n_valid * loader.weights[source.name]
+    return {'val/loss': mean, **metrics}             # the mean is weighted as the mixture is
+
+
+def save(step):
+    """A checkpoint of the run before `step` is trained."""
+    checkpointer.save(step, model, optimizers, dict(
+        config=config, model=asdict(model_config), loader=loader.state_dict(), tokenizer=tokenizer and tokenizer.fingerprint))
+
+
+stop_signal = 0
+
+
+def on_signal(number, _frame):
+    """SIGTERM or SIGINT: save after this step and exit. The second one ends at once."""
+    global stop_signal
+    stop_signal = number
+    signal.signal(number, signal.SIG_DFL)
+
+
+for _number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(_number, on_signal)
+
+# -- the loop ----------------------------------------------------------------------------------------------------------
+parameters = list(model.parameters())
+my_rows = rows_of_rank(batch_rows, batch_size, rank, world_size)
+last_saved, logged_cursors = first_step if found else None, dict(loader.cursors)
+window_start, window_steps, data_s = time.perf_counter(), 0, 0.0
+bar = tqdm(total=n_steps, initial=first_step, disable=not is_master, unit='step', dynamic_ncols=True)
+for step in range(first_step, n_steps + 1):
+    lr = get_lr(step)
+    for group in (g for o in optimizers for g in o.param_groups):
+        group['lr'] = lr
+    checkpointer.poll()
+    stopping = int(all_reduce_sum([stop_signal], device)[0])
+    if (step % save_interval == 0 or step == n_steps or stopping) and step > 0 and step != last_saved:
+        save(step)                                             # before the evaluation: nothing that it does can lose the step
+        last_saved = step
+    if stopping:
+        break
+    if step % eval_interval == 0 or step == n_steps:
+        model.eval()
+        val_metrics = evaluate()
+        model.train()
+        if is_master:
+            metrics_log.write(step, val_metrics)
+        window_start, window_steps, data_s = time.perf_counter(), 0, 0.0
+    if step == n_steps:
+        break
+
+    # this rank's rows of the global batch; the number of valid tokens over all ranks is known before the first backward
+    t0 = time.perf_counter()
+    source_index, cursors = loader.next_batch(batch_rows)
+    micro_batches = [to_device(part) for part in
+                     loader.read(source_index[my_rows], cursors[my_rows]).reshape(grad_accum, batch_size, block_size + 1)]
+    data_s += time.perf_counter() - t0
+    n_valid = all_reduce_sum([sum((targets >= 0).sum().item() for _, targets, _ in micro_batches)], device)[0]
+    loss_sum = torch.zeros((), device=device, dtype=torch.float64)
+    n_hits = torch.zeros((), device=device, dtype=torch.float64)
+    for micro_step, (inputs, targets, doc_ids) in enumerate(micro_batches):
+        if world_size > 1:                                     # gradients cross the network once, after the last micro-step
+            model.set_requires_gradient_sync(micro_step == grad_accum - 1)
+        with autocast:
+            loss, _, hits = model.loss(inputs, targets, doc_ids=doc_ids)
+        (loss * (world_size / n_valid)).backward()             # FSDP averages over ranks; the loss is a sum over all of them
+        loss_sum += loss.detach()
+        n_hits += hits.sum()
+    grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters], foreach=True)
+    if isinstance(grad_norm, DTensor):
+        grad_norm = grad_norm.full_tensor()
+    loss_sum, n_hits = all_reduce_sum((loss_sum, n_hits), device)
+    if not math.isfinite(loss_sum) or not math.isfinite(grad_norm.item()):
+        rows = {name: int((source_index == i).sum()) for i, name in enumerate(loader.names)}
+        checkpointer.finish()
+        good = checkpoint.complete_checkpoints(os.path.join(out_dir, 'ckpt'))
+        raise RunFault(f'loss is {loss_sum / n_valid:.4g} and gradient norm {grad_norm.item():.4g} at step {step}; the optimizer '
+                       f'was not stepped. Last good checkpoint: {os.path.join(out_dir, "ckpt", good[-1]) if good else "none"}. '
+                       f'Rows of the batch by source: {rows}. Lower learning_rate or look at these sources, then --resume=True.')
+    if grad_clip > 0:
+        torch.nn.utils.clip_grads_with_norm_(parameters, grad_clip, grad_norm, foreach=True)
+    for o in optimizers:
+        o.step()
+        o.zero_grad(set_to_none=True)
+
+    window_steps += 1
+    if is_master:
+        bar.update()
+    if is_master and ((step + 1) % log_interval == 0 or step + 1 == n_steps):
+        dt = (time.perf_counter() - window_start) / window_steps
+        tokens_per_second = total_batch_tokens / dt
+        train_loss = loss_sum / n_valid
+        drawn = {name: loader.cursors[name] - logged_cursors[name] for name in loader.names}
+        metrics_log.write(step, {
+            'train/loss': train_loss, 'train/perplexity': math.exp(min(train_loss, 50)), 'train/accuracy': n_hits / n_valid,
+            'train/learning_rate': lr, 'train/grad_norm': grad_norm.item(), 'train/tokens': (step + 1) * total_batch_tokens,
+            'train/tokens_per_second': tokens_per_second,
+            'train/mfu': tokens_per_second * token_flops / (peak * world_size) if peak else None,
+            'system/step_ms': dt * 1e3, 'system/data_ms': data_s / window_steps * 1e3,
+            'system/gpu_memory': torch.cuda.max_memory_allocated(device) / 2**30 if device.type == 'cuda' else None,
+            **{f'mixture/weight_{name}': weight for name, weight in loader.weights.items()},
+            **{f'mixture/drawn_{name}': n / sum(drawn.values()) for name, n in drawn.items()},
+            **{f'mixture/epochs_{name}': n for name, n in loader.epochs().items()}})
+        bar.set_postfix_str(f'loss {train_loss:.3f}, {tokens_per_second:,.0f} tokens/s')
+        logged_cursors = dict(loader.cursors)
+        window_start, window_steps, data_s = time.perf_counter(), 0, 0.0
+bar.close()
+checkpointer.finish()
+
+# -- what is left behind -----------------------------------------------------------------------------------------------
+if stopping:
+    if is_master:
+        print(f'stopped by a signal before step {step}; saved. Go on with --resume=True.', flush=True)
+elif is_master:
+    from plots import draw_run
+    before = next(r for r in read_metrics(out_dir) if 'val/loss' in r)
+    print(f'\n{"validation":<16}{"loss before":>12}{"after":>9}{"bits/byte before":>19}{"after":>9}{"epochs read":>14}')
+    for name in loader.names:
+        bpb = [f'{r[f"val/bpb_{name}"]:.3f}' if f'val/bpb_{name}' in r else 'n/a' for r in (before, val_metrics)]
+        print(f'{name:<16}{before[f"val/loss_{name}"]:>12.3f}{val_metrics[f"val/loss_{name}"]:>9.3f}{bpb[0]:>19}{bpb[1]:>9}'
+              f'{loader.epochs()[name]:>14.2f}')
+    print(f'{"mixture":<16}{before["val/loss"]:>12.3f}{val_metrics["val/loss"]:>9.3f}')
+    print(f'curves: {draw_run(out_dir)}\ncheckpoint: {os.path.join(out_dir, "ckpt", f"step_{n_steps:06d}")}')
+if not stopping and sample_tokens and tokenizer is not None:
+    prompt = torch.tensor([[tokenizer.bos_id, *tokenizer.encode(sample_prompt)]], device=device)
+    with autocast:
+        ids = model.generate(prompt, sample_tokens, temperature=0.8, top_k=50, stop_token=tokenizer.bos_id, seed=seed)
+    if is_master:
+        print(f'sample: {tokenizer.decode([i for i in ids[0].tolist() if i != tokenizer.bos_id])}')
+if is_master:
+    metrics_log.close()
+if dist.is_initialized():
+    dist.destroy_process_group()
+sys.exit(128 + stopping if stopping else 0)
