@@ -362,9 +362,10 @@ def chunk_rows(n_rows, vocab_size, device):
     return max(1, min(n_rows, (2**28 if device.type == 'cuda' else 2**26) // vocab_size))
 
 
-def _compute_dtype(h):
-    """autocast's dtype where it is on, else the hidden states' own."""
-    return torch.get_autocast_dtype(h.device.type) if torch.is_autocast_enabled(h.device.type) else h.dtype
+def _loss_dtypes(h):
+    """(dtype of the products: autocast's where it is on, else the hidden states' own; dtype of everything summed)."""
+    low = torch.get_autocast_dtype(h.device.type) if torch.is_autocast_enabled(h.device.type) else h.dtype
+    return low, torch.promote_types(low, torch.float32)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -375,24 +376,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, h, weight, targets, token_weights):
         N, V = h.shape[0], weight.shape[0]
         needs_h, needs_weight = ctx.needs_input_grad[:2]
-        dtype = _compute_dtype(h)
+        dtype, high = _loss_dtypes(h)
         h_low, weight_low = h.to(dtype), weight.to(dtype)
         counted = targets >= 0
         if token_weights is None:
-            token_weights = counted.to(torch.float32)
+            token_weights = counted.to(high)
         else:
-            token_weights = torch.where(counted, token_weights.to(torch.float32), 0)
+            token_weights = torch.where(counted, token_weights.to(high), 0)
         safe_targets = targets.clamp(min=0)
-        losses = torch.empty(N, dtype=torch.float32, device=h.device)
+        losses = torch.empty(N, dtype=high, device=h.device)
         hits = torch.empty(N, dtype=torch.bool, device=h.device)
         dh = torch.empty_like(h_low) if needs_h else None
-        dweight = torch.zeros(weight.shape, dtype=torch.float32, device=h.device) if needs_weight else None
+        dweight = torch.zeros(weight.shape, dtype=high, device=h.device) if needs_weight else None
         rows = chunk_rows(N, V, h.device)
         with torch.autocast(h.device.type, enabled=False):
             for start in range(0, N, rows):
                 part = slice(start, min(start + rows, N))
                 target = safe_targets[part, None]                                    # (n, 1)
-                logits = (h_low[part] @ weight_low.T).float()                        # (n, V) fp32, whatever the product's dtype
+                logits = (h_low[part] @ weight_low.T).to(high)                       # (n, V) fp32, whatever the product's dtype
                 target_logit = logits.gather(1, target)[:, 0]
                 largest = logits.amax(1)                                             # (n,)
                 hits[part] = target_logit == largest                                 # a tie counts as a hit
@@ -408,7 +409,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                         dh[part] = ((probs @ weight_low) * scale).to(dtype)
                     if needs_weight:
                         scaled_h = (h_low[part] * scale).to(dtype)
-                        if dtype == torch.float32:
+                        if dtype == high:
                             dweight.addmm_(probs.T, scaled_h)
                         else:
                             dweight += probs.T @ scaled_h                            # low-precision product, fp32 sum
@@ -433,13 +434,13 @@ def linear_cross_entropy(h, weight, targets, token_weights=None):
     h (N, C) any float dtype; weight (V, C); targets (N,) int64, -1 = not counted; token_weights (N,) fp32 or None = ones
     Returns (sum () fp32, losses (N,) fp32 nats, hits (N,) bool). Gradients of h and weight flow from `sum` alone; divide it
     by the number of valid tokens yourself. losses are unweighted, 0 where not counted; hits: the target has the largest
-    logit. dweight is accumulated in fp32. Backward may run once.
+    logit. dweight is accumulated in fp32 (all of it in fp64 for fp64 input). Backward may run once.
     """
     return _LinearCrossEntropy.apply(h, weight, targets, token_weights)
 
 
 def _chunk_losses(h, weight, targets):
-    logits = F.linear(h, weight).float()
+    logits = F.linear(h, weight).to(torch.promote_types(h.dtype, torch.float32))
     return F.cross_entropy(logits, targets, ignore_index=-1, reduction='none')
 
 
@@ -449,7 +450,7 @@ def token_losses(h, weight, targets, reduction='none'):
     h (B, T, C), weight (V, C), targets (B, T) int64 with -1 = not counted. reduction 'none': (B, T) fp32 nats per token,
     0 where not counted; 'row': (B,) sums over tokens. A quarter more work than `linear_cross_entropy`.
     """
-    dtype = _compute_dtype(h)
+    dtype, _ = _loss_dtypes(h)
     flat, flat_targets, weight = h.flatten(0, 1).to(dtype), targets.flatten(), weight.to(dtype)
     rows = chunk_rows(flat.shape[0], weight.shape[0], h.device)
     losses = torch.cat([checkpoint(_chunk_losses, flat[i:i + rows], weight, flat_targets[i:i + rows], use_reentrant=False)

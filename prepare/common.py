@@ -15,12 +15,9 @@ import json
 import multiprocessing
 import os
 import shutil
-import sys
 import time
 
 import numpy as np
-
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))       # the project's own folder
 
 from configurator import BadInput, RunFault
 from data import shard_bytes

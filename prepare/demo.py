@@ -26,8 +26,10 @@ import numpy as np
 import rustbpe
 from tqdm import tqdm
 
-from common import SourceWriter, check_space, print_table, stopwatch
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))       # the project's own folder
+
 from configurator import configure
+from prepare.common import SourceWriter, check_space, print_table, stopwatch
 from tokenizer import LLAMA3_PATTERN, make_tokenizer
 
 # -- knobs --

@@ -6,11 +6,14 @@ Run it again after a kill and it goes on. --max_tokens=1_000_000 gives a taste. 
 `python train.py ... --sources.mydata=0.3 --data_dir=data`. Expect about 3 million tokens per second and core.
 """
 import os
+import sys
 
 from tqdm import tqdm
 
-from common import check_space, find_files, print_table, read_documents, stopwatch, write_source
-from configurator import BadInput, configure      # found because `common` put the project's folder on the path
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))       # the project's own folder
+
+from configurator import BadInput, configure
+from prepare.common import check_space, find_files, print_table, read_documents, stopwatch, write_source
 
 # -- knobs --
 source = ''                      # name of the new source: the folder <out>/<source>

@@ -1,0 +1,16 @@
+# MobileLLM-type 671B: 3 dense layers, then 256 routed experts (8 per token) and a shared one. Its parameters are counted;
+# mixture-of-experts layers cannot be built yet, so training it stops with a message that says so.
+vocab_size = 128256
+n_layer = 61
+n_head = 128
+n_kv_head = 8
+n_embd = 7168
+head_dim = 128
+ffn_dim = 18432
+tie_embeddings = False
+qk_norm = True
+n_expert = 256
+n_expert_active = 8
+n_shared_expert = 1
+expert_ffn_dim = 2048
+n_dense_layer = 3

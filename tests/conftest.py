@@ -1,0 +1,89 @@
+"""Shared fixtures: paths, a small source of real structure, and a way to run the scripts as a user does."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+SHARED = ROOT.parent / 'shared' / 'data'          # real text, present on some machines only
+
+from data import shard_bytes  # noqa: E402
+
+TINY = dict(vocab_size=64, n_layer=2, n_head=2, n_kv_head=1, n_embd=32, ffn_dim=48, block_size=16, batch_size=2,
+            total_batch_tokens=64, max_steps=12, warmup_steps=2, learning_rate=1e-2, log_interval=1, eval_interval=6,
+            eval_rows=4, save_interval=4, dtype='float32', compile=False)
+
+
+@pytest.fixture
+def shared_data():
+    if not SHARED.is_dir():
+        pytest.skip(f'{SHARED} is not on this machine')
+    return SHARED
+
+
+def write_shard(path, tokens, vocab_size=64):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b''.join(shard_bytes(tokens, vocab_size)))
+
+
+def make_source(data_dir, name, n_tokens=4000, vocab_size=64, seed=0):
+    """A source of arithmetic progressions modulo the vocabulary: easy to learn, different for every name."""
+    stride = 1 + sum(name.encode()) % 5
+    for split, n in (('train', n_tokens), ('val', n_tokens // 10)):
+        rng = np.random.default_rng([seed, stride, n])
+        tokens = (np.cumsum(np.where(rng.random(n) < 0.9, stride, rng.integers(0, vocab_size, n))) % vocab_size)
+        half = n // 2
+        write_shard(data_dir / name / split / '000000.bin', tokens[:half], vocab_size)
+        write_shard(data_dir / name / split / '000001.bin', tokens[half:], vocab_size)
+
+
+@pytest.fixture
+def tiny_data(tmp_path):
+    """Two sources, 'a' and 'b', without meta.json, as other projects' shards are."""
+    data_dir = tmp_path / 'data'
+    make_source(data_dir, 'a')
+    make_source(data_dir, 'b')
+    return data_dir
+
+
+def train_command(out_dir, data_dir, *extra, ranks=1, **knobs):
+    values = {**TINY, 'sources': {'a': 0.75, 'b': 0.25}, **knobs}
+    launch = [sys.executable] if ranks == 1 else [
+        sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={ranks}']
+    return [*launch, 'train.py', *extra, f'--out_dir={out_dir}', f'--data_dir={data_dir}',
+            *(f'--{key}={value}' for key, value in values.items())]
+
+
+def run(command, timeout=300, cwd=ROOT, **env):
+    """Runs a command in the project's folder with one thread: subprocess.CompletedProcess, text output."""
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout,
+                          env={**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': '', **env})
+
+
+def train(out_dir, data_dir, *extra, **knobs):
+    """A training run that must succeed; returns its metrics by step: {step: record}."""
+    done = run(train_command(out_dir, data_dir, *extra, **knobs))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return metrics(out_dir)
+
+
+def metrics(out_dir):
+    by_step = {}
+    for line in (Path(out_dir) / 'metrics.jsonl').read_text().splitlines():
+        record = json.loads(line)
+        by_step.setdefault(record['step'], {}).update(record)
+    return by_step
+
+
+def assert_one_sentence(done, code, *parts):
+    """A user's mistake: this exit code, no traceback, and these parts in the message."""
+    assert done.returncode == code, f'exit {done.returncode}\n{done.stdout}\n{done.stderr}'
+    assert 'Traceback' not in done.stderr, done.stderr
+    message = [line for line in done.stderr.splitlines() if 'error: ' in line][-1]
+    for part in parts:
+        assert part in message, message
