@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import shutil
 import time
+import zlib
 
 import numpy as np
 
@@ -56,6 +57,15 @@ def open_text(path):
     return open(path, encoding='utf-8')
 
 
+def unreadable(path):
+    """The errors that mean a file's bytes are not what its name says."""
+    errors = (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error)
+    if path.endswith('.zst'):
+        import zstandard
+        errors += (zstandard.ZstdError,)
+    return errors
+
+
 def read_documents(files, column):
     """Yields the text of one document after the other. JSONL: a record a line; parquet: a row; other files: the whole.
 
@@ -73,7 +83,7 @@ def read_documents(files, column):
             else:
                 with open_text(path) as f:
                     yield f.read()
-        except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
+        except unreadable(path) as error:
             raise BadInput(f'{path} cannot be read as UTF-8 text: {error}. Mend or leave out the file.') from None
 
 

@@ -1,0 +1,275 @@
+import gzip
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from conftest import ROOT, assert_one_sentence, run
+from configurator import BadInput
+from data import Source
+from prepare.demo import cut_docstrings, math_problem
+from tokenizer import GPT2_PATTERN, load_tokenizer, make_tokenizer, save_tokenizer
+
+WORDS = 'the cat sat on a mat and then it ran away from 12 dogs near 305 old houses naïve café 中文 \n\n'.split(' ')
+
+
+def documents(n, seed=0):
+    rng = random.Random(seed)
+    return [' '.join(rng.choice(WORDS) for _ in range(rng.randint(1, 400))) for _ in range(n)]
+
+
+@pytest.fixture
+def byte_tokenizer(tmp_path):
+    """256 bytes, ' t' and 'he', and an end-of-text token, saved as a rank file."""
+    ranks = {bytes([b]): b for b in range(256)} | {b' t': 256, b'he': 257}
+    folder = tmp_path / 'tok'
+    folder.mkdir()
+    save_tokenizer(str(folder), make_tokenizer('x', ranks, GPT2_PATTERN, {'<|endoftext|>': 258}, '<|endoftext|>'))
+    return str(folder)
+
+
+def prepare(*arguments, **options):
+    return run([sys.executable, 'prepare/text.py', *(f'--{a}' for a in arguments)], **options)
+
+
+def contents(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob('*')) if p.is_file()}
+
+
+def test_text_of_every_form_becomes_the_same_tokens(tmp_path, byte_tokenizer):
+    import pyarrow
+    import pyarrow.parquet
+    import zstandard
+    texts = documents(60)
+    lines = ''.join(json.dumps({'body': t}) + '\n' for t in texts)
+    (tmp_path / 'a.jsonl').write_text(lines)
+    (tmp_path / 'b.jsonl.gz').write_bytes(gzip.compress(lines.encode()))
+    (tmp_path / 'c.jsonl.zst').write_bytes(zstandard.compress(lines.encode()))
+    pyarrow.parquet.write_table(pyarrow.table({'body': texts}), tmp_path / 'd.parquet')
+    (tmp_path / 'folder').mkdir()
+    for i, text in enumerate(texts):
+        (tmp_path / 'folder' / f'{i:03d}.txt').write_text(text, newline='')
+    results = []
+    for name in ('a.jsonl', 'b.jsonl.gz', 'c.jsonl.zst', 'd.parquet', 'folder'):
+        done = prepare(f'source={name}', f'input={tmp_path / name}', f'tokenizer={byte_tokenizer}', f'out={tmp_path / "out"}',
+                       'column=body', 'val_fraction=0.2', 'workers=1')
+        assert done.returncode == 0, done.stderr
+        results.append({k: v for k, v in contents(tmp_path / 'out' / name).items() if k.endswith('.bin')})
+    assert all(r == results[0] for r in results) and set(results[0]) == {'train/000000.bin', 'val/000000.bin'}
+    # against the definition: BOS and the document's tokens, one after the other; val and train together are everything
+    tokenizer = load_tokenizer(byte_tokenizer)
+    decoded = []
+    for split in ('train', 'val'):
+        stream = np.frombuffer(results[0][f'{split}/000000.bin'], dtype='<u2', offset=1024)
+        decoded += [tokenizer.decode(part[1:].tolist()) for part in np.split(stream, np.flatnonzero(stream == 258))[1:]]
+    assert sorted(decoded) == sorted(texts)
+    meta = json.loads((tmp_path / 'out/a.jsonl/meta.json').read_text())
+    assert sum(s['documents'] for s in meta['splits'].values()) == 60
+    assert sum(s['bytes'] for s in meta['splits'].values()) == sum(len(t.encode()) for t in texts)
+    assert 0 < meta['splits']['val']['documents'] < 30
+
+
+def test_killed_preparation_goes_on_to_the_same_bytes_with_any_number_of_workers(tmp_path, byte_tokenizer):
+    source = tmp_path / 'in.jsonl'
+    source.write_text(''.join(json.dumps({'text': t}) + '\n' for t in documents(12_000)))
+    arguments = [f'input={source}', f'tokenizer={byte_tokenizer}', 'shard_tokens=200000']
+    done = prepare('source=x', f'out={tmp_path / "whole"}', 'workers=2', *arguments)
+    assert done.returncode == 0, done.stderr
+    expected = contents(tmp_path / 'whole')
+    assert len(expected) > 20
+    kills, target, rng = 0, tmp_path / 'killed' / 'x', random.Random(0)
+    while not (target / 'meta.json').exists():
+        process = subprocess.Popen(
+            [sys.executable, 'prepare/text.py', '--source=x', f'--out={tmp_path / "killed"}', '--workers=1',
+             *(f'--{a}' for a in arguments)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        n = len(list(target.glob('train/*.bin')))
+        wanted = n + rng.randint(1, 4)
+        while process.poll() is None and not (kills < 4 and len(list(target.glob('train/*.bin'))) >= wanted):
+            time.sleep(0.002)
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.wait()
+    assert kills >= 2 and contents(target.parent) == expected
+
+
+def test_max_tokens_stops_and_a_finished_source_is_left_alone(tmp_path, byte_tokenizer):
+    source = tmp_path / 'in.jsonl'
+    source.write_text(''.join(json.dumps({'text': t}) + '\n' for t in documents(2000)))
+    arguments = ['source=x', f'input={source}', f'tokenizer={byte_tokenizer}', f'out={tmp_path}', 'max_tokens=5000']
+    assert prepare(*arguments).returncode == 0
+    before = contents(tmp_path / 'x')
+    tokens = json.loads(before['meta.json'])['splits']['train']['tokens']
+    assert 5000 <= tokens < 8000
+    again = prepare(*arguments)
+    assert again.returncode == 0 and 'complete already' in again.stdout and contents(tmp_path / 'x') == before
+    assert_one_sentence(prepare(*arguments[:-1], 'max_tokens=9000'), 2, 'max_tokens', 'Delete')
+
+
+def test_training_reads_what_was_prepared(tmp_path, byte_tokenizer):
+    (tmp_path / 'in.txt').write_text('the cat sat on the mat. ' * 200)
+    assert prepare('source=x', f'input={tmp_path / "in.txt"}', f'tokenizer={byte_tokenizer}', f'out={tmp_path}', 'val_fraction=0').returncode == 0
+    row = Source(tmp_path, 'x', 'train', 30, vocab_size=259).rows([0])[0]
+    assert 'cat sat on' in load_tokenizer(str(tmp_path / 'x')).decode([t for t in row.tolist() if t != 258])
+
+
+@pytest.mark.parametrize('name, content, extra, parts', [
+    ('a.jsonl', b'{"text": "x"}\n{"text": \n', [], ['a.jsonl:2', 'JSON']),
+    ('a.jsonl', b'{"body": "x"}\n', [], ["no text under 'text'", 'body', '--column']),
+    ('a.jsonl', b'{"text": "\xff\xfe"}\n', [], ['a.jsonl', 'UTF-8']),
+    ('a.jsonl.gz', gzip.compress(b'{"text": "hello"}\n' * 99)[:-20], [], ['a.jsonl.gz', 'cannot be read']),
+    ('a.jsonl.gz', b'plain', [], ['a.jsonl.gz', 'cannot be read']),
+    ('a.parquet', b'no parquet', [], ['a.parquet', 'no parquet file']),
+    ('b.jsonl', b'{"text": "x"}\n', ['input=nowhere/*.jsonl'], ['matches no file']),
+    ('b.jsonl', b'{"text": "x"}\n', ['tokenizer=nope'], ["tokenizer 'nope'", 'neither a file']),
+    ('b.jsonl', b'{"text": "x"}\n', ['source='], ['--source is missing']),
+    ('b.jsonl', b'{"text": "x"}\n', ['max_token=1'], ["'max_tokens'"]),
+])
+def test_bad_input_gets_one_sentence(tmp_path, byte_tokenizer, name, content, extra, parts):
+    (tmp_path / name).write_bytes(content)
+    done = prepare('source=x', f'input={tmp_path / name}', f'tokenizer={byte_tokenizer}', f'out={tmp_path}', 'workers=1', *extra)
+    assert_one_sentence(done, 2, *parts)
+
+
+def test_broken_zst_gets_one_sentence(tmp_path, byte_tokenizer):
+    (tmp_path / 'a.jsonl.zst').write_bytes(b'no zst at all')
+    done = prepare('source=x', f'input={tmp_path / "a.jsonl.zst"}', f'tokenizer={byte_tokenizer}', f'out={tmp_path}', 'workers=1')
+    assert_one_sentence(done, 2, 'a.jsonl.zst', 'cannot be read')
+
+
+# -- tokenizers --------------------------------------------------------------------------------------------------------
+
+SAMPLES = [*documents(20, seed=1), "I'll  say 3.14  \t x\n\n  y = [1,2]   # end ", 'e\u0301 5²½ ٣٤ \u00a0\u2003 z', '']
+
+
+def trained_tokenizer_json(tmp_path, pre_tokenizer, normalizer=None, specials=('<|endoftext|>',)):
+    tokenizers = pytest.importorskip('tokenizers')
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizer(tokenizers)
+    if normalizer:
+        tokenizer.normalizer = getattr(tokenizers.normalizers, normalizer)()
+    tokenizer.train_from_iterator(documents(200), tokenizers.trainers.BpeTrainer(
+        vocab_size=600, special_tokens=list(specials), initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+    path = str(tmp_path / 'tokenizer.json')
+    tokenizer.save(path)
+    return path, tokenizer
+
+
+@pytest.mark.parametrize('kind', ['gpt2', 'digits', 'split', 'nfc'])
+def test_tokenizer_json_gives_the_ids_of_tokenizers(tmp_path, kind):
+    def pre_tokenizer(t):
+        p = t.pre_tokenizers
+        if kind == 'digits':
+            return p.Sequence([p.Digits(individual_digits=True), p.ByteLevel(add_prefix_space=False)])
+        if kind == 'split':
+            pattern = t.Regex(r"(?i:'s|'ll)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+            return p.Sequence([p.Split(pattern, 'isolated'), p.ByteLevel(add_prefix_space=False, use_regex=False)])
+        return p.ByteLevel(add_prefix_space=False)
+    path, theirs = trained_tokenizer_json(tmp_path, pre_tokenizer, 'NFC' if kind == 'nfc' else None)
+    ours = load_tokenizer(path)
+    assert ours.vocab_size == theirs.get_vocab_size()
+    for text in SAMPLES:
+        assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids, text
+    sizes = ours.token_bytes()
+    assert sum(sizes[i] for i in ours.encode(SAMPLES[0])) == len(SAMPLES[0].encode()) and sizes[ours.bos_id] == 0
+    save_tokenizer(str(tmp_path), ours)
+    again = load_tokenizer(str(tmp_path / 'tokenizer.tiktoken'))
+    assert again.fingerprint == ours.fingerprint and again.encode(SAMPLES[0]) == ours.encode(SAMPLES[0])
+
+
+@pytest.mark.parametrize('name', ['gpt2', 'dolma2', 'bpe8k', 'gpt_neox_20b'])
+def test_real_tokenizers_give_the_ids_of_tokenizers(shared_data, name):
+    tokenizers = pytest.importorskip('tokenizers')
+    path = str(shared_data / 'tokenizers' / name / 'tokenizer.json')
+    ours, theirs = load_tokenizer(path), tokenizers.Tokenizer.from_file(path)
+    for domain in ('code', 'math', 'web_edu', 'qa'):
+        with gzip.open(shared_data / 'val' / f'{domain}.jsonl.gz', 'rt') as f:
+            for line in [next(f) for _ in range(15)]:
+                text = json.loads(line)['text']
+                assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize('change, message', [
+    (lambda j: j.update(normalizer={'type': 'NFKC'}), 'NFKC'),
+    (lambda j: j['model'].update(type='Unigram'), 'Unigram'),
+    (lambda j: j['model'].update(byte_fallback=True), 'byte_fallback'),
+    (lambda j: j['model']['merges'].reverse(), 'order of its merges'),
+    (lambda j: j.update(added_tokens=[]), 'special tokens'),
+    (lambda j: j.update(pre_tokenizer={'type': 'Whitespace'}), 'Whitespace'),
+])
+def test_tokenizers_that_cannot_be_read_exactly_are_refused(tmp_path, change, message):
+    path, _ = trained_tokenizer_json(tmp_path, lambda t: t.pre_tokenizers.ByteLevel(add_prefix_space=False))
+    content = json.loads(open(path).read())
+    change(content)
+    open(path, 'w').write(json.dumps(content))
+    with pytest.raises(BadInput, match=message):
+        load_tokenizer(path)
+
+
+# -- the demo's data ---------------------------------------------------------------------------------------------------
+
+def test_docstrings_are_cut_out_and_collected():
+    text = '"""Top."""\nimport os\n\n\nclass A:\n    """Of A."""\n    x = 1\n\n    def f(self):\n        """Of f,\n        two lines."""\n        return "kept"\n'
+    code, docstrings = cut_docstrings(text)
+    assert docstrings == [('', 'Top.'), ('.A', 'Of A.'), ('.A.f', 'Of f,\ntwo lines.')]
+    assert code == 'import os\n\n\nclass A:\n    x = 1\n\n    def f(self):\n        return "kept"\n'
+
+
+def test_generated_mathematics_is_right():
+    rng = random.Random(5)
+    checked = 0
+    for _ in range(2000):
+        problem = math_problem(rng)
+        lines = problem.split('\n')
+        answer = lines[-1].removeprefix('Answer: ')
+        if lines[0].startswith('Problem: Compute '):
+            assert eval(lines[0].removeprefix('Problem: Compute ').rstrip('.')) == int(answer)
+            checked += 1
+        elif lines[0].startswith('Problem: Solve x^2'):
+            equation = lines[0].removeprefix('Problem: Solve ').removesuffix(' = 0.').replace('^', '**').replace(')x', ')*x')
+            for x in answer.removeprefix('x = ').split(' or x = '):
+                assert eval(equation, {'x': int(x)}) == 0
+            checked += 1
+        elif 'greatest common' in lines[0]:
+            a, b = (int(w) for w in lines[0].rstrip('.').replace('Problem: Find the greatest common divisor of ', '').split(' and '))
+            assert int(answer) == np.gcd(a, b)
+            checked += 1
+        elif '%' in lines[0]:
+            percent, whole = lines[0].removeprefix('Problem: What is ').rstrip('?').split('% of ')
+            assert int(percent) * int(whole) == 100 * int(answer)
+            checked += 1
+    assert checked > 800
+
+
+def test_demo_data_is_repeatable_disjoint_and_its_noise_is_shuffled(tmp_path):
+    folders = [tmp_path / 'one', tmp_path / 'two']
+    for folder in folders:
+        done = run([sys.executable, 'prepare/demo.py', f'--out={folder}'])
+        assert done.returncode == 0, done.stderr
+    assert contents(folders[0]) == contents(folders[1])
+    tokenizer = load_tokenizer(str(folders[0] / 'code'))
+    assert tokenizer.vocab_size == 4096
+    seen = {}
+    for source in ('code', 'docs', 'math', 'noise'):
+        meta = json.loads((folders[0] / source / 'meta.json').read_text())
+        assert meta['vocab_size'] == 4096 and meta['tokenizer']['fingerprint'] == tokenizer.fingerprint
+        assert meta['splits']['train']['tokens'] > 150_000 and meta['splits']['val']['tokens'] > 20_000
+        assert ('probe' in meta['splits']) == (source != 'noise')
+        for split in meta['splits']:
+            stream = np.frombuffer((folders[0] / source / split / '000000.bin').read_bytes(), dtype='<u2', offset=1024)
+            for part in np.split(stream, np.flatnonzero(stream == tokenizer.bos_id))[1:]:
+                assert part.tobytes() not in seen, (source, split, seen[part.tobytes()])
+                seen[part.tobytes()] = (source, split)
+    code = np.frombuffer((folders[0] / 'code/train/000000.bin').read_bytes(), dtype='<u2', offset=1024)
+    noise = np.frombuffer((folders[0] / 'noise/train/000000.bin').read_bytes(), dtype='<u2', offset=1024)
+    assert 'import ' in tokenizer.decode(code[:4000].tolist())
+
+    def pair_information(stream):      # nats that the token before tells of a token: high in text, low when shuffled
+        pairs = np.unique(stream[:-1].astype(np.int64) * 4096 + stream[1:], return_counts=True)[1]
+        return (np.log(pairs) * pairs).sum() / pairs.sum()
+    assert pair_information(code[:len(noise)]) > pair_information(noise) + 1
