@@ -59,6 +59,8 @@ class Checkpointer:
         self.folder = os.path.join(out_dir, 'ckpt')
         self.keep_last, self.asynchronous = keep_last, asynchronous
         self.pending = None          # (future, temporary folder, step) of a save that a thread is writing
+        # the thread's collectives need a group of their own: on a shared one they would meet training's out of order
+        self.group = dist.new_group(backend='gloo') if asynchronous and dist.is_initialized() else None
         if _rank() == 0 and os.path.isdir(self.folder):
             for name in os.listdir(self.folder):
                 if name.endswith('.tmp'):           # a killed run's half-written checkpoint
@@ -85,7 +87,7 @@ class Checkpointer:
                     json.dump({'step': step, **state}, f)
             tensors = _tensors(model, optimizers)
             if self.asynchronous:
-                self.pending = dcp.async_save(tensors, checkpoint_id=temporary), temporary, step
+                self.pending = dcp.async_save(tensors, checkpoint_id=temporary, process_group=self.group), temporary, step
             else:
                 dcp.save(tensors, checkpoint_id=temporary)
                 self._publish(temporary, step)

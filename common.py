@@ -3,11 +3,12 @@ import ctypes
 import json
 import os
 import platform
+import sys
 
 import torch
 import torch.distributed as dist
 
-from configurator import BadInput
+from configurator import BadInput, report_error
 
 # dense bf16 peaks without sparsity, FLOP/s, from the makers' data sheets; matched against the device's name, first hit wins
 PEAK_FLOPS = {'H200': 989e12, 'H100 PCIe': 756e12, 'H100': 989e12, 'GH200': 989e12, 'B200': 2250e12, 'A100': 312e12,
@@ -30,6 +31,7 @@ def start_ranks(device):
     if kind == 'cuda':
         torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
     dist.init_process_group('cpu:gloo,cuda:nccl' if kind == 'cuda' else 'gloo')
+    sys.excepthook = report_error           # init_process_group wraps the hook in one that would swallow our message
     here = torch.device(kind, int(os.environ['LOCAL_RANK'])) if kind == 'cuda' else torch.device('cpu')
     return dist.get_rank(), dist.get_world_size(), here
 

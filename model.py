@@ -369,8 +369,8 @@ def _loss_dtypes(h):
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Weighted sum of token losses. Gradients are made in the forward, while a chunk's probabilities are at hand: three
-    products of N*C*V instead of the four that recomputing the logits would take; backward only scales them."""
+    """Weighted sum of token losses. Gradients are made in the forward, while a chunk's logits are at hand: three products of
+    N*C*V instead of the four that recomputing them would take; backward only scales the gradients."""
 
     @staticmethod
     def forward(ctx, h, weight, targets, token_weights):
@@ -389,30 +389,34 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dh = torch.empty_like(h_low) if needs_h else None
         dweight = torch.zeros(weight.shape, dtype=high, device=h.device) if needs_weight else None
         rows = chunk_rows(N, V, h.device)
+        strip = rows if h.is_cuda else max(1, 2**20 // V)       # on the CPU the passes over a strip stay in its cache
+        buffer = torch.empty(rows, V, dtype=dtype, device=h.device)
         with torch.autocast(h.device.type, enabled=False):
             for start in range(0, N, rows):
                 part = slice(start, min(start + rows, N))
-                target = safe_targets[part, None]                                    # (n, 1)
-                logits = (h_low[part] @ weight_low.T).to(high)                       # (n, V) fp32, whatever the product's dtype
-                target_logit = logits.gather(1, target)[:, 0]
-                largest = logits.amax(1)                                             # (n,)
-                hits[part] = target_logit == largest                                 # a tie counts as a hit
-                probs = torch.softmax(logits, 1)
-                del logits
-                lse = largest - probs.amax(1).log()      # softmax of the largest is 1 / sum exp(z - max): never underflows
-                losses[part] = lse - target_logit
+                logits = torch.mm(h_low[part], weight_low.T, out=buffer[:part.stop - start])         # (n, V)
+                sums = torch.empty(logits.shape[0], 1, dtype=high, device=h.device)
+                for i in range(0, logits.shape[0], strip):
+                    z, target = logits[i:i + strip].to(high), safe_targets[start + i:min(start + i + strip, part.stop), None]
+                    target_logit, largest = z.gather(1, target), z.amax(1, keepdim=True)             # (strip, 1)
+                    z.sub_(largest).exp_()
+                    total = sums[i:i + strip].copy_(z.sum(1, keepdim=True))
+                    here = slice(start + i, start + i + z.shape[0])
+                    losses[here] = (largest + total.log() - target_logit)[:, 0]
+                    hits[here] = (target_logit == largest)[:, 0]                                     # a tie counts as a hit
+                    if needs_h or needs_weight:          # `total` times the gradient of the logits, softmax - one-hot
+                        z.scatter_add_(1, target, -total)
+                        logits[i:i + strip].copy_(z)
                 if needs_h or needs_weight:
-                    probs.scatter_add_(1, target, probs.new_full(target.shape, -1.0))
-                    probs = probs.to(dtype)
-                    scale = token_weights[part, None]                                # (n, 1); applied to C columns, not V
+                    scale = token_weights[part, None] / sums                     # (n, 1); applied to C columns, not V
                     if needs_h:
-                        dh[part] = ((probs @ weight_low) * scale).to(dtype)
+                        dh[part] = ((logits @ weight_low) * scale).to(dtype)
                     if needs_weight:
                         scaled_h = (h_low[part] * scale).to(dtype)
                         if dtype == high:
-                            dweight.addmm_(probs.T, scaled_h)
+                            dweight.addmm_(logits.T, scaled_h)
                         else:
-                            dweight += probs.T @ scaled_h                            # low-precision product, fp32 sum
+                            dweight += logits.T @ scaled_h                       # low-precision product, fp32 sum
         losses.masked_fill_(~counted, 0)
         hits &= counted
         ctx.save_for_backward(dh, dweight)

@@ -172,6 +172,8 @@ train_sources = [Source(data_dir, name, 'train', block_size, seed, vocab_size) f
 val_sources = [Source(data_dir, name, 'val', block_size, 0, vocab_size) for name in sources]
 shards_tokenizer = common_tokenizer(train_sources + val_sources)
 loader = MixtureLoader(train_sources, sources, seed)
+for _source in train_sources + val_sources:
+    _source.rows([0])                                          # shards of another tokenizer show here, before anything is written
 for _source in train_sources:
     if sources[_source.name] > 0 and _source.n_windows < batch_rows:
         raise BadInput(f"source '{_source.name}' has {_source.n_windows} windows of {block_size} tokens, fewer than one batch "

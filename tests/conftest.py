@@ -1,6 +1,8 @@
 """Shared fixtures: paths, a small source of real structure, and a way to run the scripts as a user does."""
 import json
 import os
+import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 SHARED = ROOT.parent / 'shared' / 'data'          # real text, present on some machines only
 
-from data import shard_bytes  # noqa: E402
+import torch  # noqa: E402
+
+from data import open_shard, shard_bytes  # noqa: E402
+
+torch.set_num_threads(1)       # as the subprocesses: sums in another order would differ in the last bit
 
 TINY = dict(vocab_size=64, n_layer=2, n_head=2, n_kv_head=1, n_embd=32, ffn_dim=48, block_size=16, batch_size=2,
             total_batch_tokens=64, max_steps=12, warmup_steps=2, learning_rate=1e-2, log_interval=1, eval_interval=6,
@@ -27,6 +33,7 @@ def shared_data():
 
 
 def write_shard(path, tokens, vocab_size=64):
+    open_shard.cache_clear()   # a test may write a shard anew under the same name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(b''.join(shard_bytes(tokens, vocab_size)))
 
@@ -65,10 +72,31 @@ def run(command, timeout=300, cwd=ROOT, **env):
                           env={**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': '', **env})
 
 
-def train(out_dir, data_dir, *extra, **knobs):
-    """A training run that must succeed; returns its metrics by step: {step: record}."""
-    done = run(train_command(out_dir, data_dir, *extra, **knobs))
-    assert done.returncode == 0, done.stdout + done.stderr
+def run_here(command):
+    """Runs a script of ours with its arguments in this process (a start of torch costs seconds). Returns the exit code."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before, folder, hook = sys.argv, os.getcwd(), sys.excepthook
+    sys.argv = command[command.index('train.py'):]
+    os.chdir(ROOT)
+    try:
+        runpy.run_path(sys.argv[0], run_name='__main__')
+    except SystemExit as stop:
+        return stop.code
+    finally:
+        sys.argv, sys.excepthook = before, hook
+        os.chdir(folder)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def train(out_dir, data_dir, ranks=1, **knobs):
+    """A training run that must succeed; returns its metrics by step: {step: record}. Several ranks run under torchrun."""
+    command = train_command(out_dir, data_dir, ranks=ranks, **knobs)
+    if ranks == 1:
+        assert run_here(command) == 0
+    else:
+        done = run(command)
+        assert done.returncode == 0, done.stdout + done.stderr
     return metrics(out_dir)
 
 

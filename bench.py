@@ -1,0 +1,171 @@
+"""Speed, side by side with a peer, as ratios of single-thread CPU time (wall clocks of shared machines lie).
+
+    python bench.py                             # all of it, about 15 minutes on a CPU
+    python bench.py --parts="['data']"          # reading rows only
+
+step     forward, backward and AdamW on the SmolLM2-135M shape, B=4 T=512, ours and transformers' Llama, both eager and both
+         compiled, alternating, the same dtype and memory settings; on CUDA in wall time
+data     rows from shards in the page cache, block_size 2048, as train.py reads them
+Floors: a step cannot be faster than its matrix products, 6 FLOP per weight and token; reading a row is one copy.
+"""
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+from configurator import BadInput, configure
+
+# -- knobs --
+parts = ['step', 'data']         # what to measure
+compiled = [False, True]         # eager, compiled or both
+dtypes = ['float32', 'bfloat16']     # float32, and bfloat16 autocast over fp32 weights
+rounds = 3                       # alternating rounds
+steps = 3                        # timed steps per round and side
+batch_size = 4                   # rows
+block_size = 512                 # tokens of a row
+n_layer = 30                     # 30 is SmolLM2-135M; fewer for a quick look
+peer = ''                        # internal: run one side and print its seconds per step
+config = configure(globals(), verbose=False)
+
+
+def make_step(who, dtype, compile_it):
+    """A function that takes one training step, and the FLOPs of its matrix products and attention."""
+    import torch
+    from common import tune_malloc
+    from model import GPT, ModelConfig, flops_per_token, init_weights
+    tune_malloc()
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    torch.manual_seed(0)
+    c = ModelConfig(vocab_size=49152, n_layer=n_layer, n_head=9, n_kv_head=3, n_embd=576, ffn_dim=1536, rope_theta=100000.0)
+    idx = torch.randint(0, c.vocab_size, (batch_size, block_size + 1), device=device)
+    inputs, targets = idx[:, :-1], idx[:, 1:].contiguous()
+    if who == 'ours':
+        model = GPT(c).to(device)
+        init_weights(model, 0)
+        if compile_it:
+            for block in model.blocks:
+                block.compile()
+
+        def loss():
+            return model.loss(inputs, targets)[0] / targets.numel()
+    else:
+        from transformers import LlamaConfig, LlamaForCausalLM
+        model = LlamaForCausalLM(LlamaConfig(
+            vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.ffn_dim, num_hidden_layers=c.n_layer,
+            num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head, tie_word_embeddings=True, use_cache=False,
+            attn_implementation='sdpa')).to(device)
+        forward = torch.compile(model) if compile_it else model
+
+        def loss():
+            return forward(input_ids=inputs, labels=inputs).loss
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+
+    def step():
+        with torch.autocast(device, torch.bfloat16, enabled=dtype == 'bfloat16'):
+            value = loss()
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if device == 'cuda':
+            torch.cuda.synchronize()
+    return step, flops_per_token(c, block_size, causal=True) * inputs.numel()
+
+
+def run_side():
+    """One side in a process of its own: warms up, then answers every line on stdin with the median seconds of its steps."""
+    import torch
+    who, dtype, compile_it = peer.split(',')
+    step, flops = make_step(who, dtype, compile_it == 'True')
+    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+    for _ in range(2):
+        step()
+    print('ready', flops, flush=True)
+    for _ in sys.stdin:
+        seconds = []
+        for _ in range(steps):
+            start = clock()
+            step()
+            seconds.append(clock() - start)
+        with open('/proc/self/status', encoding='ascii') as f:
+            peak = next(int(line.split()[1]) / 2**20 for line in f if line.startswith('VmHWM'))
+        print(statistics.median(seconds), peak, flush=True)
+
+
+def start_side(who, dtype, compile_it):
+    overrides = [f'--{key}={config[key]}' for key in ('steps', 'batch_size', 'block_size', 'n_layer')]
+    process = subprocess.Popen([sys.executable, __file__, f'--peer={who},{dtype},{compile_it}', *overrides], text=True,
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    ready = process.stdout.readline().split()
+    if ready[:1] != ['ready']:
+        raise BadInput(f'the benchmark of {who} did not start; its message stands above.')
+    return process, float(ready[1])
+
+
+def bench_step(dtype, compile_it):
+    """Both sides stay alive and take turns; prints the median of the rounds' ratios and their range."""
+    sides = {who: start_side(who, dtype, compile_it) for who in ('ours', 'transformers')}
+    seconds, memory = {who: [] for who in sides}, {}
+    for _ in range(rounds):
+        for who, (process, _) in sides.items():
+            process.stdin.write('go\n')
+            process.stdin.flush()
+            value, peak = process.stdout.readline().split()
+            seconds[who].append(float(value))
+            memory[who] = float(peak)
+    for process, _ in sides.values():
+        process.stdin.close()
+        process.wait()
+    ratios = [b / a for a, b in zip(seconds['ours'], seconds['transformers'])]
+    tokens, flops = batch_size * block_size, sides['ours'][1]
+    print(f"| {dtype} | {'compiled' if compile_it else 'eager'} | {tokens / statistics.median(seconds['ours']):.0f} | "
+          f"{tokens / statistics.median(seconds['transformers']):.0f} | **{statistics.median(ratios):.2f}** "
+          f"({min(ratios):.2f} to {max(ratios):.2f}) | {flops / statistics.median(seconds['ours']) / 1e9:.0f} | "
+          f"{memory['ours']:.1f} / {memory['transformers']:.1f} |", flush=True)
+
+
+def bench_data():
+    """Millions of tokens per CPU-second from 200 MB of shards through MixtureLoader, 16 rows of 2048 at a time."""
+    import numpy as np
+    from data import MixtureLoader, Source, shard_bytes
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ('a', 'b', 'c', 'd'):
+            os.makedirs(f'{folder}/{name}/train')
+            for i in range(5):
+                with open(f'{folder}/{name}/train/{i:06d}.bin', 'wb') as f:
+                    f.writelines(shard_bytes(np.random.default_rng(i).integers(0, 49152, 5_000_000), 49152))
+        loader = MixtureLoader([Source(folder, name, 'train', 2048, 0, 49152) for name in 'abcd'],
+                               {'a': 0.4, 'b': 0.3, 'c': 0.2, 'd': 0.1})
+        rates = []
+        for _ in range(rounds + 1):
+            start = time.process_time()
+            for _ in range(1000):
+                loader.read(*loader.next_batch(16))
+            rates.append(1000 * 16 * 2048 / (time.process_time() - start) / 1e6)
+        row = np.zeros(2049, dtype=np.int32)
+        tokens = np.memmap(f'{folder}/a/train/000000.bin', dtype='<u2', mode='r', offset=1024)
+        start = time.process_time()
+        for i in range(16_000):
+            row[:] = tokens[i % 2000 * 2048:i % 2000 * 2048 + 2049]
+        floor = 16_000 * 2048 / (time.process_time() - start) / 1e6
+    print(f'data: {statistics.median(rates[1:]):.0f} million tokens per CPU-second ({min(rates[1:]):.0f} to {max(rates[1:]):.0f}); '
+          f'the copy alone {floor:.0f}')
+
+
+if peer:
+    run_side()
+else:
+    import torch
+    print(f'{time.strftime("%Y-%m-%d")}, Python {platform.python_version()}, torch {torch.__version__}, '
+          f'{torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU, one thread"}')
+    if 'data' in parts:
+        bench_data()
+    if 'step' in parts:
+        print(f'step: {n_layer} layers of SmolLM2-135M, B={batch_size} T={block_size}\n\n'
+              '| dtype | mode | ours tok/s | transformers tok/s | ratio (range) | ours GFLOP/s | peak GiB |\n|---|---|---|---|---|---|---|')
+        for _dtype in dtypes:
+            for _compile in compiled:
+                bench_step(_dtype, _compile)
