@@ -89,7 +89,7 @@ class Checkpointer:
             if self.asynchronous:
                 self.pending = dcp.async_save(tensors, checkpoint_id=temporary, process_group=self.group), temporary, step
             else:
-                dcp.save(tensors, checkpoint_id=temporary)
+                dcp.save(tensors, checkpoint_id=temporary, no_dist=not dist.is_initialized())
                 self._publish(temporary, step)
         except (OSError, CheckpointException) as error:
             self._fail(temporary, step, error)
@@ -204,7 +204,7 @@ def check_same_model(checkpoint, saved, wanted):
 
 def load_weights(checkpoint, model):
     """Model weights only (init_from), into the model in place, whatever the number of ranks."""
-    dcp.load(_tensors(model, []), checkpoint_id=checkpoint)
+    dcp.load(_tensors(model, []), checkpoint_id=checkpoint, no_dist=not dist.is_initialized())
 
 
 def load(checkpoint, model, optimizers):
@@ -227,7 +227,7 @@ def load(checkpoint, model, optimizers):
                     raise BadInput(f'checkpoint {checkpoint} has no optimizer state for {names[parameter]}: it was written with '
                                    'another optimizer. Resume with that one, or start a new run with init_from.')
                 tensors |= {prefix + key: value for key, value in states[optimizer, parameter].items()}
-    dcp.load(tensors, checkpoint_id=checkpoint)
+    dcp.load(tensors, checkpoint_id=checkpoint, no_dist=not dist.is_initialized())
     for (optimizer, parameter), state in states.items():
         optimizer.state[parameter] = state
     rng = os.path.join(checkpoint, f'rng_{_rank()}.pt')

@@ -14,16 +14,16 @@ ffn_dim = 512
 rope_theta = 10000.0
 
 block_size = 256
-batch_size = 16
-total_batch_tokens = 4096
-max_steps = 260
-learning_rate = 4e-3
-warmup_steps = 20
+batch_size = 4
+total_batch_tokens = 1024
+max_steps = 1000
+learning_rate = 1.5e-3
+warmup_steps = 50
 min_lr_frac = 0.05
 
-log_interval = 5
-eval_interval = 52
+log_interval = 10
+eval_interval = 200
 eval_rows = 64
-save_interval = 130
+save_interval = 500
 sample_tokens = 80
-sample_prompt = 'Problem: Compute 12 * 7 + 5.\n'
+sample_prompt = 'Problem: Compute 12 * 7 + 5.'

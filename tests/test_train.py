@@ -6,6 +6,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import numpy as np
@@ -24,7 +25,7 @@ def weights_of(out_dir):
     folder = find_checkpoint(str(out_dir))
     stored = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
     tensors = {key: torch.zeros(m.size, dtype=m.properties.dtype) for key, m in stored.items()}
-    dcp.load(tensors, checkpoint_id=folder)
+    dcp.load(tensors, checkpoint_id=folder, no_dist=True)
     return tensors
 
 
@@ -320,3 +321,17 @@ def test_every_config_loads(tmp_path, capsys, name):
                   '--prepare=None', '--mixture=fixed', '--device=cpu'])
     out = capsys.readouterr().out
     assert 'differ from the defaults' in out and f'config/{name}:' in out
+
+
+def test_demo_builds_its_data_trains_and_writes_text(tmp_path):
+    done = run([sys.executable, 'train.py', 'config/demo.py', f'--out_dir={tmp_path / "run"}', f'--data_dir={tmp_path / "demo"}',
+                '--max_steps=12', '--eval_interval=12', '--eval_rows=8'])
+    assert done.returncode == 0, done.stderr
+    m = metrics(tmp_path / 'run')
+    assert abs(m[0]['val/loss'] / np.log(4096) - 1) < 0.02 and m[12]['val/loss'] < m[0]['val/loss'] - 0.3
+    for source in ('code', 'docs', 'math', 'noise'):      # bits per byte against the shard's own count of bytes, roughly
+        meta = json.loads((tmp_path / 'demo' / source / 'meta.json').read_text())['splits']['val']
+        expected = m[12][f'val/loss_{source}'] / np.log(2) * meta['tokens'] / meta['bytes']
+        assert m[12][f'val/bpb_{source}'] == pytest.approx(expected, rel=0.4)
+    for part in ('running prepare/demo.py', 'bits/byte', 'curves.png', 'sample: Problem: Compute 12 * 7 + 5.'):
+        assert part in done.stdout

@@ -1,0 +1,38 @@
+"""What only a CUDA device can show. Skipped, with the reason, where there is none: python -m pytest -m gpu"""
+import pytest
+import torch
+
+from conftest import metrics, train
+from model import GPT, ModelConfig, init_weights, linear_cross_entropy
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device here')]
+
+
+def test_document_attention_by_the_flash_kernel_equals_the_mask():
+    model = GPT(ModelConfig(vocab_size=128, n_layer=2, n_head=4, n_kv_head=2, n_embd=256, ffn_dim=256, qk_norm=True))
+    init_weights(model, 0)
+    idx = torch.randint(0, 128, (2, 64))
+    doc_ids = (torch.arange(64) // 20).repeat(2, 1)
+    with torch.no_grad():
+        expected = model(idx, doc_ids=doc_ids)
+        with torch.autocast('cuda', torch.bfloat16):
+            got = model.cuda()(idx.cuda(), doc_ids=doc_ids.cuda()).float().cpu()
+    assert (got - expected).abs().max() < 0.1 and (got - expected).norm() / expected.norm() < 0.02
+
+
+def test_chunked_loss_on_cuda_equals_fp64():
+    torch.manual_seed(0)
+    h, weight = torch.randn(300, 64, device='cuda', requires_grad=True), torch.randn(1000, 64, device='cuda', requires_grad=True)
+    targets = torch.randint(0, 1000, (300,), device='cuda')
+    expected = torch.nn.functional.cross_entropy(h.double() @ weight.double().T, targets, reduction='sum')
+    total, _, _ = linear_cross_entropy(h, weight, targets)
+    assert abs(total.item() / expected.item() - 1) < 1e-5
+    for a, b in zip(torch.autograd.grad(total, (h, weight)), torch.autograd.grad(expected, (h, weight))):
+        assert (a - b).norm() / b.norm() < 1e-3           # fp32 products may run in TF32
+
+
+def test_a_run_on_cuda_learns_and_resumes(tmp_path, tiny_data):
+    m = train(tmp_path / 'run', tiny_data, device='cuda', dtype='bfloat16', n_embd=64, max_steps=60)
+    assert m[60]['val/loss'] < m[0]['val/loss'] - 1 and m[59]['system/gpu_memory'] > 0
+    train(tmp_path / 'run', tiny_data, device='cuda', dtype='bfloat16', n_embd=64, max_steps=70, resume=True)
+    assert max(metrics(tmp_path / 'run')) == 70
