@@ -10,6 +10,7 @@ it good. On CUDA the tensors are copied to the CPU and written by a thread while
 import json
 import os
 import random
+import re
 import shutil
 
 import numpy as np
@@ -20,6 +21,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from common import barrier
 from configurator import BadInput, RunFault
+
+
+def _remove(folder):
+    """Deletes a checkpoint; renamed first, so that a kill half-way leaves nothing that looks complete."""
+    os.replace(folder, folder + '.old.tmp')
+    shutil.rmtree(folder + '.old.tmp')
 
 
 def _rank():
@@ -125,7 +132,7 @@ class Checkpointer:
                 os.fsync(f.fileno())
             final = temporary.removesuffix('.tmp')
             if os.path.isdir(final):                 # saved before, by a run that was since resumed from an older one
-                shutil.rmtree(final)
+                _remove(final)
             os.replace(temporary, final)
             latest = os.path.join(self.folder, 'latest')
             with open(latest + '.tmp', 'w', encoding='utf-8') as f:
@@ -133,9 +140,9 @@ class Checkpointer:
                 f.flush()
                 os.fsync(f.fileno())
             os.replace(latest + '.tmp', latest)
-            older = [name for name in complete_checkpoints(self.folder) if name <= os.path.basename(final)]
+            older = [name for name in complete_checkpoints(self.folder) if int(name[5:]) <= step]
             for name in older[:-self.keep_last] if self.keep_last else []:
-                shutil.rmtree(os.path.join(self.folder, name))
+                _remove(os.path.join(self.folder, name))
         barrier()
 
     def _fail(self, temporary, step, error):
@@ -151,7 +158,7 @@ def complete_checkpoints(folder):
     """Names of the finished checkpoints in a ckpt folder, oldest first."""
     if not os.path.isdir(folder):
         return []
-    return sorted(name for name in os.listdir(folder) if name.startswith('step_') and not name.endswith('.tmp'))
+    return sorted((name for name in os.listdir(folder) if re.fullmatch(r'step_\d+', name)), key=lambda name: int(name[5:]))
 
 
 def find_checkpoint(path):

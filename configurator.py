@@ -37,7 +37,7 @@ def report_error(kind, error, traceback):
     sys.stdout.flush()
     rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get('WORLD_SIZE', 1)) > 1 else ''
     if issubclass(kind, (BadInput, RunFault)):
-        print(f'{rank}error: {error}', file=sys.stderr, flush=True)
+        print(f'\n{rank}error: {error}', file=sys.stderr, flush=True)
         raise SystemExit(2 if issubclass(kind, BadInput) else 1)
     if issubclass(kind, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         print(f'{rank}error: {error.strerror} while writing {error.filename or "a file"}. '

@@ -133,6 +133,9 @@ if total_batch_tokens % micro_tokens:
 grad_accum = total_batch_tokens // micro_tokens
 batch_rows = total_batch_tokens // block_size                  # rows of a global batch
 n_steps = min(n for n in (max_steps, max_tokens and -(-max_tokens // total_batch_tokens)) if n is not None)
+if not 0 < decay_frac <= 1 or not 0 <= min_lr_frac <= 1 or learning_rate <= 0 or n_steps < 1:
+    raise BadInput(f'decay_frac = {decay_frac} must lie in (0, 1], min_lr_frac = {min_lr_frac} in [0, 1], learning_rate = '
+                   f'{learning_rate} above 0, and there must be at least one step (there are {n_steps}).')
 model_config = ModelConfig(**{f.name: config[f.name] for f in fields(ModelConfig)})
 
 
@@ -250,6 +253,9 @@ if found is not None:
         if saved['config'][_name] != config[_name]:
             raise BadInput(f"{_name} was {saved['config'][_name]!r} in {found}, it is {config[_name]!r} now; a resumed run cannot "
                            'change it. Put it back, or start a new run with init_from.')
+    if saved['step'] > n_steps:
+        raise BadInput(f"{found} is at step {saved['step']}, beyond the {n_steps} steps asked for: nothing is left to train. Raise "
+                       'max_steps (or max_tokens).')
     loader.load_state_dict(saved['loader'])
     _note = checkpoint.load(found, model, optimizers)
     first_step = saved['step']

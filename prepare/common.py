@@ -260,9 +260,9 @@ def check_space(folder, n_bytes):
     while not os.path.isdir(folder):
         folder = os.path.dirname(os.path.abspath(folder))
     free = shutil.disk_usage(folder).free
-    print(f'disk: about {n_bytes / 2**20:,.0f} MiB needed, {free / 2**20:,.0f} MiB free in {folder}')
+    print(f'disk: about {n_bytes / 2**20:,.1f} MiB needed, {free / 2**20:,.1f} MiB free in {folder}')
     if n_bytes > free:
-        raise BadInput(f'{folder} has {free / 2**20:,.0f} MiB free, about {n_bytes / 2**20:,.0f} MiB are needed. '
+        raise BadInput(f'{folder} has {free / 2**20:,.1f} MiB free, about {n_bytes / 2**20:,.1f} MiB are needed. '
                        'Free some space, choose another --out or set --max_tokens.')
 
 

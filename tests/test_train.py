@@ -229,6 +229,7 @@ def test_document_mask_changes_what_is_seen(tmp_path, tiny_data):
     (dict(init_from='nowhere'), ["'nowhere'"]),
     (dict(document_mask=True), ['meta.json']),
     (dict(n_expert=8), ['mixture-of-experts']),
+    (dict(schedule='wsd', decay_frac=0.0), ['decay_frac = 0.0']),
 ])
 def test_mistakes_in_the_config_get_one_sentence(tmp_path, tiny_data, knobs, parts):
     with pytest.raises(BadInput) as error:
@@ -272,6 +273,8 @@ def test_resume_with_changed_shards_model_or_damaged_files_is_refused(finished, 
     checkpoint = finished / 'ckpt/step_000012'
     refused('another model: ffn_dim 48 there, 64 here', ffn_dim=64)
     refused('total_batch_tokens was 64', total_batch_tokens=128)
+    with pytest.raises(BadInput, match='step 12, beyond the 6 steps'):
+        train(finished, tiny_data, resume=True, max_steps=6)
     refused(r"sources are \['a', 'b'\]", sources={'a': 1.0})
     shard = next(checkpoint.glob('*.distcp'))
     content = shard.read_bytes()
