@@ -7,6 +7,7 @@
 A checkpoint is written under a temporary name and renamed when it is whole, so a kill at any moment leaves the one before
 it good. On CUDA the tensors are copied to the CPU and written by a thread while training goes on.
 """
+import io
 import json
 import os
 import random
@@ -87,8 +88,10 @@ class Checkpointer:
                 shutil.rmtree(temporary, ignore_errors=True)
                 os.makedirs(temporary)
             barrier()
+            rng = io.BytesIO()               # torch.save into a file turns a full disk into another kind of error
+            torch.save(_rng_state(), rng)
             with open(os.path.join(temporary, f'rng_{_rank()}.pt'), 'wb') as f:
-                torch.save(_rng_state(), f)
+                f.write(rng.getvalue())
             if _rank() == 0:
                 with open(os.path.join(temporary, 'state.json'), 'w', encoding='utf-8') as f:
                     json.dump({'step': step, **state}, f)
@@ -169,7 +172,7 @@ def find_checkpoint(path):
     if not os.path.isdir(path):
         raise BadInput(f"'{path}' is no folder; give a run's out_dir or one of its ckpt/step_* folders.")
     folder, chosen = os.path.join(path, 'ckpt'), path
-    if not os.path.basename(os.path.normpath(path)).startswith('step_'):
+    if os.path.isdir(folder) or not os.path.basename(os.path.normpath(path)).startswith('step_'):
         names = complete_checkpoints(folder)
         if not names:
             return None

@@ -3,6 +3,7 @@ import ctypes
 import json
 import os
 import platform
+import re
 import sys
 
 import torch
@@ -80,7 +81,7 @@ def peak_flops(device):
     if device.type != 'cuda':
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+    return next((peak for key, peak in PEAK_FLOPS.items() if re.search(rf'\b{key}\b', name)), None)
 
 
 def device_name(device):

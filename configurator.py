@@ -15,6 +15,7 @@ Also here, because every script needs them: `BadInput` and `RunFault`, the two k
 mend, and the hook that prints them as one sentence (exit code 2 and 1). Anything else keeps its traceback: it is ours.
 """
 import ast
+import copy
 import difflib
 import errno
 import io
@@ -129,7 +130,7 @@ def parse_literal(text, annotation, default):
         return None
     try:
         value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return text
     return text if 'str' == wanted.replace('None', '').strip(' |') and not isinstance(value, str) else value
 
@@ -143,8 +144,8 @@ def run_config_file(path, values, knobs):
                        'Arguments are config files or --key=value.')
     with open(path, encoding='utf-8') as f:
         source = f.read()
-    scope = {**values, '__file__': path}
-    before = dict(scope)
+    scope = {**copy.deepcopy(values), '__file__': path}
+    before = {**values, '__file__': path}
     try:
         tree = ast.parse(source, path)
         exec(compile(tree, path, 'exec'), scope)
@@ -161,7 +162,7 @@ def run_config_file(path, values, knobs):
     for name, value in scope.items():
         if name.startswith('_') or isinstance(value, types.ModuleType):
             continue
-        if name in before and name not in lines:
+        if name in before and name not in lines and value == before[name]:      # a dict may have been changed in place
             continue
         where = f'{path}:{lines.get(name, 1)}'
         if name not in knobs:

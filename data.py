@@ -52,7 +52,7 @@ def read_header(path):
     return n_tokens, dtype
 
 
-@functools.lru_cache(maxsize=512)       # a bound on open files; 2T tokens are some 20,000 shards
+@functools.lru_cache(maxsize=128)       # a bound on open files (macOS allows 256); 2T tokens are some 20,000 shards
 def open_shard(path):
     n_tokens, dtype = read_header(path)
     return np.memmap(path, dtype=dtype, mode='r', offset=HEADER_BYTES, shape=(n_tokens,))

@@ -10,6 +10,7 @@ rows in chunks, so the B x T x V logits never exist at once.
 Letters in shape comments: B rows, T tokens, C n_embd, H n_head, K n_kv_head, D head_dim, F ffn_dim, V vocab_size, N = B*T.
 """
 import hashlib
+import inspect
 import math
 from dataclasses import dataclass
 
@@ -45,6 +46,9 @@ class ModelConfig:
     n_dense_layer: int = 0                # first layers that stay dense (width ffn_dim)
 
     def __post_init__(self):
+        for name in ('vocab_size', 'n_layer', 'n_head', 'n_kv_head', 'n_embd', 'ffn_dim', 'layer_repeat', 'head_dim'):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise BadInput(f'{name} = {getattr(self, name)} must be at least 1.')
         if self.head_dim is None:
             if self.n_embd % self.n_head:
                 raise BadInput(f'n_embd = {self.n_embd} is not a multiple of n_head = {self.n_head}. '
@@ -54,9 +58,6 @@ class ModelConfig:
             raise BadInput(f'n_head = {self.n_head} is not a multiple of n_kv_head = {self.n_kv_head}.')
         if self.head_dim % 2:
             raise BadInput(f'head_dim = {self.head_dim} is odd; rotary positions need an even one.')
-        for name in ('vocab_size', 'n_layer', 'n_head', 'n_kv_head', 'n_embd', 'ffn_dim', 'layer_repeat'):
-            if getattr(self, name) < 1:
-                raise BadInput(f'{name} = {getattr(self, name)} must be at least 1.')
         if self.rope_scaling is not None:
             wanted = {'factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position'}
             if set(self.rope_scaling) != wanted:
@@ -136,7 +137,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps).to(x.dtype)      # autocast may widen it
+        with torch.autocast(x.device.type, enabled=False):      # from torch 2.12 on, CUDA's autocast would return fp32
+            return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
 class Attention(nn.Module):
@@ -182,7 +184,8 @@ class Attention(nn.Module):
         B, H, T, D = q.shape
         k, v = (t.repeat_interleave(H // t.shape[1], dim=1) for t in (k, v))      # enable_gqa is missing from torch 2.11
         q, k, v = (t.transpose(1, 2).reshape(B * T, H, D) for t in (q, k, v))
-        y = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, T, T, window_size=(-1, 0))
+        causal = dict(window_size=(-1, 0)) if 'window_size' in inspect.signature(varlen_attn).parameters else dict(is_causal=True)
+        y = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, T, T, **causal)      # the name of the option changed within torch 2.x
         return y.view(B, T, H, D).transpose(1, 2)
 
 
@@ -357,9 +360,9 @@ def init_weights(model, seed):
 
 # -- loss --------------------------------------------------------------------------------------------------------------
 
-def chunk_rows(n_rows, vocab_size, device):
-    """Rows of logits held at once: 256 MB in fp32 on the CPU, 1 GB on a GPU. Few large chunks: each one reads dW again."""
-    return max(1, min(n_rows, (2**28 if device.type == 'cuda' else 2**26) // vocab_size))
+def chunk_rows(n_rows, vocab_size, device, dtype):
+    """Rows of logits held at once: 256 MiB on the CPU, 1 GiB on a GPU. Few large chunks: each one reads dW again."""
+    return max(1, min(n_rows, (2**30 if device.type == 'cuda' else 2**28) // (vocab_size * dtype.itemsize)))
 
 
 def _loss_dtypes(h):
@@ -387,8 +390,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         losses = torch.empty(N, dtype=high, device=h.device)
         hits = torch.empty(N, dtype=torch.bool, device=h.device)
         dh = torch.empty_like(h_low) if needs_h else None
-        dweight = torch.zeros(weight.shape, dtype=high, device=h.device) if needs_weight else None
-        rows = chunk_rows(N, V, h.device)
+        dweight = None
+        rows = chunk_rows(N, V, h.device, dtype)
         strip = rows if h.is_cuda else max(1, 2**20 // V)       # on the CPU the passes over a strip stay in its cache
         buffer = torch.empty(rows, V, dtype=dtype, device=h.device)
         with torch.autocast(h.device.type, enabled=False):
@@ -413,7 +416,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                         dh[part] = ((logits @ weight_low) * scale).to(dtype)
                     if needs_weight:
                         scaled_h = (h_low[part] * scale).to(dtype)
-                        if dtype == high:
+                        if dweight is None:
+                            dweight = (logits.T @ scaled_h).to(high)
+                        elif dtype == high:
                             dweight.addmm_(logits.T, scaled_h)
                         else:
                             dweight += logits.T @ scaled_h                       # low-precision product, fp32 sum
@@ -456,7 +461,7 @@ def token_losses(h, weight, targets, reduction='none'):
     """
     dtype, _ = _loss_dtypes(h)
     flat, flat_targets, weight = h.flatten(0, 1).to(dtype), targets.flatten(), weight.to(dtype)
-    rows = chunk_rows(flat.shape[0], weight.shape[0], h.device)
+    rows = chunk_rows(flat.shape[0], weight.shape[0], h.device, torch.float32)
     losses = torch.cat([checkpoint(_chunk_losses, flat[i:i + rows], weight, flat_targets[i:i + rows], use_reentrant=False)
                         for i in range(0, flat.shape[0], rows)]).view_as(targets)
     if reduction == 'none':

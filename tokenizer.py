@@ -157,6 +157,8 @@ def byte_of_character():
 
 def split_pattern(path, pre_tokenizer):
     """The one regular expression that a tokenizer.json's pre_tokenizer amounts to; BadInput when it is another kind."""
+    if pre_tokenizer is None:
+        raise BadInput(f'{path}: its pre-tokenizer splits nothing, which tiktoken cannot express.')
     steps = pre_tokenizer['pretokenizers'] if pre_tokenizer['type'] == 'Sequence' else [pre_tokenizer]
     pattern = None
     for step in steps:

@@ -22,6 +22,7 @@ from dataclasses import asdict, fields
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
@@ -121,6 +122,12 @@ if mixture != 'fixed':
 for _name in ('block_size', 'batch_size', 'total_batch_tokens', 'log_interval', 'eval_interval', 'eval_rows', 'save_interval'):
     if config[_name] < 1:
         raise BadInput(f'{_name} = {config[_name]} must be at least 1.')
+for _name in ('keep_last', 'warmup_steps', 'weight_decay', 'adam_eps', 'grad_clip', 'learning_rate', 'sample_tokens'):
+    if config[_name] < 0:
+        raise BadInput(f'{_name} = {config[_name]} must not be negative.')
+for _name, _low, _high in (('beta1', 0, 0.9999), ('beta2', 0, 0.999999), ('min_lr_frac', 0, 1), ('decay_frac', 1e-9, 1)):
+    if not _low <= config[_name] <= _high:
+        raise BadInput(f'{_name} = {config[_name]} must lie between {_low} and {_high}.')
 if not sources:
     raise BadInput("sources is empty. Give a config file, or --sources=\"{'name': weight}\" with folders of data_dir.")
 if max_steps is None and max_tokens is None:
@@ -133,9 +140,8 @@ if total_batch_tokens % micro_tokens:
 grad_accum = total_batch_tokens // micro_tokens
 batch_rows = total_batch_tokens // block_size                  # rows of a global batch
 n_steps = min(n for n in (max_steps, max_tokens and -(-max_tokens // total_batch_tokens)) if n is not None)
-if not 0 < decay_frac <= 1 or not 0 <= min_lr_frac <= 1 or learning_rate <= 0 or n_steps < 1:
-    raise BadInput(f'decay_frac = {decay_frac} must lie in (0, 1], min_lr_frac = {min_lr_frac} in [0, 1], learning_rate = '
-                   f'{learning_rate} above 0, and there must be at least one step (there are {n_steps}).')
+if n_steps < 1:
+    raise BadInput(f'max_steps = {max_steps}, max_tokens = {max_tokens} give {n_steps} steps; at least 1 is needed.')
 model_config = ModelConfig(**{f.name: config[f.name] for f in fields(ModelConfig)})
 
 
@@ -188,7 +194,7 @@ if document_mask and device.type == 'cuda' and dtype != torch.bfloat16:
 tokenizer, token_bytes = None, None
 if shards_tokenizer is not None:
     from tokenizer import load_tokenizer
-    tokenizer = load_tokenizer(os.path.join(data_dir, train_sources[0].name))
+    tokenizer = load_tokenizer(os.path.join(data_dir, next(s.name for s in train_sources if s.meta is not None)))
     token_bytes = torch.tensor(tokenizer.token_bytes() + [0] * (vocab_size - tokenizer.vocab_size), device=device)
 
 
@@ -219,9 +225,10 @@ if compile:
         block.compile()
 if world_size > 1:
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32) if dtype != torch.float32 else MixedPrecisionPolicy()
+    mesh = init_device_mesh(device.type, (world_size,))
     for block in model.blocks:
-        fully_shard(block, mp_policy=policy)
-    fully_shard(model, mp_policy=policy)                       # the rest: embeddings, final norm, output layer
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)            # the rest: embeddings, final norm, output layer
     for method in ('loss', 'logits'):
         register_fsdp_forward_method(model, method)
 model.to_empty(device=device)
@@ -257,6 +264,8 @@ if found is not None:
         raise BadInput(f"{found} is at step {saved['step']}, beyond the {n_steps} steps asked for: nothing is left to train. Raise "
                        'max_steps (or max_tokens).')
     loader.load_state_dict(saved['loader'])
+    if saved['config']['sources'] != sources:                  # other start weights were asked for: they are in force from here
+        loader.set_weights(sources)
     _note = checkpoint.load(found, model, optimizers)
     first_step = saved['step']
     _changed = [k for k in config if k not in ('resume', 'out_dir') and saved['config'].get(k) != config[k]]
@@ -324,14 +333,17 @@ def save(step):
         config=config, model=asdict(model_config), loader=loader.state_dict(), tokenizer=tokenizer and tokenizer.fingerprint))
 
 
-stop_signal = 0
+stop_signal, stop_time = 0, 0.0
 
 
 def on_signal(number, _frame):
-    """SIGTERM or SIGINT: save after this step and exit. The second one ends at once."""
-    global stop_signal
-    stop_signal = number
-    signal.signal(number, signal.SIG_DFL)
+    """SIGTERM or SIGINT: save after this step and exit. One more, later than torchrun's copy of the first, ends at once."""
+    global stop_signal, stop_time
+    if not stop_signal:
+        stop_signal, stop_time = number, time.monotonic()
+    elif time.monotonic() - stop_time > 5:
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
 
 
 for _number in (signal.SIGTERM, signal.SIGINT):
@@ -348,7 +360,8 @@ for step in range(first_step, n_steps + 1):
     for group in (g for o in optimizers for g in o.param_groups):
         group['lr'] = lr
     checkpointer.poll()
-    stopping = int(all_reduce_sum([stop_signal], device)[0])
+    terminated, interrupted = all_reduce_sum([stop_signal == signal.SIGTERM, stop_signal == signal.SIGINT], device)
+    stopping = int(signal.SIGTERM) if terminated else int(signal.SIGINT) if interrupted else 0      # the same on every rank
     if (step % save_interval == 0 or step == n_steps or stopping) and step > 0 and step != last_saved:
         save(step)                                             # before the evaluation: nothing that it does can lose the step
         last_saved = step
@@ -425,7 +438,8 @@ checkpointer.finish()
 # -- what is left behind -----------------------------------------------------------------------------------------------
 if stopping:
     if is_master:
-        print(f'stopped by a signal before step {step}; saved. Go on with --resume=True.', flush=True)
+        print(f'stopped by a signal before step {step}; {"saved" if step else "nothing to save yet"}. Go on with --resume=True.',
+              flush=True)
 elif is_master:
     from plots import draw_run
     before = next(r for r in read_metrics(out_dir) if 'val/loss' in r)

@@ -96,6 +96,10 @@ def record_text(line, column, where):
     if not isinstance(record, dict) or not isinstance(record.get(column), str):
         keys = list(record) if isinstance(record, dict) else type(record).__name__
         raise BadInput(f"{where}: no text under '{column}'; the record has {keys}. Set --column.")
+    try:
+        record[column].encode()
+    except UnicodeEncodeError:
+        raise BadInput(f'{where}: the text holds half of a surrogate pair (a broken \\u escape). Mend or drop the record.') from None
     return record[column]
 
 
@@ -107,7 +111,17 @@ def read_parquet(path, column):
         raise BadInput(f'{path} is no parquet file: {error}') from None
     if column not in file.schema_arrow.names:
         raise BadInput(f"{path}: no column '{column}'; it has {file.schema_arrow.names}. Set --column.")
-    for batch in file.iter_batches(batch_size=1000, columns=[column]):
+    kind = file.schema_arrow.field(column).type
+    if not pyarrow.types.is_string(kind) and not pyarrow.types.is_large_string(kind):
+        raise BadInput(f"{path}: column '{column}' is {kind}, not text. Set --column.")
+    batches = file.iter_batches(batch_size=1000, columns=[column])
+    while True:
+        try:
+            batch = next(batches, None)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise BadInput(f'{path} is damaged: {error}. Mend or leave out the file.') from None
+        if batch is None:
+            return
         yield from (text for text in batch.column(0).to_pylist() if text is not None)
 
 
@@ -189,6 +203,8 @@ class SourceWriter:
         """Writes the rest, the tokenizer and meta.json; the source is complete with that."""
         if self.buffers:
             self.commit()
+        if not self.shards:
+            raise BadInput(f'nothing to write to {self.folder}: the input holds no text (or max_tokens is 0).')
         save_tokenizer(self.folder, self.tokenizer)
         tokenizer = dict(name=self.tokenizer.path, fingerprint=self.tokenizer.fingerprint, bos_id=self.tokenizer.bos_id)
         splits = {split: {key: sum(s[key] for s in self.shards if s['split'] == split) for key in ('tokens', 'documents', 'bytes')}
@@ -256,7 +272,12 @@ def tokenized(documents, tokenizer_path, workers):
 
 
 def check_space(folder, n_bytes):
-    """Prints the space that n_bytes of shards need and the space there is; BadInput when it will not fit."""
+    """Prints the space that n_bytes of shards in `folder` need, less what it holds already, and the space there is.
+
+    Raises BadInput when it will not fit.
+    """
+    held = sum(os.path.getsize(path) for path in glob.glob(os.path.join(folder, '**', '*.bin'), recursive=True))
+    n_bytes = max(0, n_bytes - held)
     while not os.path.isdir(folder):
         folder = os.path.dirname(os.path.abspath(folder))
     free = shutil.disk_usage(folder).free

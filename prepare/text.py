@@ -37,7 +37,7 @@ if __name__ == '__main__':
     packed = 3 if any(path.endswith(('.gz', '.zst', '.parquet')) for path in files) else 1      # text is 3 times its .gz
     print(f'{source}: {len(files)} files, {n_bytes / 2**20:,.1f} MiB')
     estimate = n_bytes * packed        # a token is about 4 bytes of text and at most 4 bytes of shard
-    check_space(out, min(estimate, max_tokens * 4) if max_tokens else estimate)
+    check_space(os.path.join(out, source), min(estimate, max_tokens * 4) if max_tokens else estimate)
     seconds = stopwatch()
     settings = dict(dataset=[[os.path.basename(path), os.path.getsize(path)] for path in files], column=column)
     with tqdm(total=n_bytes if packed == 1 else None, unit='char', unit_scale=True, desc=source) as bar:

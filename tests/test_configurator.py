@@ -45,6 +45,13 @@ def test_files_and_overrides_apply_left_to_right(script, tmp_path):
     assert script('--n=5', a)['n'] == 10
 
 
+def test_a_dict_changed_in_place_is_checked_and_leaves_the_defaults(script, tmp_path, capsys):
+    config = script(config_file(tmp_path, "sources['b'] = 2\n"), verbose=True)
+    assert config['sources'] == {'a': 1.0, 'b': 2.0} and "default {'a': 1.0}" in capsys.readouterr().out
+    with pytest.raises(BadInput, match=r'dict\[str, float\]'):
+        script(config_file(tmp_path, "sources['b'] = 'x'\n"))
+
+
 def test_values_are_read_as_their_type(script):
     config = script('--rate=1', '--n=1e3', '--flag=true', '--steps=7', '--out_dir=123', '--name=None', '--sources.b=2',
                     '--sources.a=0.5')

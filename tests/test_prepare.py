@@ -125,6 +125,8 @@ def test_training_reads_what_was_prepared(tmp_path, byte_tokenizer):
     ('a.jsonl.gz', gzip.compress(b'{"text": "hello"}\n' * 99)[:-20], [], ['a.jsonl.gz', 'cannot be read']),
     ('a.jsonl.gz', b'plain', [], ['a.jsonl.gz', 'cannot be read']),
     ('a.parquet', b'no parquet', [], ['a.parquet', 'no parquet file']),
+    ('a.jsonl', b'{"text": "x\\ud83d"}\n', [], ['a.jsonl:1', 'surrogate']),
+    ('a.txt', b'', [], ['holds no text']),
     ('b.jsonl', b'{"text": "x"}\n', ['input=nowhere/*.jsonl'], ['matches no file']),
     ('b.jsonl', b'{"text": "x"}\n', ['tokenizer=nope'], ["tokenizer 'nope'", 'neither a file']),
     ('b.jsonl', b'{"text": "x"}\n', ['source='], ['--source is missing']),
@@ -201,6 +203,7 @@ def test_real_tokenizers_give_the_ids_of_tokenizers(shared_data, name):
     (lambda j: j['model']['merges'].reverse(), 'order of its merges'),
     (lambda j: j.update(added_tokens=[]), 'special tokens'),
     (lambda j: j.update(pre_tokenizer={'type': 'Whitespace'}), 'Whitespace'),
+    (lambda j: j.update(pre_tokenizer=None), 'splits nothing'),
 ])
 def test_tokenizers_that_cannot_be_read_exactly_are_refused(tmp_path, change, message):
     path, _ = trained_tokenizer_json(tmp_path, lambda t: t.pre_tokenizers.ByteLevel(add_prefix_space=False))
