@@ -13,6 +13,7 @@ import os
 import random
 import re
 import shutil
+import warnings
 
 import numpy as np
 import torch
@@ -22,6 +23,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from common import barrier
 from configurator import BadInput, RunFault
+
+warnings.filterwarnings('ignore', message='torch.distributed is disabled')      # DCP's remark on every run of one process
 
 
 def _remove(folder):
