@@ -1,7 +1,7 @@
 """Trains a language model on a mixture of sources. This file is the whole story of a run, top to bottom.
 
     python train.py config/demo.py                                                        # a laptop, a few minutes
-    torchrun --standalone --nproc_per_node=8 train.py config/model/smollm2_135m.py config/stage2.py        # one node
+    torchrun --standalone --nproc_per_node=8 train.py config/model/mobilellm_140m.py config/stage1.py      # one node
     torchrun --nnodes=2 --node_rank=0 --nproc_per_node=8 --master_addr=HOST --master_port=29500 \\
         train.py config/model/mobilellm_950m.py config/stage1.py                          # the first of two nodes
 
