@@ -90,7 +90,8 @@ def device_name(device):
 
 
 def tune_malloc():
-    """Keeps glibc from handing every large buffer back to the system: page faults were 17 to 24 % of a small model's CPU step.
+    """Keeps glibc from handing every large buffer back to the system: page faults were 15 to 20 % of the
+    step of a 4M-parameter model on two Zen 5 cores (3468 to 4045 tokens/s in fp32, 4911 to 6078 in bf16).
 
     Does nothing where there is no glibc. M_MMAP_MAX = 0, M_TRIM_THRESHOLD = 2 GB, M_TOP_PAD = 64 MB.
     """

@@ -52,18 +52,15 @@ def open_text(path):
     if path.endswith('.gz'):
         return gzip.open(path, 'rt', encoding='utf-8')
     if path.endswith('.zst'):
-        import zstandard
-        return io.TextIOWrapper(zstandard.ZstdDecompressor().stream_reader(open(path, 'rb')), encoding='utf-8')
+        import pyarrow          # zstandard's own reader ends a truncated file early without a word; this one raises
+        return io.TextIOWrapper(pyarrow.input_stream(path, compression='zstd'), encoding='utf-8')
     return open(path, encoding='utf-8')
 
 
 def unreadable(path):
     """The errors that mean a file's bytes are not what its name says."""
     errors = (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error)
-    if path.endswith('.zst'):
-        import zstandard
-        errors += (zstandard.ZstdError,)
-    return errors
+    return (*errors, OSError) if path.endswith('.zst') else errors        # pyarrow's name for a broken stream
 
 
 def read_documents(files, column):
@@ -152,9 +149,9 @@ def write_json(path, content):
 class SourceWriter:
     """Collects tokenized documents per split and writes a numbered shard of each split at every `commit`."""
 
-    def __init__(self, folder, tokenizer, settings, shard_tokens):
+    def __init__(self, folder, tokenizer, settings):
         """settings: JSON-able dict of everything that the result depends on. A folder made with others is refused."""
-        self.folder, self.tokenizer, self.settings, self.shard_tokens = folder, tokenizer, settings, shard_tokens
+        self.folder, self.tokenizer, self.settings = folder, tokenizer, settings
         self.buffers = collections.defaultdict(list)       # split -> [(ids, bytes of text)]
         self.buffered = collections.Counter()              # split -> tokens
         self.shards, self.n_consumed, self.n_commits, self.complete = [], 0, 0, False
@@ -301,7 +298,7 @@ def write_source(folder, documents, tokenizer_path, settings, max_tokens, shard_
     tokenizer = load_tokenizer(tokenizer_path)
     settings = dict(settings, tokenizer=tokenizer.fingerprint, max_tokens=max_tokens, shard_tokens=shard_tokens,
                     val_fraction=val_fraction)
-    writer = SourceWriter(folder, tokenizer, settings, shard_tokens)
+    writer = SourceWriter(folder, tokenizer, settings)
     if writer.complete:
         print(f'{folder} is complete already; delete it to make it anew.')
         return writer

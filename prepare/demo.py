@@ -193,7 +193,7 @@ def main():
         folder = os.path.join(out, domain)
         if os.path.isfile(os.path.join(folder, 'progress.json')):      # cut off half-way: a second's work, made anew
             shutil.rmtree(folder)
-        writer = SourceWriter(folder, tokenizer, settings, shard_tokens=None)
+        writer = SourceWriter(folder, tokenizer, settings)
         writers.append(writer)
         if writer.complete:
             continue

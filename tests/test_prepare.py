@@ -44,12 +44,11 @@ def contents(folder):
 def test_text_of_every_form_becomes_the_same_tokens(tmp_path, byte_tokenizer):
     import pyarrow
     import pyarrow.parquet
-    import zstandard
     texts = documents(60)
     lines = ''.join(json.dumps({'body': t}) + '\n' for t in texts)
     (tmp_path / 'a.jsonl').write_text(lines)
     (tmp_path / 'b.jsonl.gz').write_bytes(gzip.compress(lines.encode()))
-    (tmp_path / 'c.jsonl.zst').write_bytes(zstandard.compress(lines.encode()))
+    (tmp_path / 'c.jsonl.zst').write_bytes(pyarrow.compress(lines.encode(), codec='zstd', asbytes=True))
     pyarrow.parquet.write_table(pyarrow.table({'body': texts}), tmp_path / 'd.parquet')
     (tmp_path / 'folder').mkdir()
     for i, text in enumerate(texts):
@@ -138,8 +137,12 @@ def test_bad_input_gets_one_sentence(tmp_path, byte_tokenizer, name, content, ex
     assert_one_sentence(done, 2, *parts)
 
 
-def test_broken_zst_gets_one_sentence(tmp_path, byte_tokenizer):
-    (tmp_path / 'a.jsonl.zst').write_bytes(b'no zst at all')
+@pytest.mark.parametrize('broken', ['foreign', 'truncated'])
+def test_broken_zst_gets_one_sentence(tmp_path, byte_tokenizer, broken):
+    import pyarrow
+    lines = b''.join(b'{"text": "document %d"}\n' % i for i in range(50_000))
+    whole = pyarrow.compress(lines, codec='zstd', asbytes=True)
+    (tmp_path / 'a.jsonl.zst').write_bytes(b'no zst at all' if broken == 'foreign' else whole[:-10])
     done = prepare('source=x', f'input={tmp_path / "a.jsonl.zst"}', f'tokenizer={byte_tokenizer}', f'out={tmp_path}', 'workers=1')
     assert_one_sentence(done, 2, 'a.jsonl.zst', 'cannot be read')
 
