@@ -16,6 +16,7 @@ import re
 import unicodedata
 from dataclasses import dataclass
 
+import numpy as np
 import tiktoken
 
 from configurator import BadInput
@@ -25,6 +26,11 @@ GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?
 DIGITS_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
                   r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+PIECE_CHARACTERS = 1_000_000    # longer documents are encoded piece by piece
+LONGEST_BLANK = 900_000
+BLANK_RUN = re.compile(r'\s{%d}' % LONGEST_BLANK)
+# places where no split pattern joins what stands on both sides: after a line's end, and before a single blank between words
+CUTS = (re.compile(r'\S\n(?=[^\W\d_])'), re.compile(r'[^\W\d_](?= [^\W\d_])'))
 END_OF_TEXT = ('<|begin_of_text|>', '<|endoftext|>', '<|end_of_text|>', '<s>', '</s>')    # documents begin with the first there is
 
 
@@ -43,14 +49,51 @@ class Tokenizer:
 
     def encode(self, text):
         """Text -> list of ids, special tokens in the text taken as plain characters, no BOS."""
+        return self.encode_piece(text).tolist()
+
+    def encode_document(self, text):
+        """Text of any length -> (n,) uint32, the ids of `encode`, in flat memory.
+
+        Raises BadInput for text that cannot be split: a million blanks in a row, or eight million characters without a
+        break between words.
+        """
+        if len(text) <= PIECE_CHARACTERS:
+            return self.encode_piece(text)
+        return np.concatenate([self.encode_piece(piece) for piece in self.pieces(text)])
+
+    def encode_piece(self, text):
         if self.nfc:
             text = unicodedata.normalize('NFC', text)
-        if self.added is None:
-            return self.encoding.encode_ordinary(text)
+        parts = [text] if self.added is None else self.added.split(text)     # odd parts are the added tokens themselves
+        if len(parts) == 1:
+            return self.encoding.encode_to_numpy(text, disallowed_special=())
         ids = []
-        for i, piece in enumerate(self.added.split(text)):       # odd pieces are the added tokens themselves
-            ids += [self.encoding._special_tokens[piece]] if i % 2 else self.encoding.encode_ordinary(piece)
-        return ids
+        for i, part in enumerate(parts):
+            ids += [self.encoding._special_tokens[part]] if i % 2 else self.encoding.encode_ordinary(part)
+        return np.array(ids, dtype=np.uint32)
+
+    def pieces(self, text):
+        """Yields parts of text, cut only where the ids of the parts are those of the whole."""
+        start, length = 0, PIECE_CHARACTERS
+        while len(text) - start > length:
+            candidates = [m.end() for cut in CUTS for m in [*cut.finditer(text, start + length - 50_000, start + length)][-5:]]
+            cut = next((at for at in candidates if self.encode(text[at - 200:at + 200]) ==
+                        self.encode(text[at - 200:at]) + self.encode(text[at:at + 200])), None)
+            if cut is None and length < 8 * PIECE_CHARACTERS:
+                length *= 2
+                continue
+            if cut is None:
+                raise BadInput(f'a text of {len(text):,} characters has {length:,} without a break between words or lines.')
+            yield self.splittable(text[start:cut])
+            start, length = cut, PIECE_CHARACTERS
+        yield self.splittable(text[start:])
+
+    @staticmethod
+    def splittable(piece):
+        """The piece, or BadInput: tiktoken's regular expressions fail on a million blanks in a row."""
+        if len(piece) > LONGEST_BLANK and BLANK_RUN.search(piece):
+            raise BadInput(f'a text has more than {LONGEST_BLANK:,} blanks in a row.')
+        return piece
 
     def decode(self, ids):
         """Ids -> text; bytes that are no UTF-8 become the replacement character."""
