@@ -186,11 +186,12 @@ def print_help(script, doc, knobs, defaults):
             print(f"        {knob['comment']}")
 
 
-def configure(scope, argv=None, verbose=None):
+def configure(scope, argv=None, verbose=None, shared=None):
     """Overrides the knobs in `scope` (a script's globals()) from config files and --key=value in `argv`.
 
     argv     list of str; None means sys.argv[1:]
     verbose  print what differs from the defaults; None means on rank 0 only (environment variable RANK)
+    shared   a module whose knobs are the script's as well, after its own; they get into `scope`, too
     Returns the resolved config, name -> value, in the script's order, and installs `report_error` as the excepthook.
     Raises BadInput for an unknown name, a wrong type, or a config file that is missing or fails. `--help` exits 0.
     """
@@ -199,6 +200,10 @@ def configure(scope, argv=None, verbose=None):
     with open(script, encoding='utf-8') as f:
         knobs = parse_knobs(f.read(), script)
     defaults = {name: scope[name] for name in knobs}
+    if shared is not None:
+        with open(shared.__file__, encoding='utf-8') as f:
+            knobs = {**parse_knobs(f.read(), shared.__file__), **knobs}
+        defaults.update({name: getattr(shared, name) for name in knobs if name not in defaults})
     values, origin = dict(defaults), {}
     argv = sys.argv[1:] if argv is None else argv
     if '--help' in argv or '-h' in argv:

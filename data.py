@@ -28,12 +28,18 @@ PERMUTATION_BLOCK = 4096        # positions permuted at once
 
 # -- shards ------------------------------------------------------------------------------------------------------------
 
-def shard_bytes(tokens, vocab_size):
-    """A 1-D array of token ids as the two byte strings of a shard: header and tokens (uint16 if the vocabulary allows)."""
+def shard_header(n_tokens, vocab_size):
+    """(the header's bytes, dtype of the tokens behind it: uint16 if the vocabulary allows, else uint32)."""
     magic, version = (20240520, 1) if vocab_size <= 2**16 else (20240801, 7)
     header = np.zeros(HEADER_INTS, dtype='<i4')
-    header[:3] = magic, version, len(tokens)
-    return header.tobytes(), np.asarray(tokens).astype(FORMATS[magic, version]).tobytes()
+    header[:3] = magic, version, n_tokens
+    return header.tobytes(), FORMATS[magic, version]
+
+
+def shard_bytes(tokens, vocab_size):
+    """A 1-D array of token ids as the two byte strings of a shard: header and tokens."""
+    header, dtype = shard_header(len(tokens), vocab_size)
+    return header, np.asarray(tokens).astype(dtype).tobytes()
 
 
 def read_header(path):
@@ -108,9 +114,9 @@ class Source:
             there = sorted(os.listdir(data_dir)) if os.path.isdir(data_dir) else []
             raise BadInput(f"source '{name}': {folder} does not exist.{did_you_mean(name, there)} Make it with a script in "
                            'prepare/, or set data_dir.')
-        if os.path.isfile(os.path.join(folder, 'progress.json')):
-            raise BadInput(f"source '{name}': {folder} is half prepared (it holds progress.json). Run its script in prepare/ "
-                           'again; it goes on where it stopped.')
+        if os.path.isdir(os.path.join(folder, 'progress')) and not os.path.isfile(os.path.join(folder, 'meta.json')):
+            raise BadInput(f"source '{name}': {folder} is half prepared (it holds progress/ and no meta.json). Run its script "
+                           'in prepare/ again; it goes on where it stopped.')
         self.paths = sorted(glob.glob(os.path.join(folder, split, '*.bin')))
         if not self.paths:
             raise BadInput(f"source '{name}': {folder}/{split} holds no *.bin shards. Prepare the source again.")

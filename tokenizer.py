@@ -42,6 +42,7 @@ class Tokenizer:
     bos_id: int           # the token that every document begins with
     nfc: bool             # text is Unicode-normalised (NFC) before it is encoded
     added: re.Pattern | None    # tokens matched in the text as they stand, before it is split (runs of spaces, say)
+    added_names: tuple = ()     # the same, to look for quickly
 
     @property
     def vocab_size(self):
@@ -64,10 +65,9 @@ class Tokenizer:
     def encode_piece(self, text):
         if self.nfc:
             text = unicodedata.normalize('NFC', text)
-        parts = [text] if self.added is None else self.added.split(text)     # odd parts are the added tokens themselves
-        if len(parts) == 1:
+        if not any(name in text for name in self.added_names):
             return self.encoding.encode_to_numpy(text, disallowed_special=())
-        ids = []
+        ids, parts = [], self.added.split(text)         # odd parts are the added tokens themselves
         for i, part in enumerate(parts):
             ids += [self.encoding._special_tokens[part]] if i % 2 else self.encoding.encode_ordinary(part)
         return np.array(ids, dtype=np.uint32)
@@ -119,7 +119,8 @@ def make_tokenizer(path, ranks, pattern, special_tokens, bos, nfc=False, added=(
                           sorted(added)])
     fingerprint = hashlib.sha256(content.encode()).hexdigest()[:16]
     longest_first = '|'.join(re.escape(name) for name in sorted(added, key=len, reverse=True))
-    return Tokenizer(encoding, path, fingerprint, special_tokens[bos], nfc, re.compile(f'({longest_first})') if added else None)
+    return Tokenizer(encoding, path, fingerprint, special_tokens[bos], nfc, re.compile(f'({longest_first})') if added else None,
+                     tuple(added))
 
 
 def choose_bos(path, special_tokens):

@@ -18,9 +18,9 @@ import importlib.metadata
 import os
 import pydoc_data.topics
 import random
-import shutil
 import sys
 import sysconfig
+import time
 
 import numpy as np
 import rustbpe
@@ -29,7 +29,8 @@ from tqdm import tqdm
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))       # the project's own folder
 
 from configurator import configure
-from prepare.common import SourceWriter, check_space, print_table, stopwatch
+from prepare.common import check_space
+from prepare.shards import PartWriter, finish_source, open_source, print_table
 from tokenizer import LLAMA3_PATTERN, make_tokenizer
 
 # -- knobs --
@@ -181,30 +182,30 @@ def train_tokenizer(texts):
 
 
 def main():
-    seconds = stopwatch()
+    start = time.monotonic()
     splits = split_documents(collect_documents())
     check_space(out, sum(len(text) for parts in splits.values() for texts in parts.values() for text in texts))
     tokenizer = train_tokenizer([text for domain in MAX_CHARACTERS for text in splits[domain]['train']])
     settings = dict(dataset='python standard library', revision=sys.version.split()[0], numpy=np.__version__,
                     vocab_size=vocab_size, n_problems=n_problems, seed=seed, tokenizer=tokenizer.fingerprint)
     shuffler = np.random.default_rng(seed)
-    writers = []
+    metas = {}
     for domain in tqdm(splits, desc='demo data', unit='source'):
         folder = os.path.join(out, domain)
-        if os.path.isfile(os.path.join(folder, 'progress.json')):      # cut off half-way: a second's work, made anew
-            shutil.rmtree(folder)
-        writer = SourceWriter(folder, tokenizer, settings)
-        writers.append(writer)
-        if writer.complete:
+        metas[domain] = open_source(folder, settings)
+        if metas[domain] is not None:
             continue
+        PartWriter(folder, 0, tokenizer.vocab_size).delete()       # of a run that was cut off: a second's work, made anew
+        writer = PartWriter(folder, 0, tokenizer.vocab_size)
         for split, texts in splits[domain].items():
             for text in texts:
-                ids = np.asarray(tokenizer.encode(text), dtype=np.uint32)
+                ids = tokenizer.encode_document(text)
                 if domain == 'noise':
-                    shuffler.shuffle(ids)
-                writer.add(split, ids, len(text.encode()))
-        writer.finish()
-    print_table(writers, seconds())
+                    ids = shuffler.permutation(ids)
+                writer.add(split, np.concatenate(([tokenizer.bos_id], ids)), len(text.encode()))
+        writer.commit(1, 0, done=True)
+        metas[domain] = finish_source(folder, tokenizer, settings, [writer.state])
+    print_table(metas, time.monotonic() - start)
 
 
 if __name__ == '__main__':

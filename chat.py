@@ -1,0 +1,69 @@
+"""Conversations as tokens, with a mask that says where the loss counts: on the assistant's words.
+
+    ids, mask = encode_chat(tokenizer, [{'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': 'Hello!'}], 'llama3')
+
+Two templates. A special token is the one of that name in the tokenizer; the same characters inside a message are plain
+text, so nobody's words can end a turn. Contents are encoded apart from the headers around them, as they are generated.
+"""
+import numpy as np
+
+from configurator import BadInput
+
+# what stands before the role, between role and content, and after the content; <|...|> are special tokens
+TEMPLATES = {
+    'llama3': (['<|start_header_id|>'], ['<|end_header_id|>', '\n\n'], ['<|eot_id|>'], []),
+    'chatml': (['<|im_start|>'], ['\n'], ['<|im_end|>'], ['\n']),
+}
+ROLES = ('system', 'user', 'assistant', 'tool', 'ipython')
+
+
+def check_template(tokenizer, template):
+    """Raises BadInput when there is no such template or the tokenizer lacks its special tokens."""
+    if template not in TEMPLATES:
+        raise BadInput(f"chat_template = '{template}' must be one of {', '.join(TEMPLATES)}.")
+    have = tokenizer.encoding._special_tokens
+    missing = {name: [t for part in parts for t in part if t.startswith('<|') and t not in have] for name, parts in TEMPLATES.items()}
+    if missing[template]:
+        fits = [name for name in TEMPLATES if not missing[name]]
+        raise BadInput(f"the tokenizer {tokenizer.path} has no {', '.join(missing[template])}, which chat_template = '{template}' "
+                       'needs. ' + (f'Set chat_template={fits[0]}.' if fits else 'Take the tokenizer of a chat model.'))
+
+
+def encode_parts(tokenizer, parts):
+    special = tokenizer.encoding._special_tokens
+    return [i for part in parts for i in ([special[part]] if part.startswith('<|') else tokenizer.encode(part))]
+
+
+def encode_chat(tokenizer, messages, template):
+    """Messages -> (ids (n,) uint32 with BOS in front, mask (n,) uint8).
+
+    messages: list of {'role', 'content'}. The mask is 1 on the assistant's content (<think> spans included) and the token
+    that ends its turn. Llama 3's template strips blanks around a content, ChatML's does not.
+    Raises ValueError for a message that is none or has an unknown role, BadInput for text that cannot be tokenized.
+    """
+    before, between, after, last = TEMPLATES[template]
+    ids, mask = [np.array([tokenizer.bos_id], dtype=np.uint32)], [np.zeros(1, dtype=np.uint8)]
+
+    def add(part, counts):
+        ids.append(np.asarray(part, dtype=np.uint32))
+        mask.append(np.full(len(part), counts, dtype=np.uint8))
+
+    for message in messages:
+        role, content = message['role'], message['content']
+        if role not in ROLES or not isinstance(content, str):
+            raise ValueError(f'a message has role {role!r} and content of type {type(content).__name__}; the roles are {", ".join(ROLES)}')
+        add(encode_parts(tokenizer, [*before, role, *between]), 0)
+        add(tokenizer.encode_document(content.strip() if template == 'llama3' else content), role == 'assistant')
+        add(encode_parts(tokenizer, after), role == 'assistant')
+        add(encode_parts(tokenizer, last), 0)
+    return np.concatenate(ids), np.concatenate(mask)
+
+
+def marked(tokenizer, ids, mask):
+    """The decoded text of a conversation, what the loss counts between [[ and ]]."""
+    edges = np.flatnonzero(np.diff(mask, prepend=0, append=0))
+    out, at = [], 0
+    for start, stop in zip(edges[::2].tolist(), edges[1::2].tolist()):
+        out += [tokenizer.decode(ids[at:start].tolist()), '[[', tokenizer.decode(ids[start:stop].tolist()), ']]']
+        at = stop
+    return ''.join(out) + tokenizer.decode(ids[at:].tolist())
