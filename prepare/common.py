@@ -8,6 +8,7 @@ work of one process, its shards are written in the order of its records, and a s
 """
 import collections
 import concurrent.futures
+import glob
 import hashlib
 import json
 import multiprocessing
@@ -64,7 +65,7 @@ def document_of(record, convert, columns=()):
         return record
     missing = [c for c in columns if c not in record]
     if missing:
-        raise ValueError(f"no '{missing[0]}'; the record has {list(record)}")
+        raise ValueError(f"no field '{missing[0]}' (--column says which, for your own text); the record has {list(record)}")
     try:
         document = convert(record)
     except (KeyError, IndexError, TypeError, AttributeError) as error:
@@ -385,6 +386,15 @@ def find_files(dataset, knobs, folder):
     return remote_files(urls, knobs['revision'])
 
 
+def check_probes(name, knobs):
+    """BadInput when a probe set was drawn from this source with a larger share than is kept out of training now."""
+    for path in glob.glob(os.path.join(glob.escape(knobs['out']), 'probe', '*', 'meta.json')):
+        probe = read_json(path)['settings']
+        if probe.get('source') == name and probe['probe_fraction'] > knobs['probe_fraction']:
+            raise BadInput(f"{os.path.dirname(path)} was drawn from {name} with probe_fraction = {probe['probe_fraction']}; with "
+                           f"{knobs['probe_fraction']} here, some of it would be trained on. Set --probe_fraction={probe['probe_fraction']}.")
+
+
 def prepare(dataset, convert, knobs, chat_template=None):
     """Makes the source <out>/<dataset.name>/ of a dataset's records, or as much of it as falls to this rank.
 
@@ -404,6 +414,7 @@ def prepare_source(dataset, convert, knobs, chat_template):
         raise BadInput('--tokenizer is missing: a tiktoken name, a rank file, or a tokenizer.json.')
     if not 0 <= knobs['val_fraction'] + knobs['probe_fraction'] <= 1:
         raise BadInput(f"val_fraction + probe_fraction = {knobs['val_fraction'] + knobs['probe_fraction']} must lie in [0, 1].")
+    check_probes(dataset.name, knobs)
     rank, world_size, origin = ranks(knobs['rank'], knobs['world_size'])
     tokenizer = load_tokenizer(knobs['tokenizer'])
     if chat_template is not None:

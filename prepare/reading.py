@@ -64,7 +64,7 @@ def local_files(pattern, layout=()):
             found = [path for path in glob.glob(part, recursive=True) if os.path.isfile(path)]
             names = {path: os.path.basename(path) for path in found}
         if not found:
-            raise BadInput(f"--input: '{part}' matches no file" + (f' ending in {", ".join(ENDINGS)}.'
+            raise BadInput(f"'{part}' matches no file" + (f' ending in {", ".join(ENDINGS)}.'
                                                                    if os.path.isdir(part) else '.'))
         files += [File(path, names[path], os.path.getsize(path)) for path in found]
     return sorted(set(files), key=lambda f: f.path)
@@ -88,22 +88,27 @@ def split_url(url):
 def reaching(what):
     """Turns what the hub and the network raise into one sentence. what: a dataset's id, or a URL."""
     import huggingface_hub.errors as hub
-    page = f'https://huggingface.co/datasets/{what}'
+    page, faults = f'https://huggingface.co/datasets/{what}', (OSError, hub.HTTPError)
+    if '://' in what:
+        import aiohttp
+        faults += (aiohttp.ClientError,)
     try:
         yield
-    except hub.GatedRepoError:
-        raise BadInput(f'{what} is gated: accept its terms at {page}, then run `hf auth login` or set HF_TOKEN. '
-                       'Or give downloaded files with --input.') from None
-    except hub.RevisionNotFoundError:
-        raise BadInput(f'{what} has no such revision any more. See {page}/commits/main and give another with --revision.') from None
-    except hub.RepositoryNotFoundError:
-        raise BadInput(f'{what} does not exist on the hub, or needs a token: see {page}, then run `hf auth login` or set '
-                       'HF_TOKEN. Or give downloaded files with --input.') from None
-    except FileNotFoundError as error:
-        raise BadInput(f'{what}: no such file ({error}).') from None
-    except (hub.HTTPError, ConnectionError, TimeoutError) as error:
-        raise RunFault(f'{what} cannot be reached ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ""}). '
-                       'Check the network and run again (what is written is kept), or give downloaded files with --input.') from None
+    except faults as error:
+        cause = error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error    # HfFileSystem wraps them
+        or_local = 'Or give downloaded files with --input.'
+        if isinstance(cause, hub.GatedRepoError):
+            raise BadInput(f'{what} is gated: accept its terms at {page}, then run `hf auth login` or set HF_TOKEN. {or_local}') from None
+        if isinstance(cause, hub.RevisionNotFoundError):
+            raise BadInput(f'{what} has no such revision: see {page}/commits/main and give another with --revision. {or_local}') from None
+        if isinstance(cause, hub.RepositoryNotFoundError):
+            raise BadInput(f'{what} does not exist on the hub, or needs a token: see {page}, then run `hf auth login` or set '
+                           f'HF_TOKEN. {or_local}') from None
+        if isinstance(cause, FileNotFoundError):
+            raise BadInput(f'{what}: no such file ({error}). {or_local}') from None
+        reason = str(cause).splitlines()[0] if str(cause) else ''
+        raise RunFault(f'{what} cannot be reached ({type(cause).__name__}: {reason}). Check the network and run again (what is '
+                       f'written is kept). {or_local}') from None
 
 
 def remote_files(urls, revision=None):
@@ -111,6 +116,7 @@ def remote_files(urls, revision=None):
 
     An URL without a revision means the newest commit, which is looked up once. `revision` overrides what the URLs say.
     """
+    import huggingface_hub.errors as hub
     from huggingface_hub import HfApi, HfFileSystem
     files, commits = [], {}
     for url in urls:
@@ -124,7 +130,12 @@ def remote_files(urls, revision=None):
         with reaching(repo):
             commits[repo] = commits.get(repo) or revision or pinned or HfApi().dataset_info(repo).sha
             root = f'datasets/{repo}@{commits[repo].replace("/", "%2F")}/'
-            found = HfFileSystem().glob(root + pattern, detail=True)
+            try:
+                found = HfFileSystem().glob(root + pattern, detail=True)
+            except FileNotFoundError as error:
+                if isinstance(error.__cause__, (hub.RepositoryNotFoundError, hub.RevisionNotFoundError)):
+                    raise
+                found = {}          # the pattern's folder does not exist
         files += [File(f'hf://{path}', f'{repo}/{path.removeprefix(root)}', info['size'])
                   for path, info in found.items() if info['type'] == 'file']
         if not found:
@@ -158,13 +169,15 @@ def make_parts(files):
 
 def open_bytes(file):
     """A binary stream over the file's stored bytes."""
+    if '://' not in file.path:
+        return open(file.path, 'rb')
     if file.path.startswith('hf://'):
         from huggingface_hub import HfFileSystem
-        return HfFileSystem().open(file.path.removeprefix('hf://'), 'rb')
-    if file.path.startswith(('http://', 'https://')):
+        stream = HfFileSystem().open(file.path.removeprefix('hf://'), 'rb')
+    else:
         import fsspec
-        return fsspec.filesystem('http').open(file.path, 'rb')
-    return open(file.path, 'rb')
+        stream = fsspec.filesystem('http').open(file.path, 'rb')
+    return io.BufferedReader(stream, 2**20)
 
 
 def unpacked(stream, path):
@@ -181,7 +194,8 @@ def read_batches(file, columns, skip=0):
     """Yields the Batches of a file after its first `skip` records. BadInput for a broken file or a missing column."""
     import pyarrow
     kind = file.path.removesuffix('.gz').removesuffix('.zst').removesuffix('.zstd').rsplit('.', 1)[-1]
-    with reaching(file.name) if '://' in file.path else contextlib.nullcontext():
+    where = '/'.join(file.name.split('/')[:2]) if file.path.startswith('hf://') else file.name
+    with reaching(where) if '://' in file.path else contextlib.nullcontext():
         with open_bytes(file) as stream:
             try:
                 if kind == 'parquet':
@@ -191,11 +205,12 @@ def read_batches(file, columns, skip=0):
                 else:
                     yield from text_batches(file, unpacked(stream, file.path), skip)
             except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error, isal_zlib.error, pyarrow.ArrowException) as error:
-                raise BadInput(f'{file.path} is damaged or not what its name says ({error}). Mend or leave out the file.') from None
+                raise BadInput(f'{file.path} cannot be read: it is damaged or not what its name says ({error}). Mend or leave out '
+                               'the file.') from None
             except OSError as error:        # pyarrow's name for a broken zstd or parquet stream; the system's own have a number
-                if error.errno is not None or '://' in file.path:
+                if type(error) is not OSError or error.errno is not None:
                     raise
-                raise BadInput(f'{file.path} is damaged ({error}). Mend or leave out the file.') from None
+                raise BadInput(f'{file.path} cannot be read: it is damaged ({error}). Mend or leave out the file.') from None
 
 
 def line_batches(file, stream, skip):
@@ -240,16 +255,17 @@ def text_batches(file, stream, skip):
 
 
 def parquet_batches(file, stream, columns, skip):
-    """Rows of the row groups that begin in the file's range, `columns` only."""
+    """Rows of the row groups that begin in the file's range, `columns` only ([]: all)."""
     import pyarrow
     import pyarrow.parquet
     try:
         parquet = pyarrow.parquet.ParquetFile(stream, buffer_size=2**20)
     except pyarrow.ArrowInvalid as error:
         raise BadInput(f'{file.path} is no parquet file: {error}') from None
+    columns = columns or parquet.schema_arrow.names
     missing = [c for c in columns if c not in parquet.schema_arrow.names]
     if missing:
-        raise BadInput(f"{file.path}: no column '{missing[0]}'; it has {parquet.schema_arrow.names}.")
+        raise BadInput(f"{file.path}: no column '{missing[0]}'; it has {parquet.schema_arrow.names}. (--column says which, for your own text.)")
     number = 0
     for group in range(parquet.num_row_groups):
         about = parquet.metadata.row_group(group)

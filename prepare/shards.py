@@ -170,7 +170,7 @@ def finish_source(folder, tokenizer, settings, states, **more):
     return meta
 
 
-def print_table(metas, seconds, tokens_made=None):
+def print_table(metas, seconds=None, tokens_made=None):
     """One line per source and split: documents, tokens, bytes per token; then the time. metas: name -> meta.json's content.
 
     tokens_made: tokens that took these seconds, when that is not all of them.
@@ -179,5 +179,7 @@ def print_table(metas, seconds, tokens_made=None):
     for name, meta in metas.items():
         for split, n in meta['splits'].items():
             print(f'{name:<28}{split:<8}{n["documents"]:>14,}{n["tokens"]:>18,}{n["bytes"] / n["tokens"]:>13.2f}')
+    if seconds is None:
+        return
     made = sum(n['tokens'] for meta in metas.values() for n in meta['splits'].values()) if tokens_made is None else tokens_made
     print(f'{made:,} tokens in {seconds:.1f} s: {made / seconds:,.0f} tokens/s')

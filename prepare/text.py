@@ -6,6 +6,7 @@ Run it again after a kill and it goes on. --max_tokens=1_000_000 gives a taste. 
 `python train.py ... --sources.mydata=0.3 --data_dir=data`. Expect about 3 million tokens per second and core.
 A record's text is its `column`; a plain text file is one document (above 16 million characters: several).
 """
+import dataclasses
 import functools
 import os
 import sys
@@ -21,7 +22,10 @@ source = ''                      # name of the new source: the folder <out>/<sou
 column = 'text'                  # field of a JSONL record or parquet row that holds the text
 
 
-def text_of(record, column):
+DATASET = Dataset('text', files=[], columns=['text'])
+
+
+def text_of(record, column='text'):
     return record[column]
 
 
@@ -30,4 +34,4 @@ if __name__ == '__main__':
     if not source:
         raise BadInput("--source is missing. Example: python prepare/text.py --source=mydata --input='*.jsonl.gz' "
                        '--tokenizer=tokenizer.json')
-    prepare(Dataset(source, files=[], columns=[column]), functools.partial(text_of, column=column), settings)
+    prepare(dataclasses.replace(DATASET, name=source, columns=[column]), functools.partial(text_of, column=column), settings)

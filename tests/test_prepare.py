@@ -1,4 +1,5 @@
 import gzip
+import hashlib
 import json
 import random
 import signal
@@ -51,26 +52,27 @@ def test_text_of_every_form_becomes_the_same_tokens(tmp_path, byte_tokenizer):
     (tmp_path / 'c.jsonl.zst').write_bytes(pyarrow.compress(lines.encode(), codec='zstd', asbytes=True))
     pyarrow.parquet.write_table(pyarrow.table({'body': texts}), tmp_path / 'd.parquet')
     (tmp_path / 'folder').mkdir()
-    for i, text in enumerate(texts):
-        (tmp_path / 'folder' / f'{i:03d}.txt').write_text(text, newline='')
+    names = sorted((f'{i:03d}.txt' for i in range(60)), key=lambda name: hashlib.sha256(name.encode()).digest())
+    for name, text in zip(names, texts):        # files are read in the order of their hashed names
+        (tmp_path / 'folder' / name).write_text(text, newline='')
     results = []
     for name in ('a.jsonl', 'b.jsonl.gz', 'c.jsonl.zst', 'd.parquet', 'folder'):
         done = prepare(f'source={name}', f'input={tmp_path / name}', f'tokenizer={byte_tokenizer}', f'out={tmp_path / "out"}',
-                       'column=body', 'val_fraction=0.2', 'workers=1')
+                       'column=body', 'val_fraction=0.2', 'probe_fraction=0.2', 'workers=0')
         assert done.returncode == 0, done.stderr
         results.append({k: v for k, v in contents(tmp_path / 'out' / name).items() if k.endswith('.bin')})
-    assert all(r == results[0] for r in results) and set(results[0]) == {'train/000000.bin', 'val/000000.bin'}
+    assert all(r == results[0] for r in results) and set(results[0]) == {f'{s}/00000_00000.bin' for s in ('train', 'val', 'probe')}
     # against the definition: BOS and the document's tokens, one after the other; val and train together are everything
     tokenizer = load_tokenizer(byte_tokenizer)
     decoded = []
-    for split in ('train', 'val'):
-        stream = np.frombuffer(results[0][f'{split}/000000.bin'], dtype='<u2', offset=1024)
+    for split in ('train', 'val', 'probe'):
+        stream = np.frombuffer(results[0][f'{split}/00000_00000.bin'], dtype='<u2', offset=1024)
         decoded += [tokenizer.decode(part[1:].tolist()) for part in np.split(stream, np.flatnonzero(stream == 258))[1:]]
     assert sorted(decoded) == sorted(texts)
     meta = json.loads((tmp_path / 'out/a.jsonl/meta.json').read_text())
     assert sum(s['documents'] for s in meta['splits'].values()) == 60
     assert sum(s['bytes'] for s in meta['splits'].values()) == sum(len(t.encode()) for t in texts)
-    assert 0 < meta['splits']['val']['documents'] < 30
+    assert 0 < meta['splits']['val']['documents'] < 30 and 0 < meta['splits']['probe']['documents'] < 30
 
 
 def test_killed_preparation_goes_on_to_the_same_bytes_with_any_number_of_workers(tmp_path, byte_tokenizer):
@@ -119,7 +121,7 @@ def test_training_reads_what_was_prepared(tmp_path, byte_tokenizer):
 
 @pytest.mark.parametrize('name, content, extra, parts', [
     ('a.jsonl', b'{"text": "x"}\n{"text": \n', [], ['a.jsonl:2', 'JSON']),
-    ('a.jsonl', b'{"body": "x"}\n', [], ["no text under 'text'", 'body', '--column']),
+    ('a.jsonl', b'{"body": "x"}\n', [], ["a.jsonl:1: no field 'text'", 'body', '--column']),
     ('a.jsonl', b'{"text": "\xff\xfe"}\n', [], ['a.jsonl', 'UTF-8']),
     ('a.jsonl.gz', gzip.compress(b'{"text": "hello"}\n' * 99)[:-20], [], ['a.jsonl.gz', 'cannot be read']),
     ('a.jsonl.gz', b'plain', [], ['a.jsonl.gz', 'cannot be read']),
@@ -267,12 +269,12 @@ def test_demo_data_is_repeatable_disjoint_and_its_noise_is_shuffled(tmp_path):
         assert meta['splits']['train']['tokens'] > 150_000 and meta['splits']['val']['tokens'] > 20_000
         assert ('probe' in meta['splits']) == (source != 'noise')
         for split in meta['splits']:
-            stream = np.frombuffer((folders[0] / source / split / '000000.bin').read_bytes(), dtype='<u2', offset=1024)
+            stream = np.frombuffer((folders[0] / source / split / '00000_00000.bin').read_bytes(), dtype='<u2', offset=1024)
             for part in np.split(stream, np.flatnonzero(stream == tokenizer.bos_id))[1:]:
                 assert part.tobytes() not in seen, (source, split, seen[part.tobytes()])
                 seen[part.tobytes()] = (source, split)
-    code = np.frombuffer((folders[0] / 'code/train/000000.bin').read_bytes(), dtype='<u2', offset=1024)
-    noise = np.frombuffer((folders[0] / 'noise/train/000000.bin').read_bytes(), dtype='<u2', offset=1024)
+    code = np.frombuffer((folders[0] / 'code/train/00000_00000.bin').read_bytes(), dtype='<u2', offset=1024)
+    noise = np.frombuffer((folders[0] / 'noise/train/00000_00000.bin').read_bytes(), dtype='<u2', offset=1024)
     assert 'import ' in tokenizer.decode(code[:4000].tolist())
 
     def pair_information(stream):      # nats that the token before tells of a token: high in text, low when shuffled

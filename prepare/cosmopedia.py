@@ -1,0 +1,28 @@
+"""Cosmopedia: synthetic textbooks, stories and articles -> data/cosmopedia/.
+
+    python prepare/cosmopedia.py --tokenizer=path/to/tokenizer.json --max_tokens=1_000_000_000
+
+31 million documents, 25 billion tokens, about 92 GB to read, 100 GB of shards. Apache 2.0.
+https://huggingface.co/datasets/HuggingFaceTB/cosmopedia
+"""
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))       # the project's own folder
+
+from configurator import configure
+from prepare import knobs
+from prepare.common import Dataset, prepare
+
+DATASET = Dataset(
+    'cosmopedia',
+    ['hf://datasets/HuggingFaceTB/cosmopedia@0ae6ec63f91742bd2d1eaef4f02232c55d719385/data/*/*.parquet'],
+    columns=['text'], documents=31e6, tokens=25e9, licence='Apache 2.0')
+
+
+def text_of(record):
+    return record['text']
+
+
+if __name__ == '__main__':
+    prepare(DATASET, text_of, configure(globals(), shared=knobs))

@@ -1,0 +1,29 @@
+"""DCLM-Baseline: filtered Common Crawl -> data/dclm/.
+
+    python prepare/dclm.py --tokenizer=path/to/tokenizer.json --max_tokens=1_000_000_000
+
+3 billion documents, 4 trillion tokens (GPT-NeoX), some 7 TB to read, 16 TB of shards: set --max_tokens. CC BY 4.0. The newest
+commit is taken and recorded.
+https://huggingface.co/datasets/mlfoundations/dclm-baseline-1.0-parquet
+"""
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))       # the project's own folder
+
+from configurator import configure
+from prepare import knobs
+from prepare.common import Dataset, prepare
+
+DATASET = Dataset(
+    'dclm',
+    ['hf://datasets/mlfoundations/dclm-baseline-1.0-parquet/filtered/**/*.parquet'],
+    columns=['text'], documents=3e9, tokens=4e12, licence='CC BY 4.0')
+
+
+def text_of(record):
+    return record['text']
+
+
+if __name__ == '__main__':
+    prepare(DATASET, text_of, configure(globals(), shared=knobs))

@@ -1,0 +1,33 @@
+"""StarCoder data: code in 86 languages, notebooks, issues and commits of GitHub -> data/starcoder/.
+
+    python prepare/starcoder.py --tokenizer=path/to/tokenizer.json --max_tokens=1_000_000_000
+
+207 million documents, about 250 billion tokens, 311 GB to read, 1 TB of shards. Gated: accept the terms on its page first.
+The marks for repository, file name and stars that may stand before a file are cut off. Each file keeps its own licence.
+https://huggingface.co/datasets/bigcode/starcoderdata
+"""
+import os
+import re
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))       # the project's own folder
+
+from configurator import configure
+from prepare import knobs
+from prepare.common import Dataset, prepare
+
+DATASET = Dataset(
+    'starcoder',
+    ['hf://datasets/bigcode/starcoderdata@9fc30b578cedaec69e47302df72cf00feed7c8c4/*/*.parquet'],
+    columns=['content'], documents=206.6e6, tokens=250e9, licence='that of each file (The Stack v1.2 terms)')
+
+
+MARKS = re.compile(r'(?:<(?:reponame|filename|gh_stars)>[^<\n]*)+\n?')
+
+
+def text_of(record):
+    return record['content'][mark.end():] if (mark := MARKS.match(record['content'])) else record['content']
+
+
+if __name__ == '__main__':
+    prepare(DATASET, text_of, configure(globals(), shared=knobs))
