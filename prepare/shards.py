@@ -66,6 +66,18 @@ def lock(folder, name, wait=False):
     return handle
 
 
+def nothing_done(folder):
+    """True when no part has written anything and no process is at work on one."""
+    if glob.glob(os.path.join(glob.escape(folder), 'progress', '[0-9]*.json')):
+        return False
+    try:
+        for path in glob.glob(os.path.join(glob.escape(folder), 'progress', '*.lock')):
+            lock(folder, os.path.basename(path).removesuffix('.lock')).close()
+    except BadInput:
+        return False
+    return True
+
+
 def open_source(folder, settings):
     """Begins or goes on with a source. Returns meta.json's content when it is complete already, else None.
 
@@ -75,6 +87,8 @@ def open_source(folder, settings):
     there = (meta or begun or {}).get('settings')
     if there is None and os.path.isdir(folder) and set(os.listdir(folder)) - {'progress'}:
         raise BadInput(f'{folder} is not empty and was not made by this script. Delete it or choose another name or --out.')
+    if there is not None and there != settings and meta is None and nothing_done(folder):
+        there = None            # it failed before it wrote anything, and the mistake has been mended
     if there is not None and there != settings:
         changed = sorted(k for k in {*settings, *there} if there.get(k) != settings.get(k))
         raise BadInput(f'{folder} was made with other settings ({", ".join(changed)}). Delete it to make it anew.')

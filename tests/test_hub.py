@@ -10,7 +10,7 @@ import urllib.parse
 import pytest
 
 from conftest import assert_one_sentence, run
-from configurator import BadInput, RunFault
+from configurator import RunFault
 from prepare import reading
 from test_prepare import byte_tokenizer, contents, documents  # noqa: F401  (a fixture among them)
 
@@ -159,13 +159,10 @@ def test_https_files_are_read_in_ranges(hub, tmp_path, byte_tokenizer, monkeypat
     assert found == texts
 
 
-@pytest.mark.parametrize('url, kind, message', [
-    ('http://127.0.0.1:9/all.jsonl', RunFault, 'cannot be reached'),
-    ('{hub}/nothing.jsonl', BadInput, 'no such file'),
-])
-def test_an_https_file_that_is_out_of_reach_is_named(hub, url, kind, message):
-    with pytest.raises(kind, match=message):
-        reading.remote_files([url.format(hub=hub.url)])
+def test_an_https_file_that_is_out_of_reach_is_named(hub):
+    for url, message in (('http://127.0.0.1:9/all.jsonl', 'all.jsonl cannot be reached'), (f'{hub.url}/nothing.jsonl', '404')):
+        with pytest.raises(RunFault, match=message):
+            reading.remote_files([url])
 
 
 @pytest.mark.parametrize('state, code, parts', [

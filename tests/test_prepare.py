@@ -13,7 +13,9 @@ import pytest
 from conftest import ROOT, assert_one_sentence, run
 from configurator import BadInput
 from data import Source
+from prepare import reading
 from prepare.demo import cut_docstrings, math_problem
+from prepare.shards import lock
 from tokenizer import GPT2_PATTERN, load_tokenizer, make_tokenizer, save_tokenizer
 
 WORDS = 'the cat sat on a mat and then it ran away from 12 dogs near 305 old houses naïve café 中文 \n\n'.split(' ')
@@ -75,33 +77,78 @@ def test_text_of_every_form_becomes_the_same_tokens(tmp_path, byte_tokenizer):
     assert 0 < meta['splits']['val']['documents'] < 30 and 0 < meta['splits']['probe']['documents'] < 30
 
 
-def test_killed_preparation_goes_on_to_the_same_bytes_with_any_number_of_workers(tmp_path, byte_tokenizer):
-    source = tmp_path / 'in.jsonl'
-    source.write_text(''.join(json.dumps({'text': t}) + '\n' for t in documents(12_000)))
-    arguments = [f'input={source}', f'tokenizer={byte_tokenizer}', 'shard_tokens=200000']
-    done = prepare('source=x', f'out={tmp_path / "whole"}', 'workers=2', *arguments)
+def write_lines(path, texts):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(''.join(json.dumps({'text': t}) + '\n' for t in texts))
+    return path
+
+
+@pytest.fixture(scope='module')
+def many_files(tmp_path_factory):
+    """Seven files of 1 to 3 MB, so several parts; a folder."""
+    folder = tmp_path_factory.mktemp('many')
+    for i in range(7):
+        write_lines(folder / f'{i}.jsonl', documents(1500 + 700 * (i % 3), seed=i))
+    return folder
+
+
+def test_killed_preparation_goes_on_to_the_same_bytes(tmp_path, byte_tokenizer, many_files):
+    arguments = [f'input={many_files}', f'tokenizer={byte_tokenizer}', 'shard_tokens=400000', 'source=x']
+    done = prepare(f'out={tmp_path / "whole"}', 'workers=2', *arguments)
     assert done.returncode == 0, done.stderr
     expected = contents(tmp_path / 'whole')
-    assert len(expected) > 20
+    assert sum(name.startswith('x/train/') for name in expected) > 20
     kills, target, rng = 0, tmp_path / 'killed' / 'x', random.Random(0)
     while not (target / 'meta.json').exists():
         process = subprocess.Popen(
-            [sys.executable, 'prepare/text.py', '--source=x', f'--out={tmp_path / "killed"}', '--workers=1',
+            [sys.executable, 'prepare/text.py', f'--out={tmp_path / "killed"}', f'--workers={kills % 2}',
              *(f'--{a}' for a in arguments)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        n = len(list(target.glob('train/*.bin')))
-        wanted = n + rng.randint(1, 4)
-        while process.poll() is None and not (kills < 4 and len(list(target.glob('train/*.bin'))) >= wanted):
+        wanted = len(list(target.glob('train/*.bin'))) + rng.randint(1, 6)
+        while process.poll() is None and not (kills < 5 and len(list(target.glob('train/*.bin'))) >= wanted):
             time.sleep(0.002)
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)
             kills += 1
         process.wait()
-    assert kills >= 2 and contents(target.parent) == expected
+    assert kills >= 3 and contents(target.parent) == expected
+
+
+@pytest.mark.parametrize('max_tokens', [None, 2_500_000])
+def test_ranks_on_one_folder_give_the_bytes_of_one_process(tmp_path, byte_tokenizer, many_files, max_tokens):
+    arguments = [f'input={many_files}', f'tokenizer={byte_tokenizer}', 'shard_tokens=400000', 'source=x', 'workers=0',
+                 f'max_tokens={max_tokens}']
+    assert prepare(f'out={tmp_path / "one"}', *arguments).returncode == 0
+    expected = contents(tmp_path / 'one')
+    tokens = json.loads(expected['x/meta.json'])['splits']['train']['tokens']
+    assert max_tokens is None or max_tokens <= tokens < max_tokens + 2000
+    # three ranks at once, by knobs; two one after the other, by torchrun's and SLURM's variables
+    command = [sys.executable, 'prepare/text.py', f'--out={tmp_path / "three"}', '--world_size=3', *(f'--{a}' for a in arguments)]
+    ranks = [subprocess.Popen([*command, f'--rank={r}'], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for r in range(3)]
+    for process in ranks:
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
+    assert contents(tmp_path / 'three') == expected
+    first = prepare(f'out={tmp_path / "two"}', *arguments, RANK='1', WORLD_SIZE='2')
+    assert first.returncode == 0 and 'The rank that ends last' in first.stdout, first.stdout
+    with pytest.raises(BadInput, match='half prepared'):
+        Source(tmp_path / 'two', 'x', 'train', 16)
+    assert prepare(f'out={tmp_path / "two"}', *arguments, SLURM_PROCID='0', SLURM_NTASKS='2').returncode == 0
+    assert contents(tmp_path / 'two') == expected
+
+
+def test_a_second_run_on_one_output_is_refused(tmp_path, byte_tokenizer, many_files):
+    arguments = [f'--input={many_files}', f'--tokenizer={byte_tokenizer}', '--source=x', '--workers=0', f'--out={tmp_path}']
+    assert_one_sentence(run([sys.executable, 'prepare/text.py', *arguments, '--column=body']), 2, "no field 'body'")
+    with lock(str(tmp_path / 'x'), '00000'):        # as a run at work holds it
+        assert_one_sentence(run([sys.executable, 'prepare/text.py', *arguments, '--column=body']), 2, 'another run is writing to', 'another --out')
+        assert_one_sentence(run([sys.executable, 'prepare/text.py', *arguments]), 2, 'other settings (columns)')
+    assert run([sys.executable, 'prepare/text.py', *arguments]).returncode == 0
+    for extra, message in ((['--rank=1'], 'go together'), (['--rank=2', '--world_size=2'], 'below world_size')):
+        assert_one_sentence(run([sys.executable, 'prepare/text.py', *arguments, *extra]), 2, message)
 
 
 def test_max_tokens_stops_and_a_finished_source_is_left_alone(tmp_path, byte_tokenizer):
-    source = tmp_path / 'in.jsonl'
-    source.write_text(''.join(json.dumps({'text': t}) + '\n' for t in documents(2000)))
+    source = write_lines(tmp_path / 'in.jsonl', documents(2000))
     arguments = ['source=x', f'input={source}', f'tokenizer={byte_tokenizer}', f'out={tmp_path}', 'max_tokens=5000']
     assert prepare(*arguments).returncode == 0
     before = contents(tmp_path / 'x')
@@ -110,6 +157,51 @@ def test_max_tokens_stops_and_a_finished_source_is_left_alone(tmp_path, byte_tok
     again = prepare(*arguments)
     assert again.returncode == 0 and 'complete already' in again.stdout and contents(tmp_path / 'x') == before
     assert_one_sentence(prepare(*arguments[:-1], 'max_tokens=9000'), 2, 'max_tokens', 'Delete')
+
+
+def test_broken_records_are_skipped_only_when_asked_for_and_then_listed(tmp_path, byte_tokenizer):
+    texts = documents(400)
+    lines = [json.dumps({'text': t}) for t in texts]
+    lines[17], lines[200], lines[311], lines[350] = '{"text": 5}', 'no json', '{"body": "x"}', json.dumps({'text': ' ' * 1_000_001 + 'x'})
+    (tmp_path / 'in.jsonl').write_text('\n'.join(lines))
+    arguments = ['source=x', f'input={tmp_path / "in.jsonl"}', f'tokenizer={byte_tokenizer}', f'out={tmp_path}', 'workers=0', 'shard_tokens=3000']
+    assert_one_sentence(prepare(*arguments), 2, 'in.jsonl:18', 'no text but int', '--skip_bad=True')
+    done = prepare(*arguments, 'skip_bad=True')         # goes on after what was written before the fault
+    assert done.returncode == 0 and '4 broken' in done.stdout and 'in.jsonl:201: no valid JSON' in done.stdout, done.stdout
+    meta = json.loads((tmp_path / 'x/meta.json').read_text())
+    assert meta['counts'] == {'broken': 4} and [w.split('in.jsonl:')[1].split(':')[0] for w in meta['skipped']] == ['18', '201', '312', '351']
+    assert 'blanks in a row' in meta['skipped'][3]
+    assert sum(s['documents'] for s in meta['splits'].values()) == 396
+
+
+def test_large_files_are_cut_into_ranges_that_together_are_the_whole(tmp_path, monkeypatch):
+    import pyarrow
+    import pyarrow.parquet
+    texts = documents(3000)
+    write_lines(tmp_path / 'a.jsonl', texts)
+    pyarrow.parquet.write_table(pyarrow.table({'text': texts}), tmp_path / 'b.parquet', row_group_size=100)
+    monkeypatch.setattr(reading, 'CUT_ABOVE', 100_000)
+    monkeypatch.setattr(reading, 'LARGEST_PART', 70_001)
+    monkeypatch.setattr(reading, 'BATCH_BYTES', 30_000)
+    for name in ('a.jsonl', 'b.parquet'):
+        parts = reading.make_parts(reading.local_files(str(tmp_path / name)))
+        assert len(parts) >= 4 and all(len(part) == 1 for part in parts)
+        read = [[(i, r['text']) for batch in reading.read_batches(f, ['text']) for i, _, r in reading.records_of(batch)] for f, in parts]
+        assert [text for part in read for _, text in part] == texts
+        for (file,), records in zip(parts, read):       # a part goes on anywhere
+            for skip in (1, len(records) // 2, len(records)):
+                rest = [(i, r['text']) for b in reading.read_batches(file, ['text'], skip) for i, _, r in reading.records_of(b)]
+                assert rest == records[skip:]
+
+
+def test_a_long_plain_text_becomes_documents_that_together_are_the_file(tmp_path, monkeypatch):
+    text = '\n'.join(documents(300))
+    (tmp_path / 'a.txt').write_text(text, newline='')
+    monkeypatch.setattr(reading, 'LONGEST_TEXT', 20_000)
+    file, = reading.local_files(str(tmp_path / 'a.txt'))
+    pieces = [record for batch in reading.read_batches(file, []) for _, _, record in reading.records_of(batch)]
+    assert ''.join(pieces) == text and len(pieces) > 5 and all(p.endswith('\n') and len(p) <= 20_000 for p in pieces[:-1])
+    assert [r for b in reading.read_batches(file, [], 3) for _, _, r in reading.records_of(b)] == pieces[3:]
 
 
 def test_training_reads_what_was_prepared(tmp_path, byte_tokenizer):
