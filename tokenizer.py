@@ -76,7 +76,8 @@ class Tokenizer:
         """Yields parts of text, cut only where the ids of the parts are those of the whole."""
         start, length = 0, PIECE_CHARACTERS
         while len(text) - start > length:
-            candidates = [m.end() for cut in CUTS for m in [*cut.finditer(text, start + length - 50_000, start + length)][-5:]]
+            near_end = start + max(length // 2, length - 50_000), start + length
+            candidates = [m.end() for cut in CUTS for m in [*cut.finditer(text, *near_end)][-5:]]
             cut = next((at for at in candidates if self.encode(text[at - 200:at + 200]) ==
                         self.encode(text[at - 200:at]) + self.encode(text[at:at + 200])), None)
             if cut is None and length < 8 * PIECE_CHARACTERS:

@@ -16,7 +16,8 @@ from data import Source
 from prepare import reading
 from prepare.demo import cut_docstrings, math_problem
 from prepare.shards import lock
-from tokenizer import GPT2_PATTERN, load_tokenizer, make_tokenizer, save_tokenizer
+import tokenizer as tokenizer_module
+from tokenizer import DIGITS_PATTERN, GPT2_PATTERN, LLAMA3_PATTERN, load_tokenizer, make_tokenizer, save_tokenizer
 
 WORDS = 'the cat sat on a mat and then it ran away from 12 dogs near 305 old houses naïve café 中文 \n\n'.split(' ')
 
@@ -281,16 +282,49 @@ def test_tokenizer_json_gives_the_ids_of_tokenizers(tmp_path, kind):
     assert again.fingerprint == ours.fingerprint and again.encode(SAMPLES[0]) == ours.encode(SAMPLES[0])
 
 
+def nasty_texts():
+    """What real text has little of: scripts and symbols of all Unicode, special tokens' names, very long lines, blanks."""
+    rng = random.Random(1)
+    for low, high in ((0x1f300, 0x1faff), (0x4e00, 0x9fff), (0, 0x20), (0x7f, 0xa0), (0xac00, 0xd7a3), (0x600, 0x6ff), (0x300, 0x36f),
+                      (0x2000, 0x206f), (0xe000, 0xe0ff), (0x10000, 0x10ffff)):
+        for _ in range(100):
+            yield ''.join(chr(rng.randint(low, high)) if rng.random() < 0.7 else rng.choice(' \n\tabc1.é') for _ in range(60))
+    yield '👩‍👩‍👧‍👦 🇩🇪 👍🏽 e\u0301 \u00a0x\u3000y\r\n\r\n \t \x0b\x0c\x85\u2028z'
+    yield '<|endoftext|> a <|im_start|>user\nhi<|im_end|> <|begin_of_text|><|eot_id|> </s> <s> <think>x</think> |||IP_ADDRESS||| <|extra_id_0|>'
+    yield from ('x' * 100_000, 'abc def ' * 30_000, ' ' * 50_000 + 'q', '0123456789' * 5000, 'word\n' * 50_000, '中文' * 30_000)
+
+
 @pytest.mark.parametrize('name', ['gpt2', 'dolma2', 'bpe8k', 'gpt_neox_20b'])
 def test_real_tokenizers_give_the_ids_of_tokenizers(shared_data, name):
     tokenizers = pytest.importorskip('tokenizers')
     path = str(shared_data / 'tokenizers' / name / 'tokenizer.json')
     ours, theirs = load_tokenizer(path), tokenizers.Tokenizer.from_file(path)
-    for domain in ('code', 'math', 'web_edu', 'qa'):
-        with gzip.open(shared_data / 'val' / f'{domain}.jsonl.gz', 'rt') as f:
-            for line in [next(f) for _ in range(15)]:
-                text = json.loads(line)['text']
-                assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids
+    theirs.encode_special_tokens = True         # names of special tokens in text are text
+    texts = list(nasty_texts())
+    for domain in sorted((shared_data / 'val').glob('*.jsonl.gz')):
+        with gzip.open(domain, 'rt') as f:
+            texts += [json.loads(line)['text'] for line in [*f][:25]]
+    for text in texts:
+        assert ours.encode_document(text).tolist() == theirs.encode(text, add_special_tokens=False).ids, text[:200]
+    whole = '\n'.join(text for text in texts[-150:])
+    assert ours.encode_document(whole).tolist() == theirs.encode(whole, add_special_tokens=False).ids
+    assert len(list(ours.pieces(whole * 4))) > 1
+
+
+@pytest.mark.parametrize('pattern', [GPT2_PATTERN, LLAMA3_PATTERN, DIGITS_PATTERN])
+def test_a_document_of_any_length_gets_the_ids_of_the_whole(monkeypatch, pattern):
+    ranks = {bytes([b]): b for b in range(256)} | {t: 256 + i for i, t in enumerate([b' t', b'he', b' the', b'\n\n', b'  ', b'00', b'aa'])}
+    ours = make_tokenizer('x', ranks, pattern, {'<|endoftext|>': 300}, '<|endoftext|>')
+    text = '\n'.join(documents(400)) + '  \n\n ' * 50 + 'a' * 3000 + ' end of it. ' * 300
+    whole = ours.encoding.encode_ordinary(text)
+    monkeypatch.setattr(tokenizer_module, 'PIECE_CHARACTERS', 2000)
+    assert ours.encode_document(text).tolist() == whole and len(list(ours.pieces(text))) > 20
+    monkeypatch.setattr(tokenizer_module, 'PIECE_CHARACTERS', 300)
+    with pytest.raises(BadInput, match='without a break'):
+        ours.encode_document(text)
+    monkeypatch.undo()
+    with pytest.raises(BadInput, match='blanks in a row'):
+        ours.encode_document('a b\n' + ' ' * 1_000_001)
 
 
 @pytest.mark.parametrize('change, message', [

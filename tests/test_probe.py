@@ -10,7 +10,7 @@ import pytest
 
 from conftest import assert_one_sentence, run, write_shard
 from configurator import BadInput
-from data import Source
+from data import Source, open_shard
 from test_datasets import run_script
 from test_prepare import byte_tokenizer, contents, prepare, write_lines  # noqa: F401  (a fixture among them)
 from tokenizer import load_tokenizer
@@ -130,5 +130,6 @@ def test_shards_of_another_tokenizer_are_not_adopted(tmp_path, byte_tokenizer, c
         with pytest.raises(BadInput, match=message):
             adopt()
     (tmp_path / 'a.bin').write_bytes(b'\0' * 3000)
+    open_shard.cache_clear()
     with pytest.raises(BadInput, match='no token shard'):
         adopt()
