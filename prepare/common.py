@@ -145,9 +145,9 @@ def tokenize_batch(batch):
             result.faults.append((number, where, str(error)))
             continue
         result.kinds.append(SPLITS.index(split_of(hash_share(text), _work.val_fraction, _work.probe_fraction)))
-        result.ids.append(ids)
+        result.ids += ids
         result.masks.append(mask)
-        result.lengths.append(len(ids))
+        result.lengths.append(sum(map(len, ids)))
         result.n_bytes.append(len(text))
     result.masks = np.concatenate(result.masks) if result.ids and result.masks[0] is not None else None
     result.ids = np.concatenate(result.ids, dtype=dtype, casting='unsafe') if result.ids else np.empty(0, dtype)
@@ -155,36 +155,36 @@ def tokenize_batch(batch):
 
 
 def encode(document):
-    """Text or messages -> (ids with BOS in front, mask or None)."""
+    """Text or messages -> ([ids of the document in parts, BOS first], mask or None)."""
     if _work.chat_template is not None:
         if isinstance(document, str) or not any(m['role'] == 'assistant' for m in document):
             raise ValueError('no conversation with an answer of the assistant')
-        return encode_chat(_tokenizer, document, _work.chat_template)
-    ids = _tokenizer.encode_document(document)
-    return np.concatenate((np.array([_tokenizer.bos_id], ids.dtype), ids)), None
+        ids, mask = encode_chat(_tokenizer, document, _work.chat_template)
+        return [ids], mask
+    return [np.array([_tokenizer.bos_id], np.uint32), _tokenizer.encode_document(document)], None
 
 
 def dealt(batches, work, workers):
-    """Yields (*tags, batch, Result) in the order of `batches`, an iterator of (*tags, Batch or None): None passes through.
+    """Yields (part, file number, Result) in the order of `batches`, an iterator of (part, file number, Batch); None passes through.
 
     `workers` processes tokenize a bounded way ahead; 0: this process does.
     """
     if workers == 0:
         start_worker(work)
-        for *tags, batch in batches:
-            yield *tags, batch, tokenize_batch(batch) if batch is not None else None
+        for part, file_number, batch in batches:
+            yield part, file_number, batch and tokenize_batch(batch)
         return
     context = multiprocessing.get_context('spawn')
     with concurrent.futures.ProcessPoolExecutor(workers, context, start_process, (work,)) as pool:
         waiting = collections.deque()
         try:
-            for item in batches:
-                waiting.append((item, pool.submit(tokenize_batch, item[-1]) if item[-1] is not None else None))
+            for part, file_number, batch in batches:
+                waiting.append((part, file_number, batch and pool.submit(tokenize_batch, batch)))
                 while len(waiting) > 6 * workers:
-                    item, future = waiting.popleft()
-                    yield *item, future.result() if future else None
-            for item, future in waiting:
-                yield *item, future.result() if future else None
+                    part, file_number, future = waiting.popleft()
+                    yield part, file_number, future and future.result()
+            for part, file_number, future in waiting:
+                yield part, file_number, future and future.result()
         except concurrent.futures.process.BrokenProcessPool:
             raise RunFault('a tokenizing process died (out of memory?). What is written is safe: run again, perhaps with '
                            'fewer --workers.') from None
@@ -259,18 +259,18 @@ def part_batches(job, todo):
 def make(job, todo, work, workers):
     """Makes the parts in `todo` that are not done; stops early when the parts before hold max_tokens."""
     writer = None
-    for part, i, batch, result in dealt(part_batches(job, todo), work, workers):
+    for part, file_number, result in dealt(part_batches(job, todo), work, workers):
         if writer is None:
             limit = None if job.max_tokens is None else job.max_tokens - job.tokens_before(part)
             if limit is not None and limit <= 0:
                 return
             writer = PartWriter(job.folder, part, job.vocab_size, limit)
-        if batch is not None:
-            add_result(job, writer, i, result)
+        if result is not None:
+            add_result(job, writer, file_number, result)
             job.made += len(result.ids)
             job.seconds += result.seconds
             job.bar.update(len(result.ids))
-        if batch is None or writer.state['done']:
+        if result is None or writer.state['done']:
             if writer.is_full():
                 return
             writer.commit(len(job.parts[part]), 0, done=True)

@@ -19,8 +19,8 @@ from isal import igzip, isal_zlib
 from configurator import BadInput, RunFault
 
 BATCH_BYTES = 1_000_000         # raw records handed to a worker at once
-LONGEST_RECORD = 256 * 2**20    # bytes of a JSON line
-LONGEST_TEXT = 16_000_000       # characters of a plain text file that make one document; a longer file becomes several
+LONGEST_RECORD = 100 * 2**20    # bytes of a JSON line
+LONGEST_TEXT = 8_000_000        # characters of a plain text file that make one document; a longer file becomes several
 CUT_ABOVE = 512 * 2**20         # plain JSON lines and parquet files above this are cut into ranges
 LARGEST_PART = 256 * 2**20      # stored bytes that one rank works on at a time
 ENDINGS = tuple(f'{kind}{packed}' for kind in ('.jsonl', '.json', '.txt', '.md') for packed in ('', '.gz', '.zst', '.zstd')) + (

@@ -4,7 +4,7 @@
 
 Run it again after a kill and it goes on. --max_tokens=1_000_000 gives a taste. Then add the source to a run:
 `python train.py ... --sources.mydata=0.3 --data_dir=data`. Expect about 3 million tokens per second and core.
-A record's text is its `column`; a plain text file is one document (above 16 million characters: several).
+A record's text is its `column`; a plain text file is one document (above 8 million characters: several).
 """
 import dataclasses
 import functools
