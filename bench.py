@@ -6,6 +6,8 @@
 step     forward, backward and AdamW on the SmolLM2-135M shape, B=4 T=512, ours and transformers' Llama, both eager and both
          compiled, alternating, the same dtype and memory settings; on CUDA in wall time
 data     rows from shards in the page cache, block_size 2048, as train.py reads them
+prepare  prepare/text.py with `workers` processes on `text_mb` of JSON lines, gzipped and as parquet, against tiktoken's
+         encode_ordinary alone on the same text in one thread
 Floors: a step cannot be faster than its matrix products, 6 FLOP per weight and token; reading a row is one copy.
 """
 import os
@@ -19,7 +21,7 @@ import time
 from configurator import BadInput, configure
 
 # -- knobs --
-parts = ['step', 'data']         # what to measure
+parts = ['step', 'data', 'prepare']      # what to measure
 compiled = [False, True]         # eager, compiled or both
 dtypes = ['float32', 'bfloat16']     # float32, and bfloat16 autocast over fp32 weights
 rounds = 3                       # alternating rounds
@@ -27,6 +29,10 @@ steps = 3                        # timed steps per round and side
 batch_size = 4                   # rows
 block_size = 512                 # tokens of a row
 n_layer = 30                     # 30 is SmolLM2-135M; fewer for a quick look
+workers = 2                      # of prepare
+text_mb = 400                    # of prepare: megabytes of text, the files below over and over
+text = ''                        # JSONL files with a field `text`, a glob; '': the source files of Python's library
+tokenizer = ''                   # of prepare; '': a BPE of 32,768 tokens trained on 10 MB of the text
 peer = ''                        # internal: run one side and print its seconds per step
 config = configure(globals(), verbose=False)
 
@@ -155,6 +161,65 @@ def bench_data():
           f'the copy alone {floor:.0f}')
 
 
+def bench_prepare():
+    """Tokens per second of the whole preparation against encode_ordinary alone, in CPU time and in wall time."""
+    import glob
+    import gzip
+    import json
+    import resource
+    import sysconfig
+    import pyarrow
+    import pyarrow.parquet
+    import rustbpe
+    from prepare.reading import local_files, read_batches, records_of
+    from tokenizer import LLAMA3_PATTERN, load_tokenizer, make_tokenizer, save_tokenizer
+
+    def children():
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return usage.ru_utime + usage.ru_stime
+
+    if text:
+        texts = [r['text'] for f in local_files(text) for batch in read_batches(f, ['text']) for _, _, r in records_of(batch)]
+    else:
+        texts = [open(path, encoding='utf-8', errors='replace').read()
+                 for path in sorted(glob.glob(os.path.join(sysconfig.get_path('stdlib'), '**', '*.py'), recursive=True))]
+    n_bytes = sum(len(t.encode()) for t in texts)
+    repeats = max(1, round(text_mb * 1e6 / n_bytes))
+    with tempfile.TemporaryDirectory() as folder:
+        path = tokenizer
+        if not path:
+            bpe = rustbpe.Tokenizer()
+            bpe.train_from_iterator(iter(texts[::max(1, n_bytes // 10_000_000)]), 32767, pattern=LLAMA3_PATTERN)
+            ranks = {bytes(token): rank for token, rank in bpe.get_mergeable_ranks()}
+            path = folder
+            save_tokenizer(folder, make_tokenizer('bench', ranks, LLAMA3_PATTERN, {'<|endoftext|>': len(ranks)}, '<|endoftext|>'))
+        encode = load_tokenizer(path).encoding.encode_ordinary
+        lines = gzip.compress(''.join(json.dumps({'text': t}) + '\n' for t in texts).encode(), 6)
+        for i in range(repeats):
+            with open(f'{folder}/{i:03d}.jsonl.gz', 'wb') as f:
+                f.write(lines)
+            pyarrow.parquet.write_table(pyarrow.table({'text': texts}), f'{folder}/{i:03d}.parquet', row_group_size=1000)
+        print(f'prepare: {repeats * n_bytes / 1e6:.0f} MB of text, {workers} workers, {os.cpu_count()} cores\n\n| input | encode_ordinary '
+              'Mtok/s | prepare Mtok/s, wall | of workers x encode_ordinary | CPU time of encode_ordinary / of prepare |\n|---|---|---|---|---|')
+        for kind in ('jsonl.gz', 'parquet'):
+            alone, walls, shares, cpu_shares = [], [], [], []
+            for i in range(rounds):
+                start = time.process_time()
+                n_tokens = sum(len(encode(t)) + 1 for t in texts)
+                seconds = time.process_time() - start
+                cpu, start = children(), time.perf_counter()
+                subprocess.run([sys.executable, 'prepare/text.py', f'--source={kind}{i}', f'--input={folder}/*.{kind}', f'--workers={workers}',
+                                f'--tokenizer={path}', f'--out={folder}/out{i}'], check=True, capture_output=True,
+                               cwd=os.path.dirname(os.path.abspath(__file__)))
+                wall = time.perf_counter() - start
+                alone.append(n_tokens / seconds / 1e6)
+                walls.append(repeats * n_tokens / wall / 1e6)
+                shares.append(walls[-1] / alone[-1] / workers)
+                cpu_shares.append(repeats * seconds / (children() - cpu))
+            low_high = [f'**{statistics.median(v):.2f}** ({min(v):.2f} to {max(v):.2f})' for v in (shares, cpu_shares)]
+            print(f'| {kind} | {statistics.median(alone):.2f} | {statistics.median(walls):.2f} | {low_high[0]} | {low_high[1]} |', flush=True)
+
+
 if peer:
     run_side()
 else:
@@ -163,6 +228,8 @@ else:
           f'{torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU, one thread"}')
     if 'data' in parts:
         bench_data()
+    if 'prepare' in parts:
+        bench_prepare()
     if 'step' in parts:
         print(f'step: {n_layer} layers of SmolLM2-135M, B={batch_size} T={block_size}\n\n'
               '| dtype | mode | ours tok/s | transformers tok/s | ratio (range) | ours GFLOP/s | peak GiB |\n|---|---|---|---|---|---|---|')
