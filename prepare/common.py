@@ -8,6 +8,7 @@ work of one process, its shards are written in the order of its records, and a s
 """
 import collections
 import concurrent.futures
+import contextlib
 import glob
 import hashlib
 import json
@@ -222,6 +223,7 @@ class Job:
     bar: object
     locks: dict = field(default_factory=dict)
     done_tokens: dict = field(default_factory=dict)      # part -> training tokens, of parts known to be done
+    finishing: bool = False         # this process holds the lock of the whole source
     made: int = 0                   # tokens of this process
     seconds: float = 0.0            # CPU time that they took to tokenize
 
@@ -243,12 +245,15 @@ class Job:
 def part_batches(job, todo):
     """Yields (part, file number, Batch) of the parts that are not done, and (part, None, None) at the end of each."""
     for part in todo:
-        state = job.state(part) or dict(done=False, file=0, record=0)
-        if state['done']:
+        if (job.state(part) or {}).get('done'):
             continue
         job.locks[part] = lock(job.folder, f'{part:05d}')
-        if os.path.isfile(os.path.join(job.folder, 'meta.json')):       # another rank has just ended it all
-            return
+        state = job.state(part) or dict(done=False, file=0, record=0)       # as it is now that nobody else can write it
+        if state['done']:
+            continue
+        with contextlib.nullcontext() if job.finishing else lock(job.folder, 'source', wait=True):
+            if os.path.isfile(os.path.join(job.folder, 'meta.json')):       # another rank has just ended it all
+                return
         for i, file in enumerate(job.parts[part]):
             if i >= state['file']:
                 for batch in read_batches(file, job.columns, state['record'] if i == state['file'] else 0):
@@ -308,7 +313,8 @@ def finish(job, tokenizer, settings, work, workers, **more):
     """
     for part in [*job.locks]:           # those of parts that were read ahead and are not needed
         job.locks.pop(part).close()
-    with lock(job.folder, 'finish', wait=True):
+    with lock(job.folder, 'source', wait=True):
+        job.finishing = True
         if os.path.isfile(os.path.join(job.folder, 'meta.json')):
             return read_json(os.path.join(job.folder, 'meta.json'))
         states, total = [], 0
@@ -359,7 +365,7 @@ def print_plan(dataset, files, knobs, vocab_size, chat_template):
     stored = sum(f.size for f in files)
     text = sum(f.size * (1 if f.path.endswith(('.jsonl', '.json', '.txt', '.md')) else 3) for f in files)     # text is 3 times its .gz
     tokens = text / 3.5
-    line = f'{dataset.name}: {len(files):,} files, {stored / 2**30:,.2f} GiB stored'
+    line = f'{dataset.name}: {len(files):,} files, {stored / 2**20:,.1f} MiB stored'
     if knobs['input'] is None and dataset.tokens is not None:
         tokens = dataset.tokens
         line += f', about {dataset.documents or 0:,.0f} documents and {dataset.tokens:,.0f} tokens (its card)'

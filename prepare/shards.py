@@ -54,10 +54,17 @@ def read_json(path):
         return json.load(f)
 
 
+def lock_path(folder, name):
+    """Beside the source and never removed, since a lock on a removed file keeps nobody out."""
+    folder = os.path.abspath(folder)
+    return os.path.join(os.path.dirname(folder), '.locks', os.path.basename(folder), f'{name}.lock')
+
+
 def lock(folder, name, wait=False):
     """Takes a lock that ends with the process, and returns it (close it to let go). BadInput when another run has it."""
-    os.makedirs(os.path.join(folder, 'progress'), exist_ok=True)
-    handle = open(os.path.join(folder, 'progress', f'{name}.lock'), 'w')
+    path = lock_path(folder, name)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    handle = open(path, 'w')
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
@@ -71,7 +78,7 @@ def nothing_done(folder):
     if glob.glob(os.path.join(glob.escape(folder), 'progress', '[0-9]*.json')):
         return False
     try:
-        for path in glob.glob(os.path.join(glob.escape(folder), 'progress', '*.lock')):
+        for path in glob.glob(os.path.join(glob.escape(os.path.dirname(lock_path(folder, 'x'))), '[0-9]*.lock')):
             lock(folder, os.path.basename(path).removesuffix('.lock')).close()
     except BadInput:
         return False
@@ -83,17 +90,16 @@ def open_source(folder, settings):
 
     settings: JSON-able dict of all that the result depends on. A folder made with others is refused.
     """
-    meta, begun = (read_json(os.path.join(folder, name)) for name in ('meta.json', 'progress/source.json'))
-    there = (meta or begun or {}).get('settings')
-    if there is None and os.path.isdir(folder) and set(os.listdir(folder)) - {'progress'}:
-        raise BadInput(f'{folder} is not empty and was not made by this script. Delete it or choose another name or --out.')
-    if there is not None and there != settings and meta is None and nothing_done(folder):
-        there = None            # it failed before it wrote anything, and the mistake has been mended
-    if there is not None and there != settings:
-        changed = sorted(k for k in {*settings, *there} if there.get(k) != settings.get(k))
-        raise BadInput(f'{folder} was made with other settings ({", ".join(changed)}). Delete it to make it anew.')
-    if there is None:
-        write_json(os.path.join(folder, 'progress/source.json'), dict(settings=settings))
+    with lock(folder, 'source', wait=True):         # ranks start at once
+        if os.path.isdir(folder) and os.listdir(folder) and not {'progress', 'meta.json'} & set(os.listdir(folder)):
+            raise BadInput(f'{folder} is not empty and was not made by this script. Delete it or choose another name or --out.')
+        meta, begun = (read_json(os.path.join(folder, name)) for name in ('meta.json', 'progress/source.json'))
+        there = (meta or begun or dict(settings=None))['settings']
+        if there is not None and there != settings and (meta is not None or not nothing_done(folder)):
+            changed = sorted(k for k in {*settings, *there} if there.get(k) != settings.get(k))
+            raise BadInput(f'{folder} was made with other settings ({", ".join(changed)}). Delete it to make it anew.')
+        if there != settings:           # a new source, or one that failed before it wrote anything and whose mistake is mended
+            write_json(os.path.join(folder, 'progress/source.json'), dict(settings=settings))
     return meta
 
 
@@ -180,7 +186,7 @@ def finish_source(folder, tokenizer, settings, states, **more):
                 skipped=[where for state in states for where in state['skipped']],
                 tokenizer=dict(name=tokenizer.path, fingerprint=tokenizer.fingerprint, bos_id=tokenizer.bos_id), **more)
     write_json(os.path.join(folder, 'meta.json'), meta)
-    shutil.rmtree(os.path.join(folder, 'progress'), ignore_errors=True)      # another rank may be opening a lock in it just now
+    shutil.rmtree(os.path.join(folder, 'progress'))
     return meta
 
 
