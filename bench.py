@@ -166,6 +166,7 @@ def bench_prepare():
     import glob
     import gzip
     import json
+    import multiprocessing
     import resource
     import sysconfig
     import pyarrow
@@ -179,7 +180,7 @@ def bench_prepare():
         return usage.ru_utime + usage.ru_stime
 
     if text:
-        texts = [r['text'] for f in local_files(text) for batch in read_batches(f, ['text']) for _, _, r in records_of(batch)]
+        texts = [r['text'] for f in local_files(text) for batch in read_batches(f, ['text']) for _, r in records_of(batch)]
     else:
         texts = [open(path, encoding='utf-8', errors='replace').read()
                  for path in sorted(glob.glob(os.path.join(sysconfig.get_path('stdlib'), '**', '*.py'), recursive=True))]
@@ -199,25 +200,33 @@ def bench_prepare():
             with open(f'{folder}/{i:03d}.jsonl.gz', 'wb') as f:
                 f.write(lines)
             pyarrow.parquet.write_table(pyarrow.table({'text': texts}), f'{folder}/{i:03d}.parquet', row_group_size=1000)
-        print(f'prepare: {repeats * n_bytes / 1e6:.0f} MB of text, {workers} workers, {os.cpu_count()} cores\n\n| input | encode_ordinary '
-              'Mtok/s | prepare Mtok/s, wall | of workers x encode_ordinary | CPU time of encode_ordinary / of prepare |\n|---|---|---|---|---|')
+        print(f'prepare: {repeats * n_bytes / 1e6:.0f} MB of text, {workers} workers, {os.cpu_count()} cores; Mtok/s of encode_ordinary in one '
+              'thread (CPU time), of as many processes at once, of prepare (wall)\n\n| input | one | at once | prepare | prepare / '
+              '(workers x one) | prepare / at once | CPU time, encode_ordinary / prepare |\n|---|---|---|---|---|---|---|')
+
+        def encode_all():
+            return sum(len(encode(t)) + 1 for t in texts)
         for kind in ('jsonl.gz', 'parquet'):
-            alone, walls, shares, cpu_shares = [], [], [], []
+            rows = []
             for i in range(rounds):
                 start = time.process_time()
-                n_tokens = sum(len(encode(t)) + 1 for t in texts)
+                n_tokens = encode_all()
                 seconds = time.process_time() - start
+                crowd = [multiprocessing.get_context('fork').Process(target=encode_all) for _ in range(workers)]
+                start = time.perf_counter()
+                for process in crowd:
+                    process.start()
+                for process in crowd:
+                    process.join()
+                at_once = workers * n_tokens / (time.perf_counter() - start)
                 cpu, start = children(), time.perf_counter()
                 subprocess.run([sys.executable, 'prepare/text.py', f'--source={kind}{i}', f'--input={folder}/*.{kind}', f'--workers={workers}',
                                 f'--tokenizer={path}', f'--out={folder}/out{i}'], check=True, capture_output=True,
                                cwd=os.path.dirname(os.path.abspath(__file__)))
-                wall = time.perf_counter() - start
-                alone.append(n_tokens / seconds / 1e6)
-                walls.append(repeats * n_tokens / wall / 1e6)
-                shares.append(walls[-1] / alone[-1] / workers)
-                cpu_shares.append(repeats * seconds / (children() - cpu))
-            low_high = [f'**{statistics.median(v):.2f}** ({min(v):.2f} to {max(v):.2f})' for v in (shares, cpu_shares)]
-            print(f'| {kind} | {statistics.median(alone):.2f} | {statistics.median(walls):.2f} | {low_high[0]} | {low_high[1]} |', flush=True)
+                rate = repeats * n_tokens / (time.perf_counter() - start)
+                rows.append((n_tokens / seconds / 1e6, at_once / 1e6, rate / 1e6, rate * seconds / n_tokens / workers, rate / at_once,
+                             repeats * seconds / (children() - cpu)))
+            print(f'| {kind} | ' + ' | '.join(f'{statistics.median(v):.2f} ({min(v):.2f} to {max(v):.2f})' for v in zip(*rows)) + ' |', flush=True)
 
 
 if peer:

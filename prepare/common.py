@@ -27,7 +27,7 @@ from tqdm import tqdm
 from chat import check_template, encode_chat, marked
 from configurator import BadInput, RunFault
 from data import open_shard, shard_header
-from prepare.reading import local_files, make_parts, read_batches, records_of, remote_files
+from prepare.reading import local_files, location, make_parts, read_batches, records_of, remote_files
 from prepare.shards import PartWriter, finish_source, lock, open_source, print_table, read_json
 from tokenizer import load_tokenizer
 
@@ -106,16 +106,17 @@ class Result:
     masks: object                   # (the same,) uint8, None for plain text
     lengths: list                   # tokens of every document
     n_bytes: list                   # UTF-8 bytes of every document
-    faults: list                    # (number, location, reason) of every broken record
+    faults: list                    # (location, reason) of every broken record
     seconds: float = 0.0            # CPU time of tokenizing alone
 
 
-_work, _tokenizer = None, None
+_work, _tokenizer, _bos = None, None, None
 
 
 def start_worker(work):
-    global _work, _tokenizer
+    global _work, _tokenizer, _bos
     _work, _tokenizer = work, load_tokenizer(work.tokenizer_path)
+    _bos = np.array([_tokenizer.bos_id], np.uint32)
 
 
 def start_process(work):
@@ -130,7 +131,7 @@ def tokenize_batch(batch):
     """Batch -> Result."""
     result = Result([], [], [], [], [], [], [])
     dtype = shard_header(0, _tokenizer.vocab_size)[1]
-    for number, where, record in records_of(batch):
+    for number, record in records_of(batch):
         result.numbers.append(number)
         try:
             document = document_of(record, _work.convert, _work.columns)
@@ -143,7 +144,7 @@ def tokenize_batch(batch):
             result.seconds += time.thread_time() - start
         except ValueError as error:         # BadInput of the tokenizer among them
             result.kinds.append(BROKEN)
-            result.faults.append((number, where, str(error)))
+            result.faults.append((location(batch, number), str(error)))
             continue
         result.kinds.append(SPLITS.index(split_of(hash_share(text), _work.val_fraction, _work.probe_fraction)))
         result.ids += ids
@@ -162,7 +163,7 @@ def encode(document):
             raise ValueError('no conversation with an answer of the assistant')
         ids, mask = encode_chat(_tokenizer, document, _work.chat_template)
         return [ids], mask
-    return [np.array([_tokenizer.bos_id], np.uint32), _tokenizer.encode_document(document)], None
+    return [_bos, _tokenizer.encode_document(document)], None
 
 
 def dealt(batches, work, workers):
@@ -288,7 +289,7 @@ def add_result(job, writer, file_number, result):
     faults, document, start = iter(result.faults), 0, 0
     for number, kind in zip(result.numbers, result.kinds):
         if kind == BROKEN:
-            _, where, reason = next(faults)
+            where, reason = next(faults)
             if not job.skip_bad:
                 raise BadInput(f'{where}: {reason}. Mend or drop the record, or pass --skip_bad=True to leave such out and list them.')
             writer.count('broken', f'{where}: {reason}')

@@ -63,7 +63,7 @@ def collect_questions(path):
         else:
             files = local_files(os.path.join(questions, repository, pattern))
         print(f'problems of {repository}, {split}: {len(files)} files')
-        records = (r for f in sorted(files, key=lambda f: f.path) for batch in read_batches(f, columns) for _, _, r in records_of(batch))
+        records = (r for f in sorted(files, key=lambda f: f.path) for batch in read_batches(f, columns) for _, r in records_of(batch))
         table[f'{name}/{split}'] = [question_of(record) for record in records]
     write_json(path, table)
 

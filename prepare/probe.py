@@ -26,7 +26,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) 
 
 from configurator import BadInput, configure
 from prepare.common import document_of, hash_share, plain_text, split_of
-from prepare.reading import local_files, make_parts, read_batches, records_of, remote_files
+from prepare.reading import local_files, location, make_parts, read_batches, records_of, remote_files
 from prepare.shards import PartWriter, finish_source, open_source, print_table, read_json, write_atomic, write_json
 from tokenizer import load_tokenizer
 
@@ -82,9 +82,9 @@ def evaluation_grams():
     grams, n_records = set(), 0
     for file in files:
         for batch in read_batches(file, []):
-            for _, where, record in records_of(batch):
+            for number, record in records_of(batch):
                 if isinstance(record, ValueError):
-                    raise BadInput(f'{where}: {record}.')
+                    raise BadInput(f'{location(batch, number)}: {record}.')
                 n_records += 1
                 for text in strings_in(record):
                     grams |= n_grams(words_of(text), N_GRAM)
@@ -118,16 +118,16 @@ def candidates(script, files, report):
     columns = script.DATASET.columns + ['score'] * (min_score is not None)
     for file in (file for part in make_parts(files) for file in part):
         for batch in read_batches(file, columns):
-            for _, where, record in records_of(batch):
+            for number, record in records_of(batch):
                 try:
                     text = document_of(record, script.text_of, columns if isinstance(record, dict) else ())
                     share = hash_share(plain_text(text)) if text else None
                 except ValueError as error:
-                    raise BadInput(f'{where}: {error}. Mend or drop the record.') from None
+                    raise BadInput(f'{location(batch, number)}: {error}. Mend or drop the record.') from None
                 report['read'] += 1
                 if share is not None and split_of(share, 0, probe_fraction) == 'probe':
                     report['candidates'] += 1
-                    yield where, text, record
+                    yield location(batch, number), text, record
 
 
 def choose(domain, grams):

@@ -286,22 +286,27 @@ def parquet_batches(file, stream, columns, skip):
 # -- records -----------------------------------------------------------------------------------------------------------
 
 def records_of(batch):
-    """Yields (number, where, record) for every record of a batch: a dict, the str of a plain text file, or the ValueError
-    that says why it is none.
+    """Yields (number, record) for every record of a batch: a dict, the str of a plain text file, or the ValueError that says
+    why it is none. Blank lines are passed over.
     """
     if not isinstance(batch.records, list):
-        for i, row in enumerate(batch.records.to_pylist(), batch.first):
-            yield i, f'{batch.file}: row {i + 1}', row
+        yield from enumerate(batch.records.to_pylist(), batch.first)
         return
     for i, record in enumerate(batch.records, batch.first):
-        where = f'{batch.file.path}:{i + 1}' if batch.file.start == 0 else f'{batch.file}: line {i + 1}'
         if isinstance(record, str):
-            yield i, where, record
-        elif record.strip():
-            try:
-                record = orjson.loads(record)
-                if not isinstance(record, dict):
-                    record = ValueError(f'no JSON object but {type(record).__name__}')
-            except orjson.JSONDecodeError as error:         # broken UTF-8 and halves of surrogate pairs are errors to it, too
-                record = ValueError(f'no valid JSON ({error})')
-            yield i, where, record
+            yield i, record
+            continue
+        try:
+            record = orjson.loads(record)
+        except orjson.JSONDecodeError as error:         # broken UTF-8 and halves of surrogate pairs are errors to it, too
+            if not record.strip():
+                continue
+            record = ValueError(f'no valid JSON ({error})')
+        yield i, record if isinstance(record, (dict, ValueError)) else ValueError(f'no JSON object but {type(record).__name__}')
+
+
+def location(batch, number):
+    """Where a record stands, for messages: file and line or row, counted from 1."""
+    if not isinstance(batch.records, list):
+        return f'{batch.file}: row {number + 1}'
+    return f'{batch.file.path}:{number + 1}' if batch.file.start == 0 else f'{batch.file}: line {number + 1}'

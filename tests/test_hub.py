@@ -155,7 +155,7 @@ def test_https_files_are_read_in_ranges(hub, tmp_path, byte_tokenizer, monkeypat
     files, commits = reading.remote_files([f'{hub.url}/datasets/x/y/resolve/main/all.jsonl'])
     parts = reading.make_parts(files)
     assert commits == {} and len(parts) == -(-files[0].size // 100_000) > 5
-    found = [r['text'] for part in parts for f in part for batch in reading.read_batches(f, ['text']) for _, _, r in reading.records_of(batch)]
+    found = [r['text'] for part in parts for f in part for batch in reading.read_batches(f, ['text']) for _, r in reading.records_of(batch)]
     assert found == texts
 
 

@@ -187,11 +187,11 @@ def test_large_files_are_cut_into_ranges_that_together_are_the_whole(tmp_path, m
     for name in ('a.jsonl', 'b.parquet'):
         parts = reading.make_parts(reading.local_files(str(tmp_path / name)))
         assert len(parts) >= 4 and all(len(part) == 1 for part in parts)
-        read = [[(i, r['text']) for batch in reading.read_batches(f, ['text']) for i, _, r in reading.records_of(batch)] for f, in parts]
+        read = [[(i, r['text']) for batch in reading.read_batches(f, ['text']) for i, r in reading.records_of(batch)] for f, in parts]
         assert [text for part in read for _, text in part] == texts
         for (file,), records in zip(parts, read):       # a part goes on anywhere
             for skip in (1, len(records) // 2, len(records)):
-                rest = [(i, r['text']) for b in reading.read_batches(file, ['text'], skip) for i, _, r in reading.records_of(b)]
+                rest = [(i, r['text']) for b in reading.read_batches(file, ['text'], skip) for i, r in reading.records_of(b)]
                 assert rest == records[skip:]
 
 
@@ -200,9 +200,9 @@ def test_a_long_plain_text_becomes_documents_that_together_are_the_file(tmp_path
     (tmp_path / 'a.txt').write_text(text, newline='')
     monkeypatch.setattr(reading, 'LONGEST_TEXT', 20_000)
     file, = reading.local_files(str(tmp_path / 'a.txt'))
-    pieces = [record for batch in reading.read_batches(file, []) for _, _, record in reading.records_of(batch)]
+    pieces = [record for batch in reading.read_batches(file, []) for _, record in reading.records_of(batch)]
     assert ''.join(pieces) == text and len(pieces) > 5 and all(p.endswith('\n') and len(p) <= 20_000 for p in pieces[:-1])
-    assert [r for b in reading.read_batches(file, [], 3) for _, _, r in reading.records_of(b)] == pieces[3:]
+    assert [r for b in reading.read_batches(file, [], 3) for _, r in reading.records_of(b)] == pieces[3:]
 
 
 def test_training_reads_what_was_prepared(tmp_path, byte_tokenizer):
