@@ -462,7 +462,7 @@ def report(dataset, folder, meta, job, seconds, workers, tokenizer, rank):
         print(f'rank {rank}: its {job.made:,} tokens are written in {seconds:.1f} s; other parts of {folder} are not done. The rank '
               'that ends last writes meta.json; if one was cut off, start it again.')
         return
-    print_table({dataset.name: meta}, seconds, job.made)
+    print_table({dataset.name: meta}, seconds if job.made else None, job.made)
     if job.seconds:
         alone = job.made / job.seconds
         share = job.made / seconds / (alone * max(1, workers))

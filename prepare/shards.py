@@ -199,7 +199,7 @@ def print_table(metas, seconds=None, tokens_made=None):
     for name, meta in metas.items():
         for split, n in meta['splits'].items():
             print(f'{name:<28}{split:<8}{n["documents"]:>14,}{n["tokens"]:>18,}{n["bytes"] / n["tokens"]:>13.2f}')
-    if seconds is None:
+    if not seconds:
         return
     made = sum(n['tokens'] for meta in metas.values() for n in meta['splits'].values()) if tokens_made is None else tokens_made
     print(f'{made:,} tokens in {seconds:.1f} s: {made / seconds:,.0f} tokens/s')
