@@ -200,8 +200,8 @@ def bench_prepare():
             with open(f'{folder}/{i:03d}.jsonl.gz', 'wb') as f:
                 f.write(lines)
             pyarrow.parquet.write_table(pyarrow.table({'text': texts}), f'{folder}/{i:03d}.parquet', row_group_size=1000)
-        print(f'prepare: {repeats * n_bytes / 1e6:.0f} MB of text, {workers} workers, {os.cpu_count()} cores; Mtok/s of encode_ordinary in one '
-              'thread (CPU time), of as many processes at once, of prepare (wall)\n\n| input | one | at once | prepare | prepare / '
+        print(f'prepare: {repeats * n_bytes / 1e6:.0f} MB of text, {workers} workers, {os.cpu_count()} cores; Mtok/s of '
+              'encode_ordinary in one thread (CPU time), of as many processes at once, of prepare (wall)\n\n| input | one | at once | prepare | prepare / '
               '(workers x one) | prepare / at once | CPU time, encode_ordinary / prepare |\n|---|---|---|---|---|---|---|')
 
         def encode_all():
@@ -220,13 +220,14 @@ def bench_prepare():
                     process.join()
                 at_once = workers * n_tokens / (time.perf_counter() - start)
                 cpu, start = children(), time.perf_counter()
-                subprocess.run([sys.executable, 'prepare/text.py', f'--source={kind}{i}', f'--input={folder}/*.{kind}', f'--workers={workers}',
-                                f'--tokenizer={path}', f'--out={folder}/out{i}'], check=True, capture_output=True,
-                               cwd=os.path.dirname(os.path.abspath(__file__)))
+                subprocess.run([sys.executable, 'prepare/text.py', f'--source={kind}{i}', f'--input={folder}/*.{kind}',
+                                f'--workers={workers}', f'--tokenizer={path}', f'--out={folder}/out{i}'], check=True,
+                               capture_output=True, cwd=os.path.dirname(os.path.abspath(__file__)))
                 rate = repeats * n_tokens / (time.perf_counter() - start)
                 rows.append((n_tokens / seconds / 1e6, at_once / 1e6, rate / 1e6, rate * seconds / n_tokens / workers, rate / at_once,
                              repeats * seconds / (children() - cpu)))
-            print(f'| {kind} | ' + ' | '.join(f'{statistics.median(v):.2f} ({min(v):.2f} to {max(v):.2f})' for v in zip(*rows)) + ' |', flush=True)
+            cells = [f'{statistics.median(v):.2f} ({min(v):.2f} to {max(v):.2f})' for v in zip(*rows)]
+            print(f'| {kind} | ' + ' | '.join(cells) + ' |', flush=True)
 
 
 if peer:

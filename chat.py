@@ -51,7 +51,8 @@ def encode_chat(tokenizer, messages, template):
     for message in messages:
         role, content = message['role'], message['content']
         if role not in ROLES or not isinstance(content, str):
-            raise ValueError(f'a message has role {role!r} and content of type {type(content).__name__}; the roles are {", ".join(ROLES)}')
+            raise ValueError(f'a message has role {role!r} and content of type {type(content).__name__}; the roles are '
+                             + ', '.join(ROLES))
         add(encode_parts(tokenizer, [*before, role, *between]), 0)
         add(tokenizer.encode_document(content.strip() if template == 'llama3' else content), role == 'assistant')
         add(encode_parts(tokenizer, after), role == 'assistant')

@@ -399,7 +399,8 @@ def check_probes(name, knobs):
         probe = read_json(path)['settings']
         if probe.get('source') == name and probe['probe_fraction'] > knobs['probe_fraction']:
             raise BadInput(f"{os.path.dirname(path)} was drawn from {name} with probe_fraction = {probe['probe_fraction']}; with "
-                           f"{knobs['probe_fraction']} here, some of it would be trained on. Set --probe_fraction={probe['probe_fraction']}.")
+                           f"{knobs['probe_fraction']} here, some of it would be trained on. Set "
+                           f"--probe_fraction={probe['probe_fraction']}.")
 
 
 def prepare(dataset, convert, knobs, chat_template=None):
@@ -429,8 +430,9 @@ def prepare_source(dataset, convert, knobs, chat_template):
     folder = os.path.join(knobs['out'], dataset.name)
     files, commits = find_files(dataset, knobs, folder)
     parts = make_parts(files)
+    listing = json.dumps([[f.name, f.size] for f in files])
     settings = dict(
-        dataset=dataset.files, commits=commits, files=hashlib.sha256(json.dumps([[f.name, f.size] for f in files]).encode()).hexdigest(),
+        dataset=dataset.files, commits=commits, files=hashlib.sha256(listing.encode()).hexdigest(),
         columns=list(dataset.columns), chat_template=chat_template, tokenizer=tokenizer.fingerprint,
         **{key: knobs[key] for key in ('max_tokens', 'shard_tokens', 'val_fraction', 'probe_fraction')})
     meta = open_source(folder, settings)

@@ -1,7 +1,8 @@
 """Probe sets, one per domain, that re-weighting measures against -> data/probe/<domain>/.
 
     python prepare/probe.py --tokenizer=path/to/tokenizer.json --samples=1000
-    python prepare/probe.py --tokenizer=tokenizer.json --sources="{'math': 'text'}" --input.math='my/*.jsonl' --evaluation='benchmarks/*.jsonl'
+    python prepare/probe.py --tokenizer=tokenizer.json --sources="{'math': 'text'}" --input.math='my/*.jsonl' \\
+        --evaluation='benchmarks/*.jsonl'
 
 Candidates are the documents whose hash falls into the last `probe_fraction`: the dataset's own script keeps exactly these out
 of its training shards, so the two are disjoint, exact duplicates included. From them are dropped, counted and named: text of a
@@ -179,8 +180,8 @@ def main():
     metas, grams = {}, None
     for domain in sources:
         name = importlib.import_module(f'prepare.{sources[domain]}').DATASET.name
-        settings = dict(source=name, domains=sources, input=input, evaluation=evaluation, tokenizer=made_with.fingerprint, samples=samples,
-                        probe_fraction=probe_fraction, bounds=[min_chars, max_chars, min_printable, min_score])
+        settings = dict(source=name, domains=sources, input=input, evaluation=evaluation, tokenizer=made_with.fingerprint,
+                        samples=samples, probe_fraction=probe_fraction, bounds=[min_chars, max_chars, min_printable, min_score])
         metas[domain] = open_source(os.path.join(out, 'probe', domain), settings)
         if metas[domain] is None:
             grams = evaluation_grams() if grams is None else grams
@@ -194,7 +195,8 @@ if __name__ == '__main__':
     if not tokenizer:
         raise BadInput('--tokenizer is missing: a tiktoken name, a rank file, or a tokenizer.json.')
     if set(input) - set(sources):
-        raise BadInput(f"input names the domain '{min(set(input) - set(sources))}', which sources do not. Domains: {', '.join(sources)}.")
+        raise BadInput(f"input names the domain '{min(set(input) - set(sources))}', which sources do not. Domains: "
+                       f"{', '.join(sources)}.")
     for domain, script in sources.items():
         if not os.path.isfile(os.path.join(os.path.dirname(os.path.abspath(__file__)), f'{script}.py')):
             raise BadInput(f"sources.{domain}: there is no script prepare/{script}.py.")

@@ -98,9 +98,11 @@ def reaching(what):
         cause = error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error    # HfFileSystem wraps them
         or_local = 'Or give downloaded files with --input.'
         if isinstance(cause, hub.GatedRepoError):
-            raise BadInput(f'{what} is gated: accept its terms at {page}, then run `hf auth login` or set HF_TOKEN. {or_local}') from None
+            raise BadInput(f'{what} is gated: accept its terms at {page}, then run `hf auth login` or set HF_TOKEN. '
+                           + or_local) from None
         if isinstance(cause, hub.RevisionNotFoundError):
-            raise BadInput(f'{what} has no such revision: see {page}/commits/main and give another with --revision. {or_local}') from None
+            raise BadInput(f'{what} has no such revision: see {page}/commits/main and give another with --revision. '
+                           + or_local) from None
         if isinstance(cause, hub.RepositoryNotFoundError):
             raise BadInput(f'{what} does not exist on the hub, or needs a token: see {page}, then run `hf auth login` or set '
                            f'HF_TOKEN. {or_local}') from None
@@ -265,7 +267,8 @@ def parquet_batches(file, stream, columns, skip):
     columns = columns or parquet.schema_arrow.names
     missing = [c for c in columns if c not in parquet.schema_arrow.names]
     if missing:
-        raise BadInput(f"{file.path}: no column '{missing[0]}'; it has {parquet.schema_arrow.names}. (--column says which, for your own text.)")
+        raise BadInput(f"{file.path}: no column '{missing[0]}'; it has {parquet.schema_arrow.names}. (--column says which, for "
+                       'your own text.)')
     number = 0
     for group in range(parquet.num_row_groups):
         about = parquet.metadata.row_group(group)

@@ -14,6 +14,7 @@ from conftest import ROOT, assert_one_sentence, run
 from configurator import BadInput
 from data import Source
 from prepare import reading
+from prepare.common import check_space
 from prepare.demo import cut_docstrings, math_problem
 from prepare.shards import lock
 import tokenizer as tokenizer_module
@@ -173,6 +174,26 @@ def test_broken_records_are_skipped_only_when_asked_for_and_then_listed(tmp_path
     assert meta['counts'] == {'broken': 4} and [w.split('in.jsonl:')[1].split(':')[0] for w in meta['skipped']] == ['18', '201', '312', '351']
     assert 'blanks in a row' in meta['skipped'][3]
     assert sum(s['documents'] for s in meta['splits'].values()) == 396
+
+
+def test_what_will_not_fit_is_refused_before_it_begins(tmp_path):
+    check_space(str(tmp_path / 'x'), 1000)
+    with pytest.raises(BadInput, match='are needed. Free some space'):
+        check_space(str(tmp_path / 'x'), 10**18)
+
+
+def test_ctrl_c_stops_with_a_sentence_and_the_next_run_goes_on(tmp_path, byte_tokenizer, many_files):
+    arguments = [f'--input={many_files}', f'--tokenizer={byte_tokenizer}', '--source=x', '--workers=2', '--shard_tokens=100000']
+    assert run([sys.executable, 'prepare/text.py', *arguments, f'--out={tmp_path / "whole"}']).returncode == 0
+    command = [sys.executable, 'prepare/text.py', *arguments, f'--out={tmp_path / "cut"}']
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not list((tmp_path / 'cut').glob('x/train/*.bin')) and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate()
+    assert process.returncode == 130 and 'run again to go on' in errors and 'Traceback' not in errors
+    assert run(command).returncode == 0
+    assert contents(tmp_path / 'cut/x') == contents(tmp_path / 'whole/x')
 
 
 def test_large_files_are_cut_into_ranges_that_together_are_the_whole(tmp_path, monkeypatch):
