@@ -43,6 +43,7 @@ class Tokenizer:
     nfc: bool             # text is Unicode-normalised (NFC) before it is encoded
     added: re.Pattern | None    # tokens matched in the text as they stand, before it is split (runs of spaces, say)
     added_names: tuple = ()     # the same, to look for quickly
+    added_mark: str = ''        # a character that all of them have, to look for more quickly
 
     @property
     def vocab_size(self):
@@ -65,7 +66,7 @@ class Tokenizer:
     def encode_piece(self, text):
         if self.nfc:
             text = unicodedata.normalize('NFC', text)
-        if not any(name in text for name in self.added_names):
+        if self.added_mark not in text or not any(name in text for name in self.added_names):
             return self.encoding.encode_to_numpy(text, disallowed_special=())
         ids, parts = [], self.added.split(text)         # odd parts are the added tokens themselves
         for i, part in enumerate(parts):
@@ -119,9 +120,10 @@ def make_tokenizer(path, ranks, pattern, special_tokens, bos, nfc=False, added=(
     content = json.dumps([[[t.hex(), i] for t, i in sorted(ranks.items())], sorted(special_tokens.items()), pattern, bos, nfc,
                           sorted(added)])
     fingerprint = hashlib.sha256(content.encode()).hexdigest()[:16]
+    marks = sorted(c for c in set.intersection(*map(set, added)) if not c.isalnum()) if added else ['']
     longest_first = '|'.join(re.escape(name) for name in sorted(added, key=len, reverse=True))
     return Tokenizer(encoding, path, fingerprint, special_tokens[bos], nfc, re.compile(f'({longest_first})') if added else None,
-                     tuple(added))
+                     tuple(added), marks[-1] if marks else '')
 
 
 def choose_bos(path, special_tokens):
