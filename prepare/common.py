@@ -73,13 +73,16 @@ def document_of(record, convert, columns=()):
         raise ValueError(f'it cannot be converted ({type(error).__name__}: {error}); the record has {list(record)}') from None
     if not isinstance(document, (str, list, type(None))):
         raise ValueError(f'no text but {type(document).__name__}')
+    if isinstance(document, list) and not all(isinstance(m, dict) and isinstance(m.get('role'), str)
+                                              and isinstance(m.get('content'), str) for m in document):
+        raise ValueError('a message lacks role or content, or they are no text')
     return document
 
 
 def plain_text(document):
     """The UTF-8 bytes of a document, or of a conversation's contents. ValueError if it is no valid Unicode."""
     try:
-        return (document if isinstance(document, str) else '\n'.join(str(m['content']) for m in document)).encode()
+        return (document if isinstance(document, str) else '\n'.join(m['content'] for m in document)).encode()
     except UnicodeEncodeError:
         raise ValueError('the text holds half of a surrogate pair (a broken \\u escape)') from None
 

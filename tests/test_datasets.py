@@ -10,6 +10,7 @@ import pytest
 
 from conftest import ROOT
 from chat import marked
+from configurator import BadInput
 from data import open_shard
 from tokenizer import GPT2_PATTERN, load_tokenizer, make_tokenizer, save_tokenizer
 
@@ -193,6 +194,13 @@ def test_records_of_the_true_schema_become_the_right_documents(tmp_path, chat_to
     assert sorted(marked(tokenizer, *document) for document in found) == sorted(
         f'<|begin_of_text|>{header("user")}{user}<|eot_id|>{header("assistant")}[[{answer}<|eot_id|>]]' for user, answer in expected)
     assert 'what is learnt between [[ and ]]' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('messages', [[{'content': 'Hi'}], [{'role': 'user', 'content': None}], ['Hi'], [{'role': 'user', 'content': 'Hi'}], 'Hi'])
+def test_a_conversation_that_is_none_is_named_with_its_line(tmp_path, chat_tokenizer, messages):
+    write_records(tmp_path / 'a.jsonl', [dict(messages=messages)])
+    with pytest.raises(BadInput, match='a.jsonl:1: '):
+        run_script('tulu3', f'--input={tmp_path / "a.jsonl"}', f'--tokenizer={chat_tokenizer}', f'--out={tmp_path / "out"}', '--workers=0')
 
 
 @pytest.mark.parametrize('name', SCRIPTS)
