@@ -21,15 +21,14 @@ import time
 from dataclasses import asdict, fields
 
 import torch
-import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 import checkpoint
-from common import (MetricsLog, all_reduce_sum, barrier, device_name, peak_flops, pick_dtype, read_metrics, start_ranks,
-                    tune_malloc)
+from common import (MetricsLog, all_reduce_sum, barrier, device_name, leave_ranks, peak_flops, pick_dtype, read_metrics,
+                    start_ranks, tune_malloc)
 from configurator import BadInput, RunFault, configure
 from data import MixtureLoader, Source, common_tokenizer, document_ids, rows_of_rank
 from model import GPT, ModelConfig, count_parameters, flops_per_token, init_weights
@@ -454,6 +453,4 @@ if not stopping and sample_tokens and tokenizer is not None:
         print(f'sample: {tokenizer.decode([i for i in ids[0].tolist() if i != tokenizer.bos_id])}')
 if is_master:
     metrics_log.close()
-if dist.is_initialized():
-    dist.destroy_process_group()
-sys.exit(128 + stopping if stopping else 0)
+leave_ranks(128 + stopping if stopping else 0)
