@@ -9,6 +9,7 @@ work of one process, its shards are written in the order of its records, and a s
 import collections
 import concurrent.futures
 import contextlib
+import fcntl
 import glob
 import hashlib
 import json
@@ -181,6 +182,9 @@ def dealt(batches, work, workers):
         return
     context = multiprocessing.get_context('spawn')
     with concurrent.futures.ProcessPoolExecutor(workers, context, start_process, (work,)) as pool:
+        if hasattr(fcntl, 'F_SETPIPE_SZ'):          # Linux: at 64 KiB a worker waits while its batch trickles in (5 % of the time)
+            for queue in (pool._call_queue, pool._result_queue):
+                fcntl.fcntl(queue._writer.fileno(), fcntl.F_SETPIPE_SZ, 2**20)
         waiting = collections.deque()
         try:
             for part, file_number, batch in batches:
