@@ -5,14 +5,26 @@
 Two templates. A special token is the one of that name in the tokenizer; the same characters inside a message are plain
 text, so nobody's words can end a turn. Contents are encoded apart from the headers around them, as they are generated.
 """
+import json
+import time
+
 import numpy as np
 
 from configurator import BadInput
+from tokenizer import stop_ids
 
 # what stands before the role, between role and content, and after the content; <|...|> are special tokens
 TEMPLATES = {
     'llama3': (['<|start_header_id|>'], ['<|end_header_id|>', '\n\n'], ['<|eot_id|>'], []),
     'chatml': (['<|im_start|>'], ['\n'], ['<|im_end|>'], ['\n']),
+}
+# the same for tools that read Jinja, as a model's chat_template.jinja
+JINJA = {
+    'llama3': "{{ bos_token }}{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + "
+              "(message['content'] | trim) + '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}"
+              "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}",
+    'chatml': "{{ bos_token }}{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' "
+              "}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
 }
 ROLES = ('system', 'user', 'assistant', 'tool', 'ipython')
 
@@ -58,6 +70,31 @@ def encode_chat(tokenizer, messages, template):
         add(encode_parts(tokenizer, after), role == 'assistant')
         add(encode_parts(tokenizer, last), 0)
     return np.concatenate(ids), np.concatenate(mask)
+
+
+def encode_prompt(tokenizer, messages, template):
+    """Messages -> list of ids up to where the assistant's next words begin. template: a name, or the text of a Jinja template.
+
+    In a Jinja template, which is the model's own and not ours, special tokens in a message count as such.
+    """
+    if template in TEMPLATES:
+        before, between, _, _ = TEMPLATES[template]
+        return encode_chat(tokenizer, messages, template)[0].tolist() + encode_parts(tokenizer, [*before, 'assistant', *between])
+    from jinja2 import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def raise_exception(message):
+        raise TemplateError(message)
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=['jinja2.ext.loopcontrols'])
+    environment.globals |= dict(raise_exception=raise_exception, strftime_now=time.strftime)
+    environment.filters['tojson'] = lambda value, **options: json.dumps(value, ensure_ascii=False, indent=options.get('indent'))
+    names = {i: name for name, i in tokenizer.encoding._special_tokens.items()}
+    try:
+        text = environment.from_string(template).render(messages=messages, add_generation_prompt=True, tools=None,
+                                                        bos_token=names[tokenizer.bos_id], eos_token=names[stop_ids(tokenizer)[0]])
+    except TemplateError as error:
+        raise BadInput(f"the model's own chat template fails ({type(error).__name__}: {error}). Choose another with --chat_template.") from None
+    return tokenizer.encoding.encode(text, allowed_special='all')
 
 
 def marked(tokenizer, ids, mask):

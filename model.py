@@ -1,6 +1,6 @@
 """The network: a Llama / MobileLLM transformer in one class, its loss, generation and FLOP count.
 
-RMSNorm, rotary positions (Llama-3 scaling included), grouped-query attention, optional QK-norm (Qwen3), optional QKV bias
+RMSNorm, rotary positions (with scaling), grouped-query attention, optional QK-norm (Qwen3, MobileLLM-R1), optional QKV bias
 (Qwen2), SwiGLU, tied or untied embeddings, optional repetition of every layer (MobileLLM-LS). Weight layout and rotary
 convention (two halves) are those of Hugging Face's Llama, so its weights copy over one to one.
 
@@ -23,6 +23,12 @@ from torch.utils.checkpoint import checkpoint
 from configurator import BadInput
 
 
+ROPE_SCALING = {       # type -> its numbers
+    'llama3': {'factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position'},
+    'linear': {'factor'},
+    'yarn': {'factor', 'original_max_position', 'beta_fast', 'beta_slow', 'attention_factor'}}
+
+
 @dataclass
 class ModelConfig:
     vocab_size: int = 128256
@@ -34,11 +40,12 @@ class ModelConfig:
     head_dim: int | None = None           # None: n_embd // n_head
     tie_embeddings: bool = True
     qk_norm: bool = False                 # RMSNorm of every query and key head before the rotation (Qwen3, MobileLLM-R1)
+    qk_norm_weight: bool = True           # its learned scale (Qwen3); MobileLLM-R1 has none
     qkv_bias: bool = False                # bias of the q, k and v projections (Qwen2)
     layer_repeat: int = 1                 # every layer runs this many times in a row with the same weights (MobileLLM-LS)
     norm_eps: float = 1e-5
     rope_theta: float = 500000.0
-    rope_scaling: dict | None = None      # Llama 3: factor, low_freq_factor, high_freq_factor, original_max_position
+    rope_scaling: dict | None = None      # for longer context: type (llama3, linear, yarn) and what ROPE_SCALING lists for it
     n_expert: int = 0                     # mixture of experts: routed experts of a layer, 0 = dense
     n_expert_active: int = 0              # routed experts that see a token
     n_shared_expert: int = 0              # experts that see every token
@@ -59,9 +66,12 @@ class ModelConfig:
         if self.head_dim % 2:
             raise BadInput(f'head_dim = {self.head_dim} is odd; rotary positions need an even one.')
         if self.rope_scaling is not None:
-            wanted = {'factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position'}
-            if set(self.rope_scaling) != wanted:
-                raise BadInput(f'rope_scaling needs exactly the keys {sorted(wanted)}, got {sorted(self.rope_scaling)}.')
+            kind = self.rope_scaling.get('type', 'llama3')
+            if kind not in ROPE_SCALING:
+                raise BadInput(f"rope_scaling type '{kind}' must be one of {', '.join(ROPE_SCALING)}.")
+            if set(self.rope_scaling) - {'type'} != ROPE_SCALING[kind]:
+                raise BadInput(f"rope_scaling of type '{kind}' needs exactly the keys {sorted(ROPE_SCALING[kind])}, got "
+                               f'{sorted(set(self.rope_scaling) - {"type"})}.')
 
 
 # -- counts ------------------------------------------------------------------------------------------------------------
@@ -74,7 +84,7 @@ def count_parameters(config):
     """
     c = config
     attention = c.n_embd * c.head_dim * (2 * c.n_head + 2 * c.n_kv_head)
-    attention += c.head_dim * (c.n_head + 2 * c.n_kv_head) * c.qkv_bias + 2 * c.head_dim * c.qk_norm + 2 * c.n_embd
+    attention += c.head_dim * (c.n_head + 2 * c.n_kv_head) * c.qkv_bias + 2 * c.head_dim * (c.qk_norm and c.qk_norm_weight) + 2 * c.n_embd
     n_moe = c.n_layer - c.n_dense_layer if c.n_expert else 0
     one_expert = 3 * c.n_embd * c.expert_ffn_dim
     router = c.n_embd * c.n_expert
@@ -96,7 +106,7 @@ def flops_per_token(config, block_size, causal=False):
     params = count_parameters(c)
     matmul = params['active'] - params['embedding'] + c.vocab_size * c.n_embd
     matmul -= c.n_embd * (2 * c.n_layer + 1) + c.n_layer * (
-        2 * c.head_dim * c.qk_norm + c.head_dim * (c.n_head + 2 * c.n_kv_head) * c.qkv_bias)      # norms and biases
+        2 * c.head_dim * (c.qk_norm and c.qk_norm_weight) + c.head_dim * (c.n_head + 2 * c.n_kv_head) * c.qkv_bias)      # norms and biases
     matmul += (c.layer_repeat - 1) * (matmul - c.vocab_size * c.n_embd)
     attention = 12 * c.n_layer * c.layer_repeat * c.n_head * c.head_dim * block_size
     return 6 * matmul + (attention // 2 if causal else attention)
@@ -107,12 +117,24 @@ def flops_per_token(config, block_size, causal=False):
 def rope_frequencies(config, device=None):
     """Angle per position of every pair of a head's dimensions: (D/2,) fp32. Su et al. 2021 (arXiv:2104.09864).
 
-    With rope_scaling, the Llama-3.1 rule: long waves are slowed by `factor`, short ones kept, a linear ramp between.
+    rope_scaling 'linear' slows all waves by `factor`; 'llama3' (Llama 3.1) slows the long ones and keeps the short ones, with
+    a linear ramp over the number of turns within the original context; 'yarn' (arXiv:2309.00071, section 3.2) the same with
+    a ramp over the dimensions.
     """
     D, scaling = config.head_dim, config.rope_scaling
     freqs = config.rope_theta ** -(torch.arange(0, D, 2, dtype=torch.float32, device=device) / D)      # (D/2,)
     if scaling is None:
         return freqs
+    kind = scaling.get('type', 'llama3')
+    if kind == 'linear':
+        return freqs / scaling['factor']
+    if kind == 'yarn':
+        def dimension(n_turns):             # the (real) dimension whose wave turns that often within the original context
+            return D * math.log(scaling['original_max_position'] / (n_turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+        low = max(math.floor(dimension(scaling['beta_fast'])), 0)
+        high = min(math.ceil(dimension(scaling['beta_slow'])), D - 1)
+        slowed = ((torch.arange(D // 2, device=device) - low) / max(high - low, 1e-3)).clamp(0, 1)
+        return freqs * (1 - slowed + slowed / scaling['factor'])
     turns = scaling['original_max_position'] * freqs / (2 * math.pi)     # rotations within the original context
     low, high = scaling['low_freq_factor'], scaling['high_freq_factor']
     keep = ((turns - low) / (high - low)).clamp(0, 1)                    # 1: short wave, kept; 0: long wave, slowed
@@ -129,16 +151,16 @@ def apply_rope(x, cos, sin):
 # -- layers ------------------------------------------------------------------------------------------------------------
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, the mean square in fp32. Zhang & Sennrich 2019 (arXiv:1910.07467)."""
+    """x / rms(x) * weight, the mean square in fp32. Zhang & Sennrich 2019 (arXiv:1910.07467). weight may be left out."""
 
-    def __init__(self, dim, eps):
+    def __init__(self, dim, eps, has_weight=True):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(dim))
-        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(dim)) if has_weight else None
+        self.dim, self.eps = dim, eps
 
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):      # from torch 2.12 on, CUDA's autocast would return fp32
-            return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+            return F.rms_norm(x, (self.dim,), None if self.weight is None else self.weight.to(x.dtype), self.eps)
 
 
 class Attention(nn.Module):
@@ -150,8 +172,8 @@ class Attention(nn.Module):
         self.wk = nn.Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=c.qkv_bias)
         self.wv = nn.Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=c.qkv_bias)
         self.wo = nn.Linear(c.n_head * c.head_dim, c.n_embd, bias=False)
-        self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else None
-        self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else None
+        self.q_norm = RMSNorm(c.head_dim, c.norm_eps, c.qk_norm_weight) if c.qk_norm else None
+        self.k_norm = RMSNorm(c.head_dim, c.norm_eps, c.qk_norm_weight) if c.qk_norm else None
 
     def forward(self, x, cos, sin, mask=None, cu_seqlens=None, cache=None, position=0):
         """x (B, T, C) -> (B, T, C).
@@ -234,13 +256,14 @@ class GPT(nn.Module):
         """The output layer's weight (V, C): the embedding table itself when tied."""
         return self.embed.weight if self.lm_head is None else self.lm_head.weight
 
-    def forward(self, idx, doc_ids=None, cache=None, position=0):
+    def forward(self, idx, doc_ids=None, cache=None, position=0, first=None):
         """Token ids to final hidden states, normed and ready for the output layer.
 
         idx       (B, T) int32 or int64 token ids
         doc_ids   (B, T) int, document number of every token: attention stays within a document. None: plain causal.
                   Rotary positions are relative, so they need not restart where a document does.
         cache     list of n_layer * layer_repeat tensors (2, B, K, T_max, D), filled in place; position: tokens in it
+        first     (B,) int64 or None: index of every row's first token, for rows padded on the left (only with a cache)
         Returns (B, T, C) in the compute dtype (autocast's when it is on).
         """
         T = idx.shape[1]
@@ -249,12 +272,17 @@ class GPT(nn.Module):
             x = x.to(torch.get_autocast_dtype(x.device.type))     # the residual stream too, as under FSDP's bf16 policy
         angles = torch.arange(position, position + T, device=x.device)[:, None] * rope_frequencies(self.config, x.device)
         cos, sin = angles.cos(), angles.sin()                                         # (T, D/2)
+        if self.config.rope_scaling is not None:
+            cos, sin = (t * self.config.rope_scaling.get('attention_factor', 1.0) for t in (cos, sin))      # YaRN
         cos, sin = torch.cat((cos, cos), -1).to(x.dtype), torch.cat((-sin, sin), -1).to(x.dtype)    # (T, D)
         mask, cu_seqlens = None, None
         if doc_ids is not None:
             mask, cu_seqlens = document_boundaries(doc_ids) if x.is_cuda else document_mask(doc_ids)
-        elif cache is not None and position > 0 and T > 1:
+        elif cache is not None and (first is not None or position > 0 and T > 1):
             mask = torch.ones(T, position + T, dtype=torch.bool, device=x.device).tril(position)[None, None]
+            if first is not None:             # padding sees itself alone, for an empty softmax is NaN
+                keys = torch.arange(position + T, device=x.device)
+                mask = mask & (keys >= first[:, None, None, None]) | (keys == keys[position:, None])          # (B, 1, T, T_total)
         application = 0
         for block in self.blocks:
             for _ in range(self.config.layer_repeat):
@@ -274,17 +302,17 @@ class GPT(nn.Module):
         return total, losses.view_as(targets), hits.view_as(targets)
 
     @torch.no_grad()
-    def logits(self, idx, cache=None, position=0):
+    def logits(self, idx, cache=None, position=0, first=None):
         """Logits of the last position only: (B, V) fp32."""
-        h = self.forward(idx, cache=cache, position=position)[:, -1]
+        h = self.forward(idx, cache=cache, position=position, first=first)[:, -1]
         return F.linear(h, self.output_weight.to(h.dtype)).float()
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, stop_token=None, seed=0):
-        """Extends idx (B, T) token by token with a KV cache. Returns (B, T + new) int64.
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, seed=0, first=None):
+        """Continues idx (B, T) token by token with a KV cache: yields (B, 1) int64, max_new_tokens times.
 
-        temperature 0 takes the likeliest token; top_k keeps that many candidates; a row that has produced stop_token is
-        filled with it, and generation ends when every row has. Same seed, same tokens.
+        temperature 0 takes the likeliest token; top_k and top_p keep that many candidates, and the likeliest that have that
+        much probability together. Same seed, same tokens. first: as in `forward`.
         """
         B, T = idx.shape
         c, device = self.config, idx.device
@@ -293,25 +321,43 @@ class GPT(nn.Module):
         cache = [torch.zeros(2, B, c.n_kv_head, T + max_new_tokens, c.head_dim, device=device, dtype=dtype)
                  for _ in range(c.n_layer * c.layer_repeat)]
         generator = torch.Generator(device).manual_seed(seed)
-        done = torch.zeros(B, 1, dtype=torch.bool, device=device)
-        out, step_input, position = idx.long(), idx.long(), 0
+        token, position = idx.long(), 0
         for _ in range(max_new_tokens):
-            logits = self.logits(step_input, cache, position)                         # (B, V)
-            position += step_input.shape[1]
-            if temperature == 0:
-                token = logits.argmax(-1, keepdim=True)                               # (B, 1)
-            else:
-                if top_k is not None:
-                    smallest = logits.topk(min(top_k, c.vocab_size)).values[:, -1:]
-                    logits = logits.masked_fill(logits < smallest, -math.inf)
-                token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+            logits = self.logits(token, cache, position, first)                       # (B, V)
+            position += token.shape[1]
+            token = sample_token(logits, temperature, top_k, top_p, generator)
+            yield token
+
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, stop_token=None, seed=0):
+        """Extends idx (B, T) by `stream`. Returns (B, T + new) int64.
+
+        A row that has produced stop_token is filled with it, and generation ends when every row has.
+        """
+        out = [idx.long()]
+        done = torch.zeros(idx.shape[0], 1, dtype=torch.bool, device=idx.device)
+        for token in self.stream(idx, max_new_tokens, temperature, top_k, seed=seed):
             if stop_token is not None:
                 token = token.masked_fill(done, stop_token)
                 done |= token == stop_token
-            out, step_input = torch.cat((out, token), 1), token
+            out.append(token)
             if done.all():
                 break
-        return out
+        return torch.cat(out, 1)
+
+
+def sample_token(logits, temperature, top_k, top_p, generator):
+    """logits (B, V) -> (B, 1) int64, drawn as `GPT.stream` says."""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    if top_k is not None:
+        smallest = logits.topk(min(top_k, logits.shape[1])).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest, -math.inf)
+    probabilities = (logits / temperature).softmax(-1)
+    if top_p is not None:
+        ordered, order = probabilities.sort(descending=True)
+        ordered[ordered.cumsum(-1) - ordered >= top_p] = 0             # what the likelier ones before have reached already
+        probabilities = torch.zeros_like(probabilities).scatter_(1, order, ordered)
+    return torch.multinomial(probabilities, 1, generator=generator)
 
 
 def document_mask(doc_ids):

@@ -11,6 +11,7 @@ with what is missing, which is how `save_tokenizer` writes one beside the shards
 import base64
 import hashlib
 import json
+import math
 import os
 import re
 import unicodedata
@@ -32,6 +33,7 @@ BLANK_RUN = re.compile(r'\s{%d}' % LONGEST_BLANK)
 # places where no split pattern joins what stands on both sides: after a line's end, and before a single blank between words
 CUTS = (re.compile(r'\S\n(?=[^\W\d_])'), re.compile(r'[^\W\d_](?= [^\W\d_])'))
 END_OF_TEXT = ('<|begin_of_text|>', '<|endoftext|>', '<|end_of_text|>', '<s>', '</s>')    # documents begin with the first there is
+ENDS = ('<|endoftext|>', '<|end_of_text|>', '</s>', '<|eot_id|>', '<|eom_id|>', '<|im_end|>')      # what ends a text or a turn
 
 
 @dataclass
@@ -207,20 +209,20 @@ def split_pattern(path, pre_tokenizer):
     if pre_tokenizer is None:
         raise BadInput(f'{path}: its pre-tokenizer splits nothing, which tiktoken cannot express.')
     steps = pre_tokenizer['pretokenizers'] if pre_tokenizer['type'] == 'Sequence' else [pre_tokenizer]
-    pattern = None
+    pattern, digits = None, False
     for step in steps:
         kind = step['type']
         if kind == 'Split' and 'Regex' in step['pattern'] and (step['behavior'], step['invert']) in (
                 ('Isolated', False), ('Removed', True)) and pattern is None:
             pattern = step['pattern']['Regex']
         elif kind == 'Digits' and step['individual_digits'] and pattern is None:
-            pattern = DIGITS_PATTERN
+            pattern, digits = DIGITS_PATTERN, True
         elif kind == 'ByteLevel' and not step['add_prefix_space']:
             if step.get('use_regex', True):
-                if pattern not in (None, DIGITS_PATTERN):
+                if pattern is not None and not digits:
                     raise BadInput(f'{path}: a Split followed by ByteLevel with use_regex cannot be read as one pattern.')
                 pattern = pattern or GPT2_PATTERN
-            elif pattern == DIGITS_PATTERN:
+            elif digits:
                 raise BadInput(f'{path}: Digits without the GPT-2 split cannot be read as one pattern.')
         else:
             raise BadInput(f"{path}: pre-tokenizer step '{kind}' with these options is not supported; GPT-2's ByteLevel, "
@@ -280,3 +282,61 @@ def save_tokenizer(folder, tokenizer):
     with open(path + '.json', 'w', encoding='utf-8') as f:
         json.dump(dict(pattern=encoding._pat_str, special_tokens=encoding._special_tokens, bos=bos, nfc=tokenizer.nfc,
                        added=added), f)
+
+
+# -- for other people's tools ------------------------------------------------------------------------------------------
+
+def stop_ids(tokenizer):
+    """Ids at which generation ends: the ends of a text and of a turn, as far as the tokenizer has them, and its BOS, before which
+    a document of our shards ends.
+    """
+    special = tokenizer.encoding._special_tokens
+    return [*dict.fromkeys([special[name] for name in ENDS if name in special] + [tokenizer.bos_id])]
+
+
+def split_token(token, ranks):
+    """The parts that byte-pair merges of lower rank make of a token's bytes; two, when its own merge comes last."""
+    parts = [token[i:i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        merges = [ranks.get(a + b, math.inf) for a, b in zip(parts, parts[1:])]
+        at = merges.index(min(merges))
+        if merges[at] >= ranks[token]:
+            break
+        parts[at:at + 2] = [parts[at] + parts[at + 1]]
+    return parts
+
+
+def save_tokenizer_json(folder, tokenizer, add_bos, context):
+    """Writes tokenizer.json and tokenizer_config.json: `tokenizers`, transformers and vLLM give the same ids from them.
+
+    add_bos: they put BOS before a text; context: tokens that the model is made for.
+    """
+    encoding = tokenizer.encoding
+    ranks, special = encoding._mergeable_ranks, encoding._special_tokens
+    character = {b: c for c, b in byte_of_character().items()}
+    written = {token: ''.join(character[b] for b in token) for token in ranks}
+    pairs = (split_token(token, ranks) for token, _ in sorted(ranks.items(), key=lambda item: item[1]) if len(token) > 1)
+    merges = [[written[a], written[b]] for a, b in (pair for pair in pairs if len(pair) == 2)]
+    # Oniguruma reads {1,3}+ as a repeated group and $ as the end of any line; neither changes what the pattern means here
+    pattern = re.sub(r'(\{\d+(?:,\d*)?\})\+', r'\1', encoding._pat_str).replace('$', r'\z')
+    bos = next(name for name, i in special.items() if i == tokenizer.bos_id)
+    eos = next((name for name in ENDS if name in special), bos)
+    added = [dict(id=i, content=name, single_word=False, lstrip=False, rstrip=False, normalized=False, special=name not in
+                  tokenizer.added_names) for name, i in sorted(special.items(), key=lambda item: item[1])]
+    byte_level = dict(type='ByteLevel', add_prefix_space=False, trim_offsets=True, use_regex=False)
+    before = [dict(SpecialToken=dict(id=bos, type_id=0))] if add_bos else []
+    text, second = dict(Sequence=dict(id='A', type_id=0)), dict(Sequence=dict(id='B', type_id=1))
+    content = dict(
+        version='1.0', truncation=None, padding=None, added_tokens=added, normalizer=dict(type='NFC') if tokenizer.nfc else None,
+        pre_tokenizer=dict(type='Sequence', pretokenizers=[
+            dict(type='Split', pattern=dict(Regex=pattern), behavior='Isolated', invert=False), byte_level]),
+        post_processor=dict(type='TemplateProcessing', single=[*before, text], pair=[*before, text, second],
+                            special_tokens={bos: dict(id=bos, ids=[tokenizer.bos_id], tokens=[bos])}),
+        decoder=byte_level, model=dict(
+            type='BPE', dropout=None, unk_token=None, continuing_subword_prefix=None, end_of_word_suffix=None, fuse_unk=False,
+            byte_fallback=False, ignore_merges=True, vocab={**{written[t]: i for t, i in ranks.items()}, **special}, merges=merges))
+    with open(os.path.join(folder, 'tokenizer.json'), 'w', encoding='utf-8') as f:
+        json.dump(content, f, ensure_ascii=False)
+    with open(os.path.join(folder, 'tokenizer_config.json'), 'w', encoding='utf-8') as f:
+        json.dump(dict(tokenizer_class='PreTrainedTokenizerFast', bos_token=bos, eos_token=eos, model_max_length=context,
+                       clean_up_tokenization_spaces=False), f, indent=2)

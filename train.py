@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 import checkpoint
+import hf
 from common import (MetricsLog, all_reduce_sum, barrier, device_name, leave_ranks, peak_flops, pick_dtype, read_metrics,
                     start_ranks, tune_malloc)
 from configurator import BadInput, RunFault, configure
@@ -36,7 +37,7 @@ from model import GPT, ModelConfig, count_parameters, flops_per_token, init_weig
 # -- input and output --
 out_dir = 'out/run'                     # folder of this run; must be new unless resume=True
 resume = False                          # go on with the run in out_dir, bit for bit; starts it when it has no checkpoint yet
-init_from: str | None = None            # run folder or checkpoint to take weights (only) from; None: random weights
+init_from: str | None = None            # weights (only) to begin with: run, checkpoint, Hugging Face folder or hub name; None: random
 seed = 1337                             # of initial weights and data order
 log_interval = 10                       # steps between two lines in metrics.jsonl
 eval_interval = 1000                    # steps between two evaluations; there is one before the first and after the last step
@@ -70,11 +71,12 @@ ffn_dim = 2048                          # inner width of the feed-forward networ
 head_dim: int | None = None             # width of a head; None: n_embd / n_head
 tie_embeddings = True                   # output weight = embedding table
 qk_norm = False                         # RMSNorm of query and key heads
+qk_norm_weight = True                   # learned scale of the QK-norm; False: none (MobileLLM-R1)
 qkv_bias = False                        # bias in the q, k, v projections
 layer_repeat = 1                        # times that every layer runs in a row
 norm_eps = 1e-5                         # epsilon of RMSNorm
 rope_theta = 500000.0                   # base of the rotary frequencies
-rope_scaling: dict | None = None        # Llama 3: factor, low_freq_factor, high_freq_factor, original_max_position
+rope_scaling: dict | None = None        # longer context: type=llama3 | linear | yarn, factor, ... (model.ROPE_SCALING)
 n_expert = 0                            # routed experts of a layer; 0: dense. Counted, not yet built
 n_expert_active = 0                     # routed experts per token
 n_shared_expert = 0                     # experts that see every token
@@ -188,7 +190,7 @@ if document_mask and device.type == 'cuda' and dtype != torch.bfloat16:
     raise BadInput('document_mask on CUDA works in bfloat16 only (variable-length flash attention). Set dtype=bfloat16.')
 tokenizer, token_bytes = None, None
 if shards_tokenizer is not None:
-    from tokenizer import load_tokenizer
+    from tokenizer import load_tokenizer, save_tokenizer
     tokenizer = load_tokenizer(os.path.join(data_dir, next(s.name for s in train_sources if s.meta is not None)))
     token_bytes = torch.tensor(tokenizer.token_bytes() + [0] * (vocab_size - tokenizer.vocab_size), device=device)
 
@@ -250,6 +252,8 @@ if optimizer == 'muon':     # the update is scaled to AdamW's RMS, so one learni
 first_step = 0
 if found is not None:
     saved = checkpoint.read_state(found)
+    if saved['config'] is None:
+        raise BadInput(f"'{out_dir}' is an imported model, no run that could go on. Train it with --init_from={out_dir} and another --out_dir.")
     checkpoint.check_same_model(found, saved['model'], asdict(model_config))
     for _name in ('seed', 'block_size', 'total_batch_tokens', 'optimizer', 'mixture'):
         if saved['config'][_name] != config[_name]:
@@ -269,17 +273,15 @@ if found is not None:
     if _note:
         print(f'resume: {_note}')
 elif init_from is not None:
-    _source = checkpoint.find_checkpoint(init_from)
-    if _source is None:
-        raise BadInput(f"init_from = '{init_from}' holds no complete checkpoint.")
-    saved = checkpoint.read_state(_source)
-    checkpoint.check_same_model(_source, saved['model'], {**asdict(model_config), 'rope_theta': saved['model']['rope_theta']})
-    if tokenizer is not None and saved['tokenizer'] not in (None, tokenizer.fingerprint):
-        raise BadInput(f"init_from = '{init_from}' was trained with another tokenizer ({saved['tokenizer']}) than these shards "
+    about = hf.find_model(init_from)
+    checkpoint.check_same_model(init_from, asdict(about['model']), {**asdict(model_config), 'rope_theta': about['model'].rope_theta})
+    theirs = about['tokenizer']
+    if tokenizer is not None and not isinstance(theirs, BadInput) and theirs.fingerprint != tokenizer.fingerprint:
+        raise BadInput(f"init_from = '{init_from}' has another tokenizer ({theirs.fingerprint}) than these shards "
                        f'({tokenizer.fingerprint}). Prepare the sources with its tokenizer.')
-    checkpoint.load_weights(_source, model)
+    hf.load_weights(about, model)
     if is_master:
-        print(f'init_from: weights of {_source}')
+        print(f"init_from: weights of {about['checkpoint'] or about['folder']}")
 else:
     init_weights(model, seed)
     if is_master and resume:
@@ -289,6 +291,8 @@ if is_master:
     os.makedirs(out_dir, exist_ok=True)
     with open(os.path.join(out_dir, 'config.json'), 'w', encoding='utf-8') as f:
         json.dump(config, f, indent=1)
+    if tokenizer is not None:
+        save_tokenizer(out_dir, tokenizer)
     metrics_log = MetricsLog(out_dir, first_step, config, wandb_mode, wandb_project)
 barrier()
 
@@ -325,7 +329,8 @@ def evaluate():
 def save(step):
     """A checkpoint of the run before `step` is trained."""
     checkpointer.save(step, model, optimizers, dict(
-        config=config, model=asdict(model_config), loader=loader.state_dict(), tokenizer=tokenizer and tokenizer.fingerprint))
+        config=config, model=asdict(model_config), loader=loader.state_dict(), tokenizer=tokenizer and tokenizer.fingerprint,
+        context=block_size))
 
 
 stop_signal, stop_time = 0, 0.0

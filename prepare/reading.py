@@ -85,10 +85,10 @@ def split_url(url):
 
 
 @contextlib.contextmanager
-def reaching(what):
-    """Turns what the hub and the network raise into one sentence. what: a dataset's id, or a URL."""
+def reaching(what, kind='datasets/', or_local='Or give downloaded files with --input.'):
+    """Turns what the hub and the network raise into one sentence. what: the id of a dataset (or, kind='', of a model), or a URL."""
     import huggingface_hub.errors as hub
-    page, faults = f'https://huggingface.co/datasets/{what}', (OSError, hub.HTTPError)
+    page, faults = f'https://huggingface.co/{kind}{what}', (OSError, hub.HTTPError)
     if '://' in what:
         import aiohttp
         faults += (aiohttp.ClientError,)
@@ -96,7 +96,6 @@ def reaching(what):
         yield
     except faults as error:
         cause = error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error    # HfFileSystem wraps them
-        or_local = 'Or give downloaded files with --input.'
         if isinstance(cause, hub.GatedRepoError):
             raise BadInput(f'{what} is gated: accept its terms at {page}, then run `hf auth login` or set HF_TOKEN. '
                            + or_local) from None

@@ -115,3 +115,24 @@ def assert_one_sentence(done, code, *parts):
     message = [line for line in done.stderr.splitlines() if 'error: ' in line][-1]
     for part in parts:
         assert part in message, message
+
+
+@pytest.fixture(scope='session')
+def trained(tmp_path_factory):
+    """The folder of a short run on text, with a byte-level tokenizer that has ChatML's tokens."""
+    from tokenizer import DIGITS_PATTERN, make_tokenizer, save_tokenizer
+    folder = tmp_path_factory.mktemp('trained')
+    (folder / 'tokenizer').mkdir()
+    ranks = {bytes([b]): 3 + b for b in range(256)} | {b' t': 259, b'he': 260, b' the': 261, b'in': 262, b'ing': 263, b'er': 264}
+    save_tokenizer(str(folder / 'tokenizer'), make_tokenizer(
+        'bytes', ranks, DIGITS_PATTERN, {'<|endoftext|>': 0, '<|im_start|>': 1, '<|im_end|>': 2}, '<|endoftext|>'))
+    documents = [' '.join(f'{a} times {b} is {a * b}, and the {w} is in the {w}ing.' for b in range(12)) for a in range(40)
+                 for w in ('cat', 'river', 'number')]
+    (folder / 'text.jsonl').write_text(''.join(json.dumps({'text': d}) + '\n' for d in documents))
+    result = run([sys.executable, 'prepare/text.py', '--source=a', f'--input={folder}/text.jsonl', f'--out={folder}/data',
+                  f'--tokenizer={folder}/tokenizer', '--val_fraction=0.1', '--workers=0'])
+    assert result.returncode == 0, result.stdout + result.stderr
+    command = train_command(folder / 'run', folder / 'data', vocab_size=265, sources={'a': 1.0}, max_steps=60, warmup_steps=5,
+                            block_size=64, total_batch_tokens=1024, batch_size=16, save_interval=60, eval_interval=60)
+    assert run_here(command) == 0
+    return folder / 'run'

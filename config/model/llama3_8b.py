@@ -6,4 +6,4 @@ n_kv_head = 8
 n_embd = 4096
 ffn_dim = 14336
 tie_embeddings = False
-rope_scaling = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position=8192)
+rope_scaling = dict(type='llama3', factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position=8192)

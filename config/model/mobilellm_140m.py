@@ -6,3 +6,4 @@ n_kv_head = 3
 n_embd = 576
 ffn_dim = 2048
 qk_norm = True
+qk_norm_weight = False

@@ -6,3 +6,4 @@ n_kv_head = 4
 n_embd = 1024
 ffn_dim = 4096
 qk_norm = True
+qk_norm_weight = False

@@ -9,6 +9,7 @@ head_dim = 128
 ffn_dim = 18432
 tie_embeddings = False
 qk_norm = True
+qk_norm_weight = False
 n_expert = 256
 n_expert_active = 8
 n_shared_expert = 1

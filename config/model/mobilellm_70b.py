@@ -7,3 +7,4 @@ n_embd = 8192
 ffn_dim = 28672
 tie_embeddings = False
 qk_norm = True
+qk_norm_weight = False

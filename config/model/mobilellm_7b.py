@@ -7,3 +7,4 @@ n_embd = 4096
 ffn_dim = 11008
 tie_embeddings = False
 qk_norm = True
+qk_norm_weight = False

@@ -6,3 +6,4 @@ n_kv_head = 6
 n_embd = 1536
 ffn_dim = 6144
 qk_norm = True
+qk_norm_weight = False
