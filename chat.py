@@ -6,6 +6,7 @@ Two templates. A special token is the one of that name in the tokenizer; the sam
 text, so nobody's words can end a turn. Contents are encoded apart from the headers around them, as they are generated.
 """
 import json
+import os
 import time
 
 import numpy as np
@@ -72,14 +73,8 @@ def encode_chat(tokenizer, messages, template):
     return np.concatenate(ids), np.concatenate(mask)
 
 
-def encode_prompt(tokenizer, messages, template):
-    """Messages -> list of ids up to where the assistant's next words begin. template: a name, or the text of a Jinja template.
-
-    In a Jinja template, which is the model's own and not ours, special tokens in a message count as such.
-    """
-    if template in TEMPLATES:
-        before, between, _, _ = TEMPLATES[template]
-        return encode_chat(tokenizer, messages, template)[0].tolist() + encode_parts(tokenizer, [*before, 'assistant', *between])
+def render(tokenizer, messages, template, add_generation_prompt=True):
+    """Messages -> the text that a Jinja chat template (one of JINJA, or a model's own) makes of them."""
     from jinja2 import TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -90,11 +85,44 @@ def encode_prompt(tokenizer, messages, template):
     environment.filters['tojson'] = lambda value, **options: json.dumps(value, ensure_ascii=False, indent=options.get('indent'))
     names = {i: name for name, i in tokenizer.encoding._special_tokens.items()}
     try:
-        text = environment.from_string(template).render(messages=messages, add_generation_prompt=True, tools=None,
-                                                        bos_token=names[tokenizer.bos_id], eos_token=names[stop_ids(tokenizer)[0]])
+        return environment.from_string(template).render(
+            messages=messages, add_generation_prompt=add_generation_prompt, tools=None, bos_token=names[tokenizer.bos_id],
+            eos_token=names[stop_ids(tokenizer)[0]])
     except TemplateError as error:
-        raise BadInput(f"the model's own chat template fails ({type(error).__name__}: {error}). Choose another with --chat_template.") from None
-    return tokenizer.encoding.encode(text, allowed_special='all')
+        raise BadInput(f'the chat template of the model fails ({type(error).__name__}: {error}). Choose another with '
+                       '--chat_template.') from None
+
+
+def encode_prompt(tokenizer, messages, template):
+    """Messages -> list of ids up to where the assistant's next words begin. template: a name, or the text of a Jinja template.
+
+    In a model's own Jinja template special tokens in a message count as such; in ours they are plain text.
+    """
+    if template not in TEMPLATES:
+        return tokenizer.encode_marked(render(tokenizer, messages, template))
+    before, between, _, _ = TEMPLATES[template]
+    return encode_chat(tokenizer, messages, template)[0].tolist() + encode_parts(tokenizer, [*before, 'assistant', *between])
+
+
+def find_template(folder, tokenizer, asked='auto'):
+    """The chat template to use: the one asked for by name, or ('auto') the model's own in `folder`, or ours that fits the tokenizer."""
+    if asked != 'auto':
+        check_template(tokenizer, asked)
+        return asked
+    for name in ('chat_template.jinja', 'tokenizer_config.json'):
+        path = os.path.join(folder, name)
+        if os.path.isfile(path):
+            with open(path, encoding='utf-8') as f:
+                own = f.read() if name.endswith('jinja') else json.load(f).get('chat_template')
+            if isinstance(own, list):               # several of them, each with a name
+                own = next((t['template'] for t in own if t['name'] == 'default'), None)
+            if own:
+                return own
+    fits = [name for name, parts in TEMPLATES.items() if all(t in tokenizer.encoding._special_tokens for t in (*parts[0], parts[2][0]))]
+    if not fits:
+        raise BadInput(f"the model in {folder} has no chat template, and its tokenizer has neither Llama 3's nor ChatML's tokens: it is "
+                       'no chat model.')
+    return fits[0]
 
 
 def marked(tokenizer, ids, mask):

@@ -302,6 +302,16 @@ class GPT(nn.Module):
         return total, losses.view_as(targets), hits.view_as(targets)
 
     @torch.no_grad()
+    def score(self, idx, rows, positions, targets):
+        """Losses of some next tokens: what `targets` (n,) costs at `positions` (n,) of `rows` (n,), int64 each.
+
+        idx (B, T), padded on the right. Logits are made for these n places alone. Returns losses (n,) fp32 nats, hits (n,) bool.
+        """
+        h = self.forward(idx)[rows, positions]                                        # (n, C)
+        _, losses, hits = linear_cross_entropy(h, self.output_weight, targets)
+        return losses, hits
+
+    @torch.no_grad()
     def logits(self, idx, cache=None, position=0, first=None):
         """Logits of the last position only: (B, V) fp32."""
         h = self.forward(idx, cache=cache, position=position, first=first)[:, -1]

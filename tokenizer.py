@@ -46,6 +46,7 @@ class Tokenizer:
     added: re.Pattern | None    # tokens matched in the text as they stand, before it is split (runs of spaces, say)
     added_names: tuple = ()     # the same, to look for quickly
     added_mark: str = ''        # a character that all of them have, to look for more quickly
+    special: re.Pattern | None = None   # all special tokens; made when it is needed
 
     @property
     def vocab_size(self):
@@ -54,6 +55,13 @@ class Tokenizer:
     def encode(self, text):
         """Text -> list of ids, special tokens in the text taken as plain characters, no BOS."""
         return self.encode_piece(text).tolist()
+
+    def encode_marked(self, text):
+        """As `encode`, but special tokens in the text are what their names say: for chat templates, not for data."""
+        special = self.encoding._special_tokens
+        if self.special is None:
+            self.special = re.compile('(' + '|'.join(re.escape(name) for name in sorted(special, key=len, reverse=True)) + ')')
+        return [i for part in self.special.split(text) if part for i in ([special[part]] if part in special else self.encode(part))]
 
     def encode_document(self, text):
         """Text of any length -> (n,) uint32, the ids of `encode`, in flat memory.
@@ -100,8 +108,13 @@ class Tokenizer:
         return piece
 
     def decode(self, ids):
-        """Ids -> text; bytes that are no UTF-8 become the replacement character."""
-        return self.encoding.decode(ids)
+        """Ids -> text; bytes that are no UTF-8 become the replacement character, ids that no token has become nothing."""
+        try:
+            return self.encoding.decode(ids)
+        except KeyError:                    # a model may have more rows in its table than the tokenizer has tokens
+            known = self.token_bytes()
+            special = self.encoding._special_tokens.values()
+            return self.encoding.decode([i for i in ids if i < len(known) and (known[i] or i in special)])
 
     def token_bytes(self):
         """Bytes of text that every id stands for, a list of length vocab_size; 0 for special and unused ids."""

@@ -76,7 +76,7 @@ def run_here(command):
     """Runs a script of ours with its arguments in this process (a start of torch costs seconds). Returns the exit code."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     before, folder, hook = sys.argv, os.getcwd(), sys.excepthook
-    sys.argv = command[command.index('train.py'):]
+    sys.argv = command[next(i for i, part in enumerate(command) if part.endswith('.py')):]
     os.chdir(ROOT)
     try:
         runpy.run_path(sys.argv[0], run_name='__main__')
