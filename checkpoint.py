@@ -47,14 +47,14 @@ def _tensors(model, optimizers):
     return tensors
 
 
-def _rng_state():
+def rng_state():
     """Every random generator of this process, in types that torch.load(weights_only=True) reads."""
     kind, keys, position, has_gauss, gauss = np.random.get_state()
     return dict(torch=torch.get_rng_state(), cuda=torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
                 python=random.getstate(), numpy=(kind, keys.tolist(), position, has_gauss, gauss))
 
 
-def _set_rng_state(state):
+def set_rng_state(state):
     torch.set_rng_state(state['torch'])
     if state['cuda'] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state['cuda'])
@@ -92,7 +92,7 @@ class Checkpointer:
                 os.makedirs(temporary)
             barrier()
             rng = io.BytesIO()               # torch.save into a file turns a full disk into another kind of error
-            torch.save(_rng_state(), rng)
+            torch.save(rng_state(), rng)
             with open(os.path.join(temporary, f'rng_{_rank()}.pt'), 'wb') as f:
                 f.write(rng.getvalue())
             if _rank() == 0:
@@ -246,5 +246,5 @@ def load(checkpoint, model, optimizers):
     rng = os.path.join(checkpoint, f'rng_{_rank()}.pt')
     if not os.path.isfile(rng):
         return f'rank {_rank()} was not there when the checkpoint was written; its random generators start anew'
-    _set_rng_state(torch.load(rng, weights_only=True))
+    set_rng_state(torch.load(rng, weights_only=True))
     return ''

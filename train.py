@@ -42,6 +42,9 @@ seed = 1337                             # of initial weights and data order
 log_interval = 10                       # steps between two lines in metrics.jsonl
 eval_interval = 1000                    # steps between two evaluations; there is one before the first and after the last step
 eval_rows = 128                         # fixed validation rows of every source
+eval_tasks = ''                         # benchmarks to run while training, with commas, as evaluate.py's --tasks
+eval_tasks_interval = 5000              # steps between two runs of them, the first before training
+eval_tasks_limit: int | None = 200      # documents of each; None: all
 save_interval = 1000                    # steps between two checkpoints; there is one after the last step
 keep_last = 2                           # checkpoints kept; 0: all
 async_save: bool | None = None          # write checkpoints while training goes on; None: on CUDA
@@ -116,7 +119,8 @@ for _name, _allowed in (('optimizer', ('adamw', 'muon')), ('schedule', ('linear'
         raise BadInput(f"{_name} = '{config[_name]}' must be one of {', '.join(_allowed)}.")
 if mixture != 'fixed':
     raise BadInput(f"mixture = '{mixture}' is not built yet; set --mixture=fixed to train with the start weights.")
-for _name in ('block_size', 'batch_size', 'total_batch_tokens', 'log_interval', 'eval_interval', 'eval_rows', 'save_interval'):
+for _name in ('block_size', 'batch_size', 'total_batch_tokens', 'log_interval', 'eval_interval', 'eval_rows', 'eval_tasks_interval',
+              'save_interval'):
     if config[_name] < 1:
         raise BadInput(f'{_name} = {config[_name]} must be at least 1.')
 for _name in ('keep_last', 'warmup_steps', 'weight_decay', 'adam_eps', 'grad_clip', 'learning_rate', 'sample_tokens'):
@@ -193,6 +197,12 @@ if shards_tokenizer is not None:
     from tokenizer import load_tokenizer, save_tokenizer
     tokenizer = load_tokenizer(os.path.join(data_dir, next(s.name for s in train_sources if s.meta is not None)))
     token_bytes = torch.tensor(tokenizer.token_bytes() + [0] * (vocab_size - tokenizer.vocab_size), device=device)
+benchmarks = [name.strip() for name in eval_tasks.split(',') if name.strip()]
+if benchmarks:
+    from evaluate import Scorer, expand_tasks, run_tasks, task_manager
+    if tokenizer is None:
+        raise BadInput('eval_tasks needs a tokenizer, and these sources have no meta.json that names one.')
+    expand_tasks(benchmarks, None, task_manager())             # an unknown name shows here
 
 
 def to_device(rows):
@@ -226,7 +236,7 @@ if world_size > 1:
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)            # the rest: embeddings, final norm, output layer
-    for method in ('loss', 'logits'):
+    for method in ('loss', 'logits', 'score'):
         register_fsdp_forward_method(model, method)
 model.to_empty(device=device)
 counts = count_parameters(model_config)
@@ -326,6 +336,15 @@ def evaluate():
     return {'val/loss': mean, **metrics}             # the mean is weighted as the mixture is
 
 
+def run_benchmarks():
+    """eval_tasks with the model as it is, on all ranks: metrics to log. The random generators are left as they were."""
+    before = checkpoint.rng_state()
+    scorer = Scorer(model, tokenizer, True, block_size, device, batch_size * block_size, lambda: autocast, quiet=True)
+    results = run_tasks(scorer, benchmarks, eval_tasks_limit)
+    checkpoint.set_rng_state(before)
+    return {f'eval/{name}_{metric}': value for name, r in results.items() for metric, (value, _) in r['metrics'].items()}
+
+
 def save(step):
     """A checkpoint of the run before `step` is trained."""
     checkpointer.save(step, model, optimizers, dict(
@@ -367,9 +386,10 @@ for step in range(first_step, n_steps + 1):
         last_saved = step
     if stopping:
         break
-    if step % eval_interval == 0 or step == n_steps:
+    benchmark_now = benchmarks and (step % eval_tasks_interval == 0 or step == n_steps)
+    if step % eval_interval == 0 or step == n_steps or benchmark_now:
         model.eval()
-        val_metrics = evaluate()
+        val_metrics = evaluate() | (run_benchmarks() if benchmark_now else {})
         model.train()
         if is_master:
             metrics_log.write(step, val_metrics)

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import run, run_here
+from conftest import run, run_here, train
 
 import checkpoint
 import evaluate
@@ -226,3 +226,20 @@ def test_prompts_as_conversations(model_folder, monkeypatch):
     context = seen[0][0]
     assert context[:2] == [0, 1] and context.count(0) == 1 and context.count(1) == 2 and context.count(2) == 1
     assert ours.tokens.decode(context).startswith('<|endoftext|><|im_start|>user\nQuestion: ')
+
+
+def test_benchmarks_while_training_leave_the_run_as_it_was(model_folder, trained, tmp_path):
+    """On one rank and, sharded, on two; the losses are those of a run without them."""
+    knobs = dict(vocab_size=265, sources={'a': 1.0}, max_steps=4, block_size=64, total_batch_tokens=512, batch_size=2, eval_interval=4)
+    tasks = dict(eval_tasks=f'{model_folder}/choice.yaml,{model_folder}/continue.yaml', eval_tasks_interval=2, eval_tasks_limit=5)
+    plain = train(tmp_path / 'plain', trained.parent / 'data', **knobs)
+    one = train(tmp_path / 'one', trained.parent / 'data', **knobs, **tasks)
+    two = train(tmp_path / 'two', trained.parent / 'data', ranks=2, **knobs, **tasks)
+    keys = [key for key in one[0] if key.startswith('eval/')]
+    assert keys == ['eval/local_choice_acc', 'eval/local_choice_acc_norm', 'eval/local_continue_exact_match']
+    for step in (0, 2, 4):
+        assert [one[step][key] for key in keys] == pytest.approx([two[step][key] for key in keys])
+    for step in range(4):
+        assert one[step]['train/loss'] == plain[step]['train/loss'] == pytest.approx(two[step]['train/loss'], rel=1e-5)
+    with pytest.raises(BadInput, match="unknown task 'choicee'"):
+        train(tmp_path / 'bad', trained.parent / 'data', **knobs, eval_tasks='choicee')
