@@ -8,6 +8,8 @@ step     forward, backward and AdamW on the SmolLM2-135M shape, B=4 T=512, ours 
 data     rows from shards in the page cache, block_size 2048, as train.py reads them
 prepare  prepare/text.py with `workers` processes on `text_mb` of JSON lines, gzipped and as parquet, against tiktoken's
          encode_ordinary alone on the same text in one thread
+evaluate log-likelihoods by evaluate.py and by lm-eval's own `hf` model on the same SmolLM2-135M shape: requests of four endings
+         with one context, and of four one-token answers; alternating in one process
 Floors: a step cannot be faster than its matrix products, 6 FLOP per weight and token; reading a row is one copy.
 """
 import os
@@ -21,7 +23,7 @@ import time
 from configurator import BadInput, configure
 
 # -- knobs --
-parts = ['step', 'data', 'prepare']      # what to measure
+parts = ['step', 'data', 'prepare', 'evaluate']      # what to measure
 compiled = [False, True]         # eager, compiled or both
 dtypes = ['float32', 'bfloat16']     # float32, and bfloat16 autocast over fp32 weights
 rounds = 3                       # alternating rounds
@@ -230,6 +232,64 @@ def bench_prepare():
             print(f'| {kind} | ' + ' | '.join(cells) + ' |', flush=True)
 
 
+def bench_evaluate():
+    """Tokens of requests per second of CPU time (wall time on CUDA), evaluate.py against lm-eval's hf model."""
+    import random
+    from dataclasses import asdict
+    import torch
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+    import checkpoint
+    import hf
+    from evaluate import Scorer
+    from model import GPT, ModelConfig, init_weights
+    from tokenizer import LLAMA3_PATTERN, make_tokenizer, save_tokenizer
+    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    clock = time.perf_counter if device.type == 'cuda' else time.process_time
+    rng = random.Random(0)
+    words = [f' {a}{b}' for a in ('sol', 'ter', 'min', 'pra', 'lum') for b in ('a', 'en', 'ist', 'or', 'ung', 'y', 'ive', 'ok')]
+
+    def some(low, high):
+        return ''.join(rng.choice(words) for _ in range(rng.randrange(low, high)))
+    requests = {'four endings': [Instance('loglikelihood', {}, (context, some(8, 24)), 0)
+                                 for context in [some(40, 90) for _ in range(24)] for _ in range(4)],
+                'four one-token answers': [Instance('loglikelihood', {}, (context, word), 0)
+                                           for context in [some(150, 400) for _ in range(12)] for word in words[:4]]}
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = {bytes([b]): b for b in range(256)}
+        for word in words:                      # every word is one token, made of its prefixes
+            for n in range(2, len(word) + 1):
+                ranks.setdefault(word[:n].encode(), len(ranks))
+        ours = make_tokenizer('bench', ranks, LLAMA3_PATTERN, {'<|endoftext|>': len(ranks)}, '<|endoftext|>')
+        c = ModelConfig(vocab_size=49152, n_layer=n_layer, n_head=9, n_kv_head=3, n_embd=576, ffn_dim=1536, rope_theta=100000.0)
+        model = GPT(c)
+        init_weights(model, 0)
+        save_tokenizer(folder, ours)
+        checkpoint.Checkpointer(folder, 0, False).save(0, model, [], dict(model=asdict(c), config=None, tokenizer=None, context=2048))
+        hf.export_model(folder, f'{folder}/hf', 'float32', None)
+        print(f"evaluate: {n_layer} layers of SmolLM2-135M, tokens of requests per second\n\n"
+              '| dtype | requests | ours | hf, batches of 16 | ratio (range) | largest difference, nats |\n|---|---|---|---|---|---|')
+        for dtype in dtypes:
+            precision = getattr(torch, dtype)
+            model, tokens, about = hf.open_model(folder, device, precision)
+            sides = (Scorer(model, tokens, about['add_bos'], 2048, device, 65536 if device.type == 'cuda' else 4096, quiet=True),
+                     HFLM(pretrained=f'{folder}/hf', dtype=dtype, batch_size=16, device=device.type, max_length=2048))
+            for kind, asked in requests.items():
+                n_tokens = sum(len(tokens.encode(a + b)) for a, b in (r.args for r in asked))
+                seconds, answers = [], []
+                for _ in range(rounds):
+                    seconds.append([])
+                    for side in sides:
+                        start = clock()
+                        answers.append(side.loglikelihood(asked, disable_tqdm=True))
+                        seconds[-1].append(clock() - start)
+                ratios = [theirs / mine for mine, theirs in seconds]
+                far = max(abs(a[0] - b[0]) for a, b in zip(answers[0], answers[1]))
+                best = [n_tokens / min(side) for side in zip(*seconds)]
+                print(f'| {dtype} | {kind} | {best[0]:,.0f} | {best[1]:,.0f} | **{statistics.median(ratios):.2f}** ({min(ratios):.2f} to '
+                      f'{max(ratios):.2f}) | {far:.1e} |', flush=True)
+
+
 if peer:
     run_side()
 else:
@@ -240,6 +300,10 @@ else:
         bench_data()
     if 'prepare' in parts:
         bench_prepare()
+    if 'evaluate' in parts:
+        if not torch.cuda.is_available():
+            torch.set_num_threads(1)
+        bench_evaluate()
     if 'step' in parts:
         print(f'step: {n_layer} layers of SmolLM2-135M, B={batch_size} T={block_size}\n\n'
               '| dtype | mode | ours tok/s | transformers tok/s | ratio (range) | ours GFLOP/s | peak GiB |\n|---|---|---|---|---|---|---|')

@@ -13,7 +13,7 @@ import evaluate
 import hf
 from configurator import BadInput, RunFault
 from model import GPT, ModelConfig, init_weights
-from tokenizer import DIGITS_PATTERN, make_tokenizer, save_tokenizer
+from tokenizer import DIGITS_PATTERN, load_tokenizer, make_tokenizer, save_tokenizer
 
 CONFIG = ModelConfig(vocab_size=300, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, ffn_dim=48, tie_embeddings=False)
 CHOICE = """task: {name}
@@ -131,6 +131,60 @@ def test_scores_equal_those_of_lm_evals_hf_model(model_folder, theirs, batch_tok
                 assert error == pytest.approx(expected[f'{metric}_stderr,none']) and np.mean(results['items'][metric]) == pytest.approx(value)
         assert results['n'] == 23 - (name == 'continue') and results['shots'] == shots
     assert ours.n_cut > 0
+
+
+REAL = {        # task -> the file and what lm-eval's own YAML for it says
+    'arc': ('arc_challenge_validation', 'multiple_choice', 'Question: {{question}}\\nAnswer:', '{{choices.text}}',
+            '{{choices.label.index(answerKey)}}'),
+    'hellaswag': ('hellaswag_val_first500', 'multiple_choice', '{{activity_label}}: {{ctx}}', '{{endings}}', '{{label}}'),
+    'mmlu': ('mmlu_12subjects_test', 'multiple_choice', '{{question}}\\nA. {{choices[0]}}\\nB. {{choices[1]}}\\nC. {{choices[2]}}\\n'
+             'D. {{choices[3]}}\\nAnswer:', '["A", "B", "C", "D"]', '{{answer}}'),
+    'gsm8k': ('gsm8k_test_200', 'generate_until', 'Question: {{question}}\\nAnswer:', None, '{{answer}}')}
+
+
+@pytest.mark.parametrize('name', REAL)
+def test_real_benchmarks_equal_lm_evals_hf_model(shared_data, tmp_path, name, monkeypatch):
+    """40 questions each, a random model with a real tokenizer: every log-likelihood and every generated text."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    file, kind, text, choices, target = REAL[name]
+    (tmp_path / 'rows.jsonl').write_text(''.join((shared_data / 'benchmarks' / f'{file}.jsonl').read_text().splitlines(True)[:40]))
+    (tmp_path / 'task.yaml').write_text(f"""task: real
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {tmp_path}/rows.jsonl}}}}
+test_split: test
+output_type: {kind}
+doc_to_text: "{text}"
+doc_to_target: "{target}"
+""" + (f"doc_to_choice: '{choices}'\n" if choices else 'generation_kwargs: {until: ["Question:"], max_gen_toks: 32}\n')
+        + 'metric_list: [{metric: %s, aggregation: mean, higher_is_better: true}]\n' % ('acc' if choices else 'exact_match'))
+    tokenizer = load_tokenizer(str(shared_data / 'tokenizers' / 'bpe8k'))
+    config = ModelConfig(vocab_size=8192, n_layer=3, n_head=6, n_kv_head=2, n_embd=96, ffn_dim=160, tie_embeddings=False)
+    model = GPT(config)
+    init_weights(model, 1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4) if parameter.ndim == 2 else None
+    (tmp_path / 'ours').mkdir()
+    save_tokenizer(str(tmp_path / 'ours'), tokenizer)
+    checkpoint.Checkpointer(str(tmp_path / 'ours'), 0, False).save(0, model, [], dict(
+        model=vars(config), config=None, tokenizer=tokenizer.fingerprint, context=1024))
+    hf.export_model(str(tmp_path / 'ours'), str(tmp_path / 'hf'), 'float32', None)
+    theirs = simple_evaluate(HFLM(pretrained=str(tmp_path / 'hf'), dtype='float32', batch_size=8, device='cpu'),
+                             tasks=[str(tmp_path / 'task.yaml')])
+    found = []
+    original = evaluate.simple_evaluate
+    monkeypatch.setattr(evaluate, 'simple_evaluate', lambda *args, **kwargs: found.append(original(*args, **kwargs)) or found[-1])
+    results = evaluate.run_tasks(scorer(tmp_path, 3000), [str(tmp_path / 'task.yaml')])['real']
+    metric = 'acc' if choices else 'exact_match'
+    assert results['metrics'][metric][0] == theirs['results']['real'][f'{metric},none'] and results['n'] == 40
+    got, wanted = ([np.ravel(r) for sample in f['samples']['real'] for r in sample['resps']] for f in (found[0], theirs))
+    if choices:
+        a, b = np.array(got, dtype=float), np.array(wanted, dtype=float)
+        print(f'{name}: {len(a)} log-likelihoods, largest difference {np.abs(a[:, 0] - b[:, 0]).max():.1e} nats')
+        assert np.abs(a[:, 0] - b[:, 0]).max() < 1e-3 and (a[:, 1] == b[:, 1]).all() and a[:, 0].std() > 0.3
+    else:
+        assert [str(g) for g in got] == [str(w) for w in wanted] and len({str(g) for g in got}) > 20
 
 
 def test_two_ranks_give_what_one_gives(model_folder, tmp_path):

@@ -40,17 +40,17 @@ class Hub(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         path = urllib.parse.unquote(urllib.parse.urlparse(self.path).path)
         self.server.seen.append(path)
-        match = re.match(r'/(api/)?datasets/([^/]+/[^/]+)/?(revision|tree|resolve|paths-info)?/?([^/]*)/?(.*)', path)
+        match = re.match(r'/(?:api/)?(?:datasets/|models/)?([^/]+/[^/]+)/?(revision|tree|resolve|paths-info)?/?([^/]*)/?(.*)', path)
         if match is None:
             return self.answer({}, 404)
-        _, repo, kind, revision, below = match.groups()
+        repo, kind, revision, below = match.groups()
         files = self.server.repos.get(repo)
         if files is None:
             return self.answer({}, 404, X_Error_Code='RepoNotFound')
         if revision and revision not in (self.server.sha[repo], 'main', *self.server.old):
             return self.answer({}, 404, X_Error_Code='RevisionNotFound')
         if kind in (None, 'revision'):
-            return self.answer(dict(id=repo, sha=self.server.sha[repo], siblings=[]))
+            return self.answer(dict(id=repo, sha=self.server.sha[repo], siblings=[dict(rfilename=name) for name in files]))
         if kind == 'tree':
             return self.answer(self.entries(files, below))
         if kind == 'paths-info':
@@ -59,9 +59,11 @@ class Hub(http.server.BaseHTTPRequestHandler):
             return self.answer([e for e in self.entries(files) if e['path'] in asked])
         if self.server.gated and not self.headers.get('Authorization'):
             return self.answer({}, 401, X_Error_Code='GatedRepo')
+        if below not in files:
+            return self.answer({}, 404, X_Error_Code='EntryNotFound')
         content, span = files[below], self.headers.get('Range')
         if span is None:
-            return self.answer(content, Accept_Ranges='bytes')
+            return self.answer(content, Accept_Ranges='bytes', X_Repo_Commit=self.server.sha[repo], ETag=f'"{hash(below)}"')
         start, _, stop = span.removeprefix('bytes=').partition('-')
         stop = min(int(stop or len(content) - 1), len(content) - 1)
         return self.answer(content[int(start):stop + 1], 206, Content_Range=f'bytes {start}-{stop}/{len(content)}')
@@ -182,3 +184,23 @@ def test_what_goes_wrong_on_the_hub_is_one_sentence(hub, tmp_path, byte_tokenize
     done = finemath('http://127.0.0.1:9' if state == 'no network' else hub.url, byte_tokenizer, f'--out={tmp_path}', '--workers=0')
     assert_one_sentence(done, code, *parts)
     assert not (tmp_path / 'finemath/meta.json').exists()
+
+
+@pytest.mark.parametrize('state, code, parts', [
+    ('fine', 0, []), ('gated', 2, ['some/model is gated', 'https://huggingface.co/some/model', 'HF_TOKEN']),
+    ('missing', 2, ['some/model does not exist on the hub']), ('revision', 2, ['no such revision', '--revision']),
+    ('no network', 1, ['some/model cannot be reached', 'downloaded folder'])])
+def test_a_model_comes_from_the_hub(hub, tmp_path, state, code, parts):
+    from test_hf import their_model
+    their_model('Llama', {}, tmp_path / 'hf', max_shard_size='40KB')
+    if state != 'missing':
+        hub.repos['some/model'] = {path.name: path.read_bytes() for path in (tmp_path / 'hf').iterdir()} | {'model.bin': b'not fetched'}
+        hub.sha['some/model'] = 'c' * 40
+    hub.gated = state == 'gated'
+    done = run([sys.executable, 'hf.py', 'import', '--model=some/model', f'--out={tmp_path}/ours', *(['--revision=v2'] * (state == 'revision'))],
+               HF_ENDPOINT='http://127.0.0.1:9' if state == 'no network' else hub.url, HF_HOME=str(tmp_path / 'home'), HF_TOKEN='',
+               HF_HUB_ETAG_TIMEOUT='5', HF_HUB_DISABLE_IMPLICIT_TOKEN='1')
+    if code:
+        return assert_one_sentence(done, code, *parts)
+    assert done.returncode == 0 and (tmp_path / 'ours/ckpt/latest').exists(), done.stderr
+    assert not any('model.bin' in path for path in hub.seen)
