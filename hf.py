@@ -54,6 +54,8 @@ def config_from_hf(hf, where):
     needs('mlp_bias', hf.get('mlp_bias', False), False)
     needs('quantization_config', hf.get('quantization_config'), None)
     needs('use_sliding_window', hf.get('use_sliding_window', False), False)
+    if family != 'llama4_text':
+        needs('layer_types', [t for t in hf.get('layer_types') or [] if t != 'full_attention'][:1], [])
     layers, heads = hf['num_hidden_layers'], hf['num_attention_heads']
     model = dict(vocab_size=hf['vocab_size'], n_layer=layers, n_head=heads, n_kv_head=hf.get('num_key_value_heads') or heads,
                  n_embd=hf['hidden_size'], ffn_dim=hf['intermediate_size'], head_dim=hf.get('head_dim'),
@@ -265,7 +267,7 @@ def find_model(path, revision=None):
     found = checkpoint.find_checkpoint(folder) if is_ours else None
     if found is not None:
         state = checkpoint.read_state(found)
-        about = dict(folder=os.path.dirname(os.path.dirname(found)), checkpoint=found, hf=state.get('hf'), state=state,
+        about = dict(folder=os.path.dirname(os.path.dirname(os.path.abspath(found))), checkpoint=found, hf=state.get('hf'), state=state,
                      model=ModelConfig(**state['model']), context=state['context'])
     elif os.path.isfile(os.path.join(folder, 'config.json')) and 'model_type' in read_json(os.path.join(folder, 'config.json')):
         hf = read_json(os.path.join(folder, 'config.json'))
