@@ -237,11 +237,11 @@ def bench_evaluate():
     import random
     from dataclasses import asdict
     import torch
-    from lm_eval.api.instance import Instance
-    from lm_eval.models.huggingface import HFLM
     import checkpoint
     import hf
-    from evaluate import Scorer
+    from benchmarks import Scorer        # before lm_eval, for the sake of its imports
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
     from model import GPT, ModelConfig, init_weights
     from tokenizer import LLAMA3_PATTERN, make_tokenizer, save_tokenizer
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
@@ -272,7 +272,7 @@ def bench_evaluate():
         for dtype in dtypes:
             precision = getattr(torch, dtype)
             model, tokens, about = hf.open_model(folder, device, precision)
-            sides = (Scorer(model, tokens, about['add_bos'], 2048, device, 65536 if device.type == 'cuda' else 4096, quiet=True),
+            sides = (Scorer(model, tokens, about['add_bos'], about['prefix_id'], 2048, device, 65536 if device.type == 'cuda' else 4096, quiet=True),
                      HFLM(pretrained=f'{folder}/hf', dtype=dtype, batch_size=16, device=device.type, max_length=2048))
             for kind, asked in requests.items():
                 n_tokens = sum(len(tokens.encode(a + b)) for a, b in (r.args for r in asked))

@@ -247,10 +247,15 @@ def find_folder(name, revision=None):
     """A local folder as it is; a hub name (owner/name) is downloaded into Hugging Face's cache. Returns the folder."""
     if os.path.isdir(name):
         return name
-    if name.count('/') != 1 or name.startswith(('.', '/', '~')):
-        raise BadInput(f"'{name}' is neither a folder here nor a model of the hub (owner/name).")
     from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
     from prepare.reading import reaching
+    try:
+        validate_repo_id(name)
+        if name.count('/') != 1 or os.path.isdir(name.split('/')[0]):
+            raise HFValidationError
+    except HFValidationError:
+        raise BadInput(f"'{name}' is neither a folder here nor a model of the hub (owner/name).") from None
     with reaching(name, kind='', or_local='Or give a downloaded folder.'):
         return snapshot_download(name, revision=revision, allow_patterns=['*.safetensors', '*.safetensors.index.json', 'config.json',
                                                                          *COMPANIONS])
@@ -260,7 +265,8 @@ def find_model(path, revision=None):
     """What a run folder, a checkpoint, an imported folder, a Hugging Face folder or a hub name holds: a dict.
 
     folder (where the tokenizer is), checkpoint (DCP folder) or None, hf (its config.json) or None, model (ModelConfig), context
-    (tokens), tokenizer (Tokenizer, or the BadInput that says why there is none), add_bos (whether text begins with BOS).
+    (tokens), tokenizer (Tokenizer, or the BadInput that says why there is none), fingerprint (of the tokenizer, None: unknown),
+    add_bos (whether text begins with BOS), prefix_id (the token before a text without context).
     """
     folder = find_folder(path, revision)
     is_ours = os.path.isdir(os.path.join(folder, 'ckpt')) or os.path.isfile(os.path.join(folder, 'manifest.json'))
@@ -268,7 +274,7 @@ def find_model(path, revision=None):
     if found is not None:
         state = checkpoint.read_state(found)
         about = dict(folder=os.path.dirname(os.path.dirname(os.path.abspath(found))), checkpoint=found, hf=state.get('hf'), state=state,
-                     model=ModelConfig(**state['model']), context=state['context'])
+                     model=ModelConfig(**state['model']), context=state.get('context') or state['config']['block_size'])
     elif os.path.isfile(os.path.join(folder, 'config.json')) and 'model_type' in read_json(os.path.join(folder, 'config.json')):
         hf = read_json(os.path.join(folder, 'config.json'))
         try:
@@ -277,9 +283,11 @@ def find_model(path, revision=None):
             raise BadInput(f'{path}/config.json has no field {error}, which a {hf["model_type"]} model needs.') from None
     else:
         raise BadInput(f"'{path}' holds neither a complete checkpoint (ckpt/) nor a Hugging Face model (config.json with model_type).")
+    about['fingerprint'] = about['state']['tokenizer'] if found is not None else None
     try:
         about['tokenizer'] = load_tokenizer(about['folder'])
-        about['add_bos'] = adds_bos(about['folder'])
+        about['fingerprint'] = about['tokenizer'].fingerprint
+        about['add_bos'], about['prefix_id'] = adds_bos(about['folder']), prefix_id(about['folder'], about['tokenizer'])
         if about['tokenizer'].vocab_size > about['model'].vocab_size:
             raise BadInput(f'{path}: the tokenizer has {about["tokenizer"].vocab_size:,} tokens, the model {about["model"].vocab_size:,}: '
                            'they do not belong together.')
@@ -295,6 +303,17 @@ def adds_bos(folder):
         return True
     post = read_json(path).get('post_processor') or {}
     return any('SpecialToken' in piece for step in post.get('processors', [post]) for piece in (step.get('single') or [])[:1])
+
+
+def prefix_id(folder, tokenizer):
+    """The token before a text that has no context, as lm-eval takes it: tokenizer_config.json's BOS, else its EOS, else ours."""
+    path = os.path.join(folder, 'tokenizer_config.json')
+    names = read_json(path) if os.path.isfile(path) else {}
+    for name in (names.get('bos_token'), names.get('eos_token')):
+        name = name['content'] if isinstance(name, dict) else name
+        if name in tokenizer.encoding._special_tokens:
+            return tokenizer.encoding._special_tokens[name]
+    return tokenizer.bos_id
 
 
 def load_weights(about, model):

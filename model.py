@@ -308,8 +308,14 @@ class GPT(nn.Module):
         idx (B, T), padded on the right. Logits are made for these n places alone. Returns losses (n,) fp32 nats, hits (n,) bool.
         """
         h = self.forward(idx)[rows, positions]                                        # (n, C)
-        _, losses, hits = linear_cross_entropy(h, self.output_weight, targets)
-        return losses, hits
+        weight = self.output_weight.to(h.dtype)
+        losses, hits = [], []
+        step = chunk_rows(len(h), len(weight), h.device, torch.float32)
+        for part, target in zip(h.split(step), targets.split(step)):
+            z = F.linear(part, weight).float()                                        # (chunk, V)
+            losses.append(z.logsumexp(-1) - z.gather(1, target[:, None])[:, 0])
+            hits.append(z.argmax(-1) == target)
+        return torch.cat(losses), torch.cat(hits)
 
     @torch.no_grad()
     def logits(self, idx, cache=None, position=0, first=None):

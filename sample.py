@@ -36,13 +36,13 @@ dtype = 'auto'                          # auto | float32 | bfloat16
 DIM, PLAIN = '\x1b[2m', '\x1b[0m'
 
 
-def pieces(tokens, encoding):
+def pieces(tokens, tokenizer):
     """Ids -> text as soon as it is whole characters, without special tokens."""
-    decoder, special = codecs.getincrementaldecoder('utf-8')('replace'), set(encoding._special_tokens.values())
+    decoder = codecs.getincrementaldecoder('utf-8')('replace')
     for token in tokens:
-        if token not in special:
+        if token not in tokenizer.control_ids:
             with contextlib.suppress(KeyError):         # a row of the table that is no token
-                yield decoder.decode(encoding.decode_single_token_bytes(token))
+                yield decoder.decode(tokenizer.encoding.decode_single_token_bytes(token))
     yield decoder.decode(b'', final=True)
 
 
@@ -78,13 +78,13 @@ def answer(model, tokenizer, context, ids, number):
             yield token.item()
     colour = sys.stdout.isatty()
     try:
-        for text in dimmed(pieces(until_stop(), tokenizer.encoding), DIM if colour else ''):
+        for text in dimmed(pieces(until_stop(), tokenizer), DIM if colour else ''):
             print(text, end='', flush=True)
     except KeyboardInterrupt:
         if not chat:
             raise
     print(PLAIN if colour else '')
-    return tokenizer.decode([i for i in said if i not in tokenizer.encoding._special_tokens.values()])
+    return tokenizer.decode([i for i in said if i not in tokenizer.control_ids])
 
 
 def converse(model, tokenizer, context, template):

@@ -9,6 +9,7 @@ tokens; those of Llama 3 are assumed for 128,000 ranks, else those of GPT-2, unl
 with what is missing, which is how `save_tokenizer` writes one beside the shards.
 """
 import base64
+import functools
 import hashlib
 import json
 import math
@@ -47,10 +48,17 @@ class Tokenizer:
     added_names: tuple = ()     # the same, to look for quickly
     added_mark: str = ''        # a character that all of them have, to look for more quickly
     special: re.Pattern | None = None   # all special tokens; made when it is needed
+    ranks: dict = None          # bytes -> id of all tokens that are not special
+    lacks_bytes: bool = False   # some single bytes have no token (SmolLM2): they are dropped, as `tokenizers` does
 
-    @property
+    @functools.cached_property
     def vocab_size(self):
-        return self.encoding.n_vocab
+        return 1 + max(*self.ranks.values(), *self.encoding._special_tokens.values())
+
+    @functools.cached_property
+    def control_ids(self):
+        """Ids of the special tokens that are no part of a text (those matched in plain text are)."""
+        return {i for name, i in self.encoding._special_tokens.items() if name not in self.added_names}
 
     def encode(self, text):
         """Text -> list of ids, special tokens in the text taken as plain characters, no BOS."""
@@ -77,11 +85,15 @@ class Tokenizer:
         if self.nfc:
             text = unicodedata.normalize('NFC', text)
         if self.added_mark not in text or not any(name in text for name in self.added_names):
-            return self.encoding.encode_to_numpy(text, disallowed_special=())
+            return self.known(self.encoding.encode_to_numpy(text, disallowed_special=()))
         ids, parts = [], self.added.split(text)         # odd parts are the added tokens themselves
         for i, part in enumerate(parts):
             ids += [self.encoding._special_tokens[part]] if i % 2 else self.encoding.encode_ordinary(part)
-        return np.array(ids, dtype=np.uint32)
+        return self.known(np.array(ids, dtype=np.uint32))
+
+    def known(self, ids):
+        """Ids without those that stand for bytes which the vocabulary lacks (they lie above all others)."""
+        return ids[ids < self.vocab_size] if self.lacks_bytes else ids
 
     def pieces(self, text):
         """Yields parts of text, cut only where the ids of the parts are those of the whole."""
@@ -112,14 +124,13 @@ class Tokenizer:
         try:
             return self.encoding.decode(ids)
         except KeyError:                    # a model may have more rows in its table than the tokenizer has tokens
-            known = self.token_bytes()
-            special = self.encoding._special_tokens.values()
-            return self.encoding.decode([i for i in ids if i < len(known) and (known[i] or i in special)])
+            known = {*self.ranks.values(), *self.encoding._special_tokens.values()}
+            return self.encoding.decode([i for i in ids if i in known])
 
     def token_bytes(self):
         """Bytes of text that every id stands for, a list of length vocab_size; 0 for special and unused ids."""
         sizes = [0] * self.vocab_size
-        for token, i in self.encoding._mergeable_ranks.items():
+        for token, i in self.ranks.items():
             sizes[i] = len(token)
         for name, i in self.encoding._special_tokens.items():
             sizes[i] = len(name.encode()) if self.added is not None and self.added.fullmatch(name) else 0
@@ -131,14 +142,16 @@ def make_tokenizer(path, ranks, pattern, special_tokens, bos, nfc=False, added=(
 
     bos is the name of one of the special tokens; added: names of those that are matched in plain text.
     """
-    encoding = tiktoken.Encoding(os.path.basename(path), pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens)
+    top = 1 + max(*ranks.values(), *special_tokens.values())
+    spare = {bytes([b]): top + b for b in range(256) if bytes([b]) not in ranks}         # without them tiktoken dies of such a byte
+    encoding = tiktoken.Encoding(os.path.basename(path), pat_str=pattern, mergeable_ranks=ranks | spare, special_tokens=special_tokens)
     content = json.dumps([[[t.hex(), i] for t, i in sorted(ranks.items())], sorted(special_tokens.items()), pattern, bos, nfc,
                           sorted(added)])
     fingerprint = hashlib.sha256(content.encode()).hexdigest()[:16]
     marks = sorted(c for c in set.intersection(*map(set, added)) if not c.isalnum()) if added else ['']
     longest_first = '|'.join(re.escape(name) for name in sorted(added, key=len, reverse=True))
     return Tokenizer(encoding, path, fingerprint, special_tokens[bos], nfc, re.compile(f'({longest_first})') if added else None,
-                     tuple(added), marks[-1] if marks else '')
+                     tuple(added), marks[-1] if marks else '', ranks=ranks, lacks_bytes=bool(spare))
 
 
 def choose_bos(path, special_tokens):
@@ -290,7 +303,7 @@ def save_tokenizer(folder, tokenizer):
     added = [name for name in encoding._special_tokens if tokenizer.added is not None and tokenizer.added.fullmatch(name)]
     path = os.path.join(folder, 'tokenizer.tiktoken')
     with open(path, 'wb') as f:
-        for token, rank in sorted(encoding._mergeable_ranks.items(), key=lambda item: item[1]):
+        for token, rank in sorted(tokenizer.ranks.items(), key=lambda item: item[1]):
             f.write(base64.b64encode(token) + b' %d\n' % rank)
     with open(path + '.json', 'w', encoding='utf-8') as f:
         json.dump(dict(pattern=encoding._pat_str, special_tokens=encoding._special_tokens, bos=bos, nfc=tokenizer.nfc,
@@ -325,7 +338,7 @@ def save_tokenizer_json(folder, tokenizer, add_bos, context):
     add_bos: they put BOS before a text; context: tokens that the model is made for.
     """
     encoding = tokenizer.encoding
-    ranks, special = encoding._mergeable_ranks, encoding._special_tokens
+    ranks, special = tokenizer.ranks, encoding._special_tokens
     character = {b: c for c, b in byte_of_character().items()}
     written = {token: ''.join(character[b] for b in token) for token in ranks}
     pairs = (split_token(token, ranks) for token, _ in sorted(ranks.items(), key=lambda item: item[1]) if len(token) > 1)

@@ -199,10 +199,12 @@ if shards_tokenizer is not None:
     token_bytes = torch.tensor(tokenizer.token_bytes() + [0] * (vocab_size - tokenizer.vocab_size), device=device)
 benchmarks = [name.strip() for name in eval_tasks.split(',') if name.strip()]
 if benchmarks:
-    from evaluate import Scorer, expand_tasks, run_tasks, task_manager
+    from benchmarks import Scorer, load_tasks, run_tasks
     if tokenizer is None:
         raise BadInput('eval_tasks needs a tokenizer, and these sources have no meta.json that names one.')
-    expand_tasks(benchmarks, None, task_manager())             # an unknown name shows here
+    _rng = checkpoint.rng_state()
+    benchmarks = load_tasks(benchmarks)                        # an unknown name shows here
+    checkpoint.set_rng_state(_rng)
 
 
 def to_device(rows):
@@ -264,7 +266,7 @@ if found is not None:
     saved = checkpoint.read_state(found)
     if saved['config'] is None:
         raise BadInput(f"'{out_dir}' is an imported model, no run that could go on. Train it with --init_from={out_dir} and another --out_dir.")
-    checkpoint.check_same_model(found, saved['model'], asdict(model_config))
+    checkpoint.check_same_model(found, asdict(ModelConfig(**saved['model'])), asdict(model_config))
     for _name in ('seed', 'block_size', 'total_batch_tokens', 'optimizer', 'mixture'):
         if saved['config'][_name] != config[_name]:
             raise BadInput(f"{_name} was {saved['config'][_name]!r} in {found}, it is {config[_name]!r} now; a resumed run cannot "
@@ -285,9 +287,8 @@ if found is not None:
 elif init_from is not None:
     about = hf.find_model(init_from)
     checkpoint.check_same_model(init_from, asdict(about['model']), {**asdict(model_config), 'rope_theta': about['model'].rope_theta})
-    theirs = about['tokenizer']
-    if tokenizer is not None and not isinstance(theirs, BadInput) and theirs.fingerprint != tokenizer.fingerprint:
-        raise BadInput(f"init_from = '{init_from}' has another tokenizer ({theirs.fingerprint}) than these shards "
+    if tokenizer is not None and about['fingerprint'] not in (None, tokenizer.fingerprint):
+        raise BadInput(f"init_from = '{init_from}' has another tokenizer ({about['fingerprint']}) than these shards "
                        f'({tokenizer.fingerprint}). Prepare the sources with its tokenizer.')
     hf.load_weights(about, model)
     if is_master:
@@ -339,8 +340,9 @@ def evaluate():
 def run_benchmarks():
     """eval_tasks with the model as it is, on all ranks: metrics to log. The random generators are left as they were."""
     before = checkpoint.rng_state()
-    scorer = Scorer(model, tokenizer, True, block_size, device, batch_size * block_size, lambda: autocast, quiet=True)
-    results = run_tasks(scorer, benchmarks, eval_tasks_limit)
+    scorer = Scorer(model, tokenizer, True, tokenizer.bos_id, block_size, device, batch_size * block_size, lambda: autocast, quiet=True)
+    with torch.compiler.set_stance('force_eager'):             # their many shapes would use up the limit of recompilations
+        results = run_tasks(scorer, benchmarks, eval_tasks_limit)
     checkpoint.set_rng_state(before)
     return {f'eval/{name}_{metric}': value for name, r in results.items() for metric, (value, _) in r['metrics'].items()}
 

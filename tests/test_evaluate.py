@@ -1,4 +1,4 @@
-"""evaluate.py against lm-eval's own `hf` model on the exported folder, over ranks, and its files."""
+"""evaluate.py and benchmarks.py against lm-eval's own `hf` model on the exported folder, over ranks, and its files."""
 import json
 import math
 import sys
@@ -8,8 +8,8 @@ import pytest
 import torch
 from conftest import run, run_here, train
 
+import benchmarks
 import checkpoint
-import evaluate
 import hf
 from configurator import BadInput, RunFault
 from model import GPT, ModelConfig, init_weights
@@ -102,7 +102,7 @@ def theirs(model_folder):
 def scorer(model_folder, batch_tokens=700, **options):
     device = torch.device('cpu')
     model, tokenizer, about = hf.open_model(str(model_folder / 'ours'), device, torch.float32)
-    return evaluate.Scorer(model, tokenizer, about['add_bos'], about['context'], device, batch_tokens, quiet=True, **options)
+    return benchmarks.Scorer(model, tokenizer, about['add_bos'], about['prefix_id'], about['context'], device, batch_tokens, quiet=True, **options)
 
 
 def responses(found, name):
@@ -112,12 +112,12 @@ def responses(found, name):
 @pytest.mark.parametrize('batch_tokens', [1, 700, 100_000])
 def test_scores_equal_those_of_lm_evals_hf_model(model_folder, theirs, batch_tokens, monkeypatch):
     found = {}
-    original = evaluate.simple_evaluate
-    monkeypatch.setattr(evaluate, 'simple_evaluate', lambda *args, **kwargs: found.setdefault('last', original(*args, **kwargs)))
+    original = benchmarks.simple_evaluate
+    monkeypatch.setattr(benchmarks, 'simple_evaluate', lambda *args, **kwargs: found.setdefault('last', original(*args, **kwargs)))
     ours = scorer(model_folder, batch_tokens)
     for name, shots in [('choice', 2), ('continue', 0)] + [('roll', 0)] * (batch_tokens == 700):      # (bootstrapping is slow)
         found.clear()
-        results = evaluate.run_tasks(ours, [str(model_folder / f'{name}.yaml')], shots=shots)[f'local_{name}']
+        results = benchmarks.run_tasks(ours, benchmarks.load_tasks([str(model_folder / f'{name}.yaml')], shots))[f'local_{name}']
         expected = theirs[name]['results'][f'local_{name}']
         got, wanted = responses(found['last'], name), responses(theirs[name], name)
         if name == 'continue':
@@ -173,9 +173,9 @@ doc_to_target: "{target}"
     theirs = simple_evaluate(HFLM(pretrained=str(tmp_path / 'hf'), dtype='float32', batch_size=8, device='cpu'),
                              tasks=[str(tmp_path / 'task.yaml')])
     found = []
-    original = evaluate.simple_evaluate
-    monkeypatch.setattr(evaluate, 'simple_evaluate', lambda *args, **kwargs: found.append(original(*args, **kwargs)) or found[-1])
-    results = evaluate.run_tasks(scorer(tmp_path, 3000), [str(tmp_path / 'task.yaml')])['real']
+    original = benchmarks.simple_evaluate
+    monkeypatch.setattr(benchmarks, 'simple_evaluate', lambda *args, **kwargs: found.append(original(*args, **kwargs)) or found[-1])
+    results = benchmarks.run_tasks(scorer(tmp_path, 3000), benchmarks.load_tasks([str(tmp_path / 'task.yaml')]))['real']
     metric = 'acc' if choices else 'exact_match'
     assert results['metrics'][metric][0] == theirs['results']['real'][f'{metric},none'] and results['n'] == 40
     got, wanted = ([np.ravel(r) for sample in f['samples']['real'] for r in sample['resps']] for f in (found[0], theirs))
@@ -218,20 +218,20 @@ def test_bits_per_byte_against_the_definition(model_folder, tmp_path, trained):
         bits.append(-sum(logits.log_softmax(-1)[i, t].item() for i, t in enumerate(ids)) / math.log(2))
         n_bytes += len(document.encode())
     (tmp_path / 'a.jsonl').write_text(''.join(json.dumps({'body': d}) + '\n' for d in text))
-    result = evaluate.bits_per_byte(ours, evaluate.read_documents(str(tmp_path / 'a.jsonl'), ours.tokens, 'body', None))
+    result = benchmarks.bits_per_byte(ours, benchmarks.read_documents(str(tmp_path / 'a.jsonl'), ours.tokens, 'body', None))
     assert result['metrics']['bpb'][0] == pytest.approx(sum(bits) / n_bytes, rel=1e-5) and result['bytes'] == n_bytes
     assert np.mean(result['items']['bpb']) == pytest.approx(sum(bits) / n_bytes, rel=1e-5)
     with pytest.raises(BadInput, match="no text in 'text'"):
-        evaluate.read_documents(str(tmp_path / 'a.jsonl'), ours.tokens, 'text', None)
+        benchmarks.read_documents(str(tmp_path / 'a.jsonl'), ours.tokens, 'text', None)
     # a source's validation shards: the same documents as its text, and what training reports of them
     source = trained.parent / 'data' / 'a'
     model, tokenizer, about = hf.open_model(str(trained), torch.device('cpu'), torch.float32)
-    at_end = evaluate.Scorer(model, tokenizer, True, about['context'], torch.device('cpu'), 1000, quiet=True)
-    documents = evaluate.read_documents(str(source), tokenizer, 'text', None)
+    at_end = benchmarks.Scorer(model, tokenizer, True, 0, about['context'], torch.device('cpu'), 1000, quiet=True)
+    documents = benchmarks.read_documents(str(source), tokenizer, 'text', None)
     lines = [json.loads(line)['text'] for line in (trained.parent / 'text.jsonl').read_text().splitlines()]
     assert 0 < len(documents) < 40 and all(tokenizer.decode(ids) in lines and len(tokenizer.decode(ids)) == n for ids, n in documents)
     logged = [json.loads(line) for line in (trained / 'metrics.jsonl').read_text().splitlines()][-1]['val/bpb_a']
-    assert evaluate.bits_per_byte(at_end, documents)['metrics']['bpb'][0] == pytest.approx(logged, rel=0.05)
+    assert benchmarks.bits_per_byte(at_end, documents)['metrics']['bpb'][0] == pytest.approx(logged, rel=0.05)
 
 
 def test_paired_differences_are_those_of_the_documents():
@@ -241,10 +241,10 @@ def test_paired_differences_are_those_of_the_documents():
 
     def entry(x, **more):
         return {'t': dict(version=1, shots=0, metrics={'acc': [float(x.mean()), float(x.std(ddof=1) / 20)]}, items={'acc': x.tolist()}, **more)}
-    (_, _, _, _, delta, error, how), = evaluate.compare_results(entry(better.astype(float)), entry(base.astype(float)))
+    (_, _, _, _, delta, error, how), = benchmarks.compare_results(entry(better.astype(float)), entry(base.astype(float)))
     difference = better.astype(float) - base
     assert how == 'paired' and delta == pytest.approx(difference.mean()) and error == pytest.approx(difference.std(ddof=1) / 20)
-    (*_, error, how), = evaluate.compare_results(entry(better.astype(float)), entry(base[:300].astype(float)))
+    (*_, error, how), = benchmarks.compare_results(entry(better.astype(float)), entry(base[:300].astype(float)))
     assert how == 'unpaired' and error == pytest.approx(math.hypot(better.std(ddof=1), base[:300].std(ddof=1)) / 20, rel=0.01)
 
 
@@ -263,12 +263,12 @@ def test_tasks_that_cannot_be_loaded_or_run_code(model_folder):
     missing = model_folder / 'missing.yaml'
     missing.write_text((model_folder / 'roll.yaml').read_text().replace('rows.jsonl', 'nowhere.jsonl').replace('local_roll', 'local_missing'))
     with pytest.raises(RunFault, match='missing.yaml.*cannot be loaded'):
-        evaluate.run_tasks(scorer(model_folder), [str(missing)])
+        benchmarks.load_tasks([str(missing)])
     unsafe = model_folder / 'unsafe.yaml'
     unsafe.write_text((model_folder / 'continue.yaml').read_text().replace('local_continue', 'local_unsafe') + 'unsafe_code: true\n')
     with pytest.raises(BadInput, match='runs code that the model wrote.*--allow_code'):
-        evaluate.run_tasks(scorer(model_folder), [str(unsafe)])
-    assert evaluate.run_tasks(scorer(model_folder), [str(unsafe)], allow_code=True, limit=3)['local_unsafe']['n'] == 3
+        benchmarks.load_tasks([str(unsafe)])
+    assert benchmarks.run_tasks(scorer(model_folder), benchmarks.load_tasks([str(unsafe)], allow_code=True), limit=3, allow_code=True)['local_unsafe']['n'] == 3
 
 
 def test_prompts_as_conversations(model_folder, monkeypatch):
@@ -276,7 +276,7 @@ def test_prompts_as_conversations(model_folder, monkeypatch):
     seen = []
     ours = scorer(model_folder, template='chatml')
     monkeypatch.setattr(ours, 'score', lambda pairs: seen.extend(pairs) or [(0.0, False)] * len(pairs))
-    evaluate.run_tasks(ours, [str(model_folder / 'choice.yaml')], limit=2, shots=0)
+    benchmarks.run_tasks(ours, benchmarks.load_tasks([str(model_folder / 'choice.yaml')], 0), limit=2)
     context = seen[0][0]
     assert context[:2] == [0, 1] and context.count(0) == 1 and context.count(1) == 2 and context.count(2) == 1
     assert ours.tokens.decode(context).startswith('<|endoftext|><|im_start|>user\nQuestion: ')
@@ -297,3 +297,38 @@ def test_benchmarks_while_training_leave_the_run_as_it_was(model_folder, trained
         assert one[step]['train/loss'] == plain[step]['train/loss'] == pytest.approx(two[step]['train/loss'], rel=1e-5)
     with pytest.raises(BadInput, match="unknown task 'choicee'"):
         train(tmp_path / 'bad', trained.parent / 'data', **knobs, eval_tasks='choicee')
+
+
+def test_groups_of_groups_and_the_metrics_package(model_folder, monkeypatch):
+    """mmlu is a group of groups; tasks such as humaneval import the package `evaluate`, which is not our script."""
+    import evaluate
+    assert evaluate.load and 'site-packages' in evaluate.__file__
+    from datasets import Dataset, DatasetDict
+    rows = Dataset.from_list([dict(question='the river?', choices=['in', 'seven', 'the cat', 'x'], answer=2, subject='any')] * 5)
+    monkeypatch.setattr('lm_eval.api.task.ConfigurableTask.download',
+                        lambda self, *_, **__: setattr(self, 'dataset', DatasetDict(test=rows, dev=rows)))
+    results = benchmarks.run_tasks(scorer(model_folder), benchmarks.load_tasks(['mmlu'], 0), limit=2)
+    assert results['mmlu']['n'] == 114 and len(results['mmlu']['items']['acc']) == 114 and results['mmlu_stem']['n'] < 60
+    assert results['mmlu']['metrics']['acc'][0] == np.mean(results['mmlu']['items']['acc'])
+
+
+def test_results_of_several_evaluations_stand_in_one_file(model_folder, tmp_path):
+    def evaluate_now(*arguments):
+        assert run_here(['evaluate.py', f'--ckpt={model_folder / "ours"}', '--device=cpu', f'--out={tmp_path}/x.json', *arguments]) == 0
+        return json.loads((tmp_path / 'x.json').read_text())['results']
+    (tmp_path / 'a.txt').write_text('the river in Zürich')
+    assert evaluate_now(f'--bpb={tmp_path}/a.txt').keys() == {f'bpb {tmp_path}/a.txt'}
+    found = evaluate_now(f'--tasks={model_folder}/choice.yaml', '--limit=2')
+    assert found.keys() == {f'bpb {tmp_path}/a.txt', 'local_choice'}
+    assert found['local_choice']['limit'] == 2 and found[f'bpb {tmp_path}/a.txt']['limit'] is None
+    (tmp_path / 'x.json').write_text('[1]')
+    with pytest.raises(BadInput, match='no file of results'):
+        evaluate_now(f'--bpb={tmp_path}/a.txt')
+    with pytest.raises(BadInput, match='there is no folder'):
+        evaluate_now(f'--bpb={tmp_path}/a.txt', f'--out={tmp_path}/nowhere/x.json')
+
+
+def test_a_begun_answer_is_not_closed(model_folder):
+    ours = scorer(model_folder, template='chatml')
+    history = [dict(role='user', content='Say it.'), dict(role='assistant', content='It is')]
+    assert ours.apply_chat_template(history, add_generation_prompt=False).endswith('<|im_start|>assistant\nIt is')

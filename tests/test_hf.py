@@ -224,3 +224,27 @@ def test_the_command_line(tmp_path):
         assert result.returncode == code and any(m in output for m in message.split('|')) and 'Traceback' not in output, output
     with safe_open(tmp_path / 'back' / 'model.safetensors', framework='pt') as f:
         assert all(f.get_slice(name).get_dtype() == 'BF16' for name in f.keys())
+
+
+def test_a_vocabulary_that_lacks_bytes(tmp_path):
+    """SmolLM2's has no token for some control characters: `tokenizers` drops them, and so do we."""
+    from tokenizers import Tokenizer
+
+    from tokenizer import GPT2_PATTERN, make_tokenizer, save_tokenizer, save_tokenizer_json
+    ranks = {bytes([b]): b + 1 for b in range(256) if b not in (0x13, 0x14, 0xf1)}
+    ours = make_tokenizer('x', ranks, GPT2_PATTERN, {'<|endoftext|>': 0}, '<|endoftext|>')
+    save_tokenizer_json(str(tmp_path), ours, False, 64)
+    theirs = Tokenizer.from_file(str(tmp_path / 'tokenizer.json'))
+    for text in ('a\x13b', '\x14\x13', 'é\U000f1234 z', 'plain'):
+        assert ours.encode(text) == ours.encode_document(text).tolist() == theirs.encode(text).ids
+    assert ours.vocab_size == 257 and len(ours.token_bytes()) == 257
+    save_tokenizer(str(tmp_path), ours)
+    again = load_tokenizer(str(tmp_path))
+    assert again.fingerprint == ours.fingerprint and again.encode('a\x13b') == ours.encode('a\x13b')
+
+
+@pytest.mark.parametrize('name', ['out/my run', 'a--b/c', 'tests/nothing', '../nothing', 'no'])
+def test_what_is_neither_a_folder_nor_a_model(name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(BadInput, match='neither a folder here nor a model'):
+        hf.find_model(name)

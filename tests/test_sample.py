@@ -79,7 +79,7 @@ def test_characters_of_several_tokens_come_whole(trained):
     tokenizer = hf.find_model(str(trained))['tokenizer']
     text = 'é한😀 plain'
     ids = tokenizer.encode(text)
-    shown = list(sample.pieces([1, *ids, 2, 999], tokenizer.encoding))
+    shown = list(sample.pieces([1, *ids, 2, 999], tokenizer))
     assert ''.join(shown) == text and '\ufffd' not in ''.join(shown) and shown[0] == ''
 
 
@@ -125,3 +125,13 @@ def test_a_conversation_in_a_terminal(trained):
 def test_bad_input(trained, arguments, message):
     with pytest.raises(BadInput, match=message):
         run_here(['sample.py', '--device=cpu', *([f'--ckpt={trained}'] if arguments else []), *arguments])
+
+
+def test_marks_of_thoughts_that_are_tokens_are_shown():
+    """In Qwen3's tokenizer <think> is an added token, and no special one."""
+    from tokenizer import GPT2_PATTERN, make_tokenizer
+    tokenizer = make_tokenizer('x', {bytes([b]): b for b in range(256)}, GPT2_PATTERN, {'<|endoftext|>': 256, '<think>': 257, '</think>': 258},
+                               '<|endoftext|>', added=['<think>', '</think>'])
+    ids = [257, *tokenizer.encode('hm'), 258, *tokenizer.encode('yes'), 256]
+    assert tokenizer.encode('<think>hm</think>yes') == ids[:-1] and tokenizer.control_ids == {256}
+    assert ''.join(sample.dimmed(sample.pieces(ids, tokenizer), sample.DIM)) == f'{sample.DIM}<think>hm</think>{sample.PLAIN}yes'
