@@ -256,7 +256,7 @@ class GPT(nn.Module):
         """The output layer's weight (V, C): the embedding table itself when tied."""
         return self.embed.weight if self.lm_head is None else self.lm_head.weight
 
-    def forward(self, idx, doc_ids=None, cache=None, position=0, first=None):
+    def forward(self, idx, doc_ids=None, cache=None, position=0, first=None, grad_from=0):
         """Token ids to final hidden states, normed and ready for the output layer.
 
         idx       (B, T) int32 or int64 token ids
@@ -264,10 +264,13 @@ class GPT(nn.Module):
                   Rotary positions are relative, so they need not restart where a document does.
         cache     list of n_layer * layer_repeat tensors (2, B, K, T_max, D), filled in place; position: tokens in it
         first     (B,) int64 or None: index of every row's first token, for rows padded on the left (only with a cache)
+        grad_from first block whose parameters get a gradient; above 0 the embedding gets none either
         Returns (B, T, C) in the compute dtype (autocast's when it is on).
         """
         T = idx.shape[1]
-        x = self.embed(idx)                                                           # (B, T, C)
+        wanted = torch.is_grad_enabled()
+        with torch.set_grad_enabled(wanted and grad_from == 0):
+            x = self.embed(idx)                                                       # (B, T, C)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))     # the residual stream too, as under FSDP's bf16 policy
         angles = torch.arange(position, position + T, device=x.device)[:, None] * rope_frequencies(self.config, x.device)
@@ -284,21 +287,24 @@ class GPT(nn.Module):
                 keys = torch.arange(position + T, device=x.device)
                 mask = mask & (keys >= first[:, None, None, None]) | (keys == keys[position:, None])          # (B, 1, T, T_total)
         application = 0
-        for block in self.blocks:
-            for _ in range(self.config.layer_repeat):
-                x = block(x, cos, sin, mask, cu_seqlens, None if cache is None else cache[application], position)
-                application += 1
+        for i, block in enumerate(self.blocks):
+            with torch.set_grad_enabled(wanted and i >= grad_from):
+                for _ in range(self.config.layer_repeat):
+                    x = block(x, cos, sin, mask, cu_seqlens, None if cache is None else cache[application], position)
+                    application += 1
         return self.norm(x)
 
-    def loss(self, idx, targets, token_weights=None, doc_ids=None):
+    def loss(self, idx, targets, token_weights=None, doc_ids=None, grad_from=0):
         """Forward and loss in one call (under FSDP2 this is where the output weight is whole).
 
         targets (B, T) int64, -1 = not counted; token_weights (B, T) fp32 or None. Returns `linear_cross_entropy`'s three
-        results: sum () fp32 with gradient; losses (B, T) and hits (B, T) without.
+        results: sum () fp32 with gradient; losses (B, T) and hits (B, T) without. grad_from: as in `forward`; above 0 the output
+        weight gets no gradient.
         """
-        h = self.forward(idx, doc_ids)
+        h = self.forward(idx, doc_ids, grad_from=grad_from)
         flat_weights = None if token_weights is None else token_weights.flatten()
-        total, losses, hits = linear_cross_entropy(h.flatten(0, 1), self.output_weight, targets.flatten(), flat_weights)
+        weight = self.output_weight.detach() if grad_from else self.output_weight
+        total, losses, hits = linear_cross_entropy(h.flatten(0, 1), weight, targets.flatten(), flat_weights)
         return total, losses.view_as(targets), hits.view_as(targets)
 
     @torch.no_grad()

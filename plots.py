@@ -36,3 +36,14 @@ def draw_run(out_dir):
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return path
+
+
+def print_run(out_dir, epochs):
+    """The table that a run ends with: losses and bits per byte of every source before and after. epochs: source -> times read."""
+    evaluated = [record for record in read_metrics(out_dir) if 'val/loss' in record]
+    first, last = evaluated[0], evaluated[-1]
+    print(f'\n{"validation":<16}{"loss before":>12}{"after":>9}{"bits/byte before":>19}{"after":>9}{"epochs read":>14}')
+    for name, times in epochs.items():
+        bpb = [f'{r[f"val/bpb_{name}"]:.3f}' if f'val/bpb_{name}' in r else 'n/a' for r in (first, last)]
+        print(f'{name:<16}{first[f"val/loss_{name}"]:>12.3f}{last[f"val/loss_{name}"]:>9.3f}{bpb[0]:>19}{bpb[1]:>9}{times:>14.2f}')
+    print(f'{"mixture":<16}{first["val/loss"]:>12.3f}{last["val/loss"]:>9.3f}')

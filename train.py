@@ -28,8 +28,10 @@ from tqdm import tqdm
 
 import checkpoint
 import hf
-from common import (MetricsLog, all_reduce_sum, barrier, device_name, leave_ranks, peak_flops, pick_dtype, read_metrics,
-                    start_ranks, tune_malloc)
+import influence
+import mixtures
+from common import (MetricsLog, all_reduce_sum, barrier, device_name, leave_ranks, peak_flops, pick_dtype, start_ranks,
+                    tune_malloc)
 from configurator import BadInput, RunFault, configure
 from data import MixtureLoader, Source, common_tokenizer, document_ids, rows_of_rank
 from model import GPT, ModelConfig, count_parameters, flops_per_token, init_weights
@@ -61,9 +63,17 @@ batch_size = 16                         # rows per rank and micro-step
 total_batch_tokens = 524288             # tokens of an optimizer step over all ranks; gives grad_accum
 document_mask = False                   # attention stays within a document
 # -- mixture --
-mixture = 'fixed'                       # how weights change while training: fixed (influence is not built yet)
+mixture = 'fixed'                       # how weights change while training: fixed | influence
 mixture_interval = 1000                 # steps between two re-weightings
-probe: dict[str, float] = {}            # domain -> weight: probe sets that the influence of sources is measured on
+mixture_warmup: int | None = None       # no re-weighting before this step; None: after warmup_steps and 5 % of the run
+mixture_eta = 0.3                       # step of a re-weighting: influence 1 multiplies a weight by exp(mixture_eta)
+mixture_min = 0.02                      # smallest weight of a source
+mixture_max = 0.6                       # largest weight of a source
+max_epochs: float | None = 4.0          # re-weighting keeps every source within that many epochs of the run; None: no cap
+probe: dict[str, float] = {}            # domain -> weight: probe sets (data_dir/probe/<domain>) that influence is measured on
+probe_rows = 64                         # rows of every probe set, a new choice at every re-weighting
+influence_rows = 32                     # rows of every source, likewise
+influence_layers = 'last'               # parameters that influence is measured on: last | all | first | embedding+head
 # -- model (defaults: MobileLLM-R1 140M) --
 vocab_size = 128256                     # rows of the embedding table
 n_layer = 15                            # transformer blocks
@@ -117,8 +127,6 @@ for _name, _allowed in (('optimizer', ('adamw', 'muon')), ('schedule', ('linear'
                         ('wandb_mode', ('online', 'offline', 'disabled')), ('mixture', ('fixed', 'influence'))):
     if config[_name] not in _allowed:
         raise BadInput(f"{_name} = '{config[_name]}' must be one of {', '.join(_allowed)}.")
-if mixture != 'fixed':
-    raise BadInput(f"mixture = '{mixture}' is not built yet; set --mixture=fixed to train with the start weights.")
 for _name in ('block_size', 'batch_size', 'total_batch_tokens', 'log_interval', 'eval_interval', 'eval_rows', 'eval_tasks_interval',
               'save_interval'):
     if config[_name] < 1:
@@ -180,9 +188,14 @@ if prepare is not None and any(not os.path.isfile(os.path.join(data_dir, name, '
     barrier()
 train_sources = [Source(data_dir, name, 'train', block_size, seed, vocab_size) for name in sources]
 val_sources = [Source(data_dir, name, 'val', block_size, 0, vocab_size) for name in sources]
-shards_tokenizer = common_tokenizer(train_sources + val_sources)
+active = [s for s in train_sources if sources[s.name] > 0]
+probes = [Source(data_dir, f'probe/{domain}', 'probe', block_size, seed, vocab_size) for domain in probe] if mixture == 'influence' else []
+if mixture == 'influence':
+    influence.check(active, probes, probe, influence_layers, influence_rows, probe_rows, mixture_interval * batch_rows)
+    mixtures.check_bounds(len(active), mixture_min, mixture_max)
+shards_tokenizer = common_tokenizer(train_sources + val_sources + probes)
 loader = MixtureLoader(train_sources, sources, seed)
-for _source in train_sources + val_sources:
+for _source in train_sources + val_sources + probes:
     _source.rows([0])                                          # shards of another tokenizer show here, before anything is written
 for _source in train_sources:
     if sources[_source.name] > 0 and _source.n_windows < batch_rows:
@@ -261,7 +274,7 @@ if optimizer == 'muon':     # the update is scaled to AdamW's RMS, so one learni
                                        adjust_lr_fn='match_rms_adamw'))
 
 # -- init_from, resume -------------------------------------------------------------------------------------------------
-first_step = 0
+first_step, mixture_state = 0, {}
 if found is not None:
     saved = checkpoint.read_state(found)
     if saved['config'] is None:
@@ -278,7 +291,7 @@ if found is not None:
     if saved['config']['sources'] != sources:                  # other start weights were asked for: they are in force from here
         loader.set_weights(sources)
     _note = checkpoint.load(found, model, optimizers)
-    first_step = saved['step']
+    first_step, mixture_state = saved['step'], saved.get('mixture_state', {})
     _changed = [k for k in config if k not in ('resume', 'out_dir') and saved['config'].get(k) != config[k]]
     if is_master:
         print(f'resume: {found}, step {first_step}' + (f'; changed since: {", ".join(_changed)}' if _changed else ''))
@@ -351,7 +364,7 @@ def save(step):
     """A checkpoint of the run before `step` is trained."""
     checkpointer.save(step, model, optimizers, dict(
         config=config, model=asdict(model_config), loader=loader.state_dict(), tokenizer=tokenizer and tokenizer.fingerprint,
-        context=block_size))
+        context=block_size, mixture_state=mixture_state))
 
 
 stop_signal, stop_time = 0, 0.0
@@ -373,6 +386,7 @@ for _number in (signal.SIGTERM, signal.SIGINT):
 # -- the loop ----------------------------------------------------------------------------------------------------------
 parameters = list(model.parameters())
 my_rows = rows_of_rank(batch_rows, batch_size, rank, world_size)
+first_reweighting = max(1, max(warmup_steps, n_steps // 20) if mixture_warmup is None else mixture_warmup)
 last_saved, logged_cursors = first_step if found else None, dict(loader.cursors)
 window_start, window_steps, data_s = time.perf_counter(), 0, 0.0
 bar = tqdm(total=n_steps, initial=first_step, disable=not is_master, unit='step', dynamic_ncols=True)
@@ -398,6 +412,13 @@ for step in range(first_step, n_steps + 1):
         window_start, window_steps, data_s = time.perf_counter(), 0, 0.0
     if step == n_steps:
         break
+    if mixture == 'influence' and step >= first_reweighting and step % mixture_interval == 0:
+        with autocast:
+            mixture_state, mixture_metrics = influence.reweight(model, loader, active, probes, config, mixture_state, step,
+                                                                (n_steps - step) * batch_rows, to_device, rank, world_size)
+        if is_master:
+            metrics_log.write(step, mixture_metrics)
+        window_start, window_steps, data_s = time.perf_counter(), 0, 0.0
 
     # this rank's rows of the global batch; the number of valid tokens over all ranks is known before the first backward
     t0 = time.perf_counter()
@@ -463,14 +484,8 @@ if stopping:
         print(f'stopped by a signal before step {step}; {"saved" if step else "nothing to save yet"}. Go on with --resume=True.',
               flush=True)
 elif is_master:
-    from plots import draw_run
-    before = next(r for r in read_metrics(out_dir) if 'val/loss' in r)
-    print(f'\n{"validation":<16}{"loss before":>12}{"after":>9}{"bits/byte before":>19}{"after":>9}{"epochs read":>14}')
-    for name in loader.names:
-        bpb = [f'{r[f"val/bpb_{name}"]:.3f}' if f'val/bpb_{name}' in r else 'n/a' for r in (before, val_metrics)]
-        print(f'{name:<16}{before[f"val/loss_{name}"]:>12.3f}{val_metrics[f"val/loss_{name}"]:>9.3f}{bpb[0]:>19}{bpb[1]:>9}'
-              f'{loader.epochs()[name]:>14.2f}')
-    print(f'{"mixture":<16}{before["val/loss"]:>12.3f}{val_metrics["val/loss"]:>9.3f}')
+    from plots import draw_run, print_run
+    print_run(out_dir, loader.epochs())
     print(f'curves: {draw_run(out_dir)}\ncheckpoint: {os.path.join(out_dir, "ckpt", f"step_{n_steps:06d}")}')
 if not stopping and sample_tokens and tokenizer is not None:
     prompt = torch.tensor([[tokenizer.bos_id, *tokenizer.encode(sample_prompt)]], device=device)

@@ -1,5 +1,5 @@
 # Stage 2, pre-training phase 2 of MobileLLM-R1: goes on from stage 1 for 2T tokens, the mixture re-weighted by influence.
-# mixture = 'influence' is not built yet: train.py says so and stops; with --mixture=fixed it trains on these shares.
+# The probe sets are made by prepare/probe.py; with --mixture=fixed it trains on these shares.
 # torchrun --nnodes=16 --nproc_per_node=8 ... train.py config/model/mobilellm_140m.py config/stage2.py
 out_dir = 'out/stage2'
 init_from = 'out/stage1'

@@ -228,7 +228,7 @@ def test_document_mask_changes_what_is_seen(tmp_path, tiny_data):
     (dict(vocab_size=32), ['token id', 'vocab_size is 32']),
     (dict(n_embd=33), ['n_embd = 33', 'Try 32']),
     (dict(optimizer='sgd'), ["optimizer = 'sgd'", 'adamw, muon']),
-    (dict(mixture='influence'), ['not built yet', '--mixture=fixed']),
+    (dict(mixture='influence'), ['needs probe sets', 'prepare/probe.py']),
     (dict(mixture='doremy'), ['must be one of']),
     (dict(dtype='fp8'), ["dtype = 'fp8'"]),
     (dict(max_steps='None'), ['neither max_steps nor max_tokens']),

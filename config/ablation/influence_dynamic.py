@@ -1,5 +1,5 @@
 # The influence ablation, arm B: as influence_fixed.py, the weights re-computed every 250 steps from the influence of every
-# source on the probe. mixture = 'influence' is not built yet: train.py says so and stops.
+# source on the probe sets, which prepare/probe.py makes.
 # python train.py config/model/smollm2_135m.py config/ablation/influence_dynamic.py
 out_dir = 'out/influence_dynamic'
 sources = {'dclm': 0.25, 'fineweb_edu': 0.30, 'github_code': 0.15, 'finemath': 0.15, 'slimpajama': 0.15}

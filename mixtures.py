@@ -1,0 +1,66 @@
+"""Rules that set the sampling weights: (weights, measurements, state) -> (weights, state, log). Numbers in, numbers out, float64.
+
+Weights are dicts source -> share. A rule that finds nothing to change returns the very weights that it was given.
+"""
+import math
+
+from configurator import BadInput
+
+
+def check_bounds(n_sources, low, high):
+    """BadInput when no mixture of that many sources can have all its shares in [low, high]."""
+    if not 0 <= low < high <= 1 or n_sources * low > 1 or n_sources * high < 1:
+        raise BadInput(f'mixture_min = {low} and mixture_max = {high} leave no room: {n_sources} shares between them cannot sum to 1. '
+                       f'mixture_min must be at most {1 / n_sources:.3g}, mixture_max at least that.')
+
+
+def project(weights, low, high):
+    """The shares clip(c * weights, low, high) that sum to 1 (dicts by source): bounds hold exactly, ratios between them stay.
+
+    Where the upper bounds sum to less than 1 they are raised alike, for then they cannot all be kept.
+    """
+    total = sum(high.values())
+    high = {name: h / total for name, h in high.items()} if total < 1 else high
+    low = {name: min(low[name], high[name]) for name in weights}
+    small, large = 0.0, max(high[name] / max(w, 1e-12) for name, w in weights.items())
+    for _ in range(200):                        # the sum grows with c: bisection to the last bit
+        c = (small + large) / 2
+        if sum(min(max(c * w, low[name]), high[name]) for name, w in weights.items()) < 1:
+            small = c
+        else:
+            large = c
+    shares = {name: min(max(large * w, low[name]), high[name]) for name, w in weights.items()}
+    free = max(shares, key=lambda name: high[name] - shares[name])
+    return {**shares, free: shares[free] + 1 - sum(shares.values())}
+
+
+def epoch_caps(high, max_epochs, rows_read, rows_in_epoch, rows_to_come):
+    """Upper bounds by source: at most `high`, and what keeps the source within max_epochs until the end of the run.
+
+    rows_read, rows_in_epoch: dicts by source; rows_to_come: rows of all sources that the run will still draw.
+    """
+    if max_epochs is None:
+        return dict.fromkeys(rows_read, high)
+    return {name: min(high, max(0.0, max_epochs * rows_in_epoch[name] - rows_read[name]) / max(1, rows_to_come)) for name in rows_read}
+
+
+def update_influence(weights, r, se, state, eta, low, high, ema=0.5):
+    """New weights from the influence of every source: log w += eta * clip(r, -1, 1), then bounds.
+
+    r, se     influence and its standard error by source: 1 is as good as probe text, 0 useless, negative harmful
+    state     {'r': moving averages by source}, {} at first
+    low       smallest share; high: largest share by source
+    What lies within two standard errors counts as 0. If nothing is beyond them, or every source is found harmful, the weights
+    stay as they are and log['kept'] says why.
+    """
+    clear = {name: value if abs(value) >= 2 * se[name] else 0.0 for name, value in r.items()}
+    before = state.get('r', clear)
+    mean = {name: (1 - ema) * before[name] + ema * clear[name] for name in r}
+    log = dict(kept='', r=mean)
+    if all(value == 0 for value in clear.values()):
+        return weights, dict(r=mean), {**log, 'kept': 'no influence is clearer than its noise'}
+    if all(value < 0 for value in mean.values()):
+        return weights, dict(r=mean), {**log, 'kept': 'every source has negative influence'}
+    moved = {name: w * math.exp(eta * min(max(mean[name], -1.0), 1.0)) for name, w in weights.items()}
+    total = sum(moved.values())
+    return project({name: w / total for name, w in moved.items()}, dict.fromkeys(weights, low), high), dict(r=mean), log
