@@ -38,11 +38,7 @@ def start_ranks(device):
 
 
 def leave_ranks(code):
-    """Ends the process with an exit code, under torchrun without Python's teardown.
-
-    A thread of gloo may still hold a tensor of the last collective. If it lets go of it while the interpreter is being taken
-    down, the process aborts (one run of two ranks in ten did), so nothing is taken down: files are closed by then.
-    """
+    """Ends the process. A rank skips Python's teardown: it aborts (one run in ten) when a thread of gloo lets go of a tensor then."""
     if dist.is_initialized():
         dist.destroy_process_group()
         sys.stdout.flush()
