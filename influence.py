@@ -2,8 +2,9 @@
 
 The influence of a source is the inner product of the gradient of its mean token loss with a direction made of the gradients
 on the probe: one backward pass per batch of the source, no gradient of a single row. (MobileLLM-R1, arXiv:2509.24945, section 5,
-without the Hessian: on source level it predicts no better.) The influence of single rows costs one forward and backward for all. In units of the probe's own help: r = 1 is as good as other
-text of the probe, 0 useless, negative harmful. Nothing here keeps state; parameters and optimizer are not touched.
+without the Hessian: on source level it predicts no better.) In units of the probe's own help: r = 1 is as good as other text of
+the probe, 0 useless, negative harmful. The influence of single rows costs one forward and backward for all of them. Nothing
+here keeps state; parameters and optimizer are not touched.
 """
 import time
 from dataclasses import dataclass
@@ -32,10 +33,14 @@ class Direction:
     layers: str
 
 
-def select(model, layers):
-    """(name -> parameter that influence is measured on, first block that needs a gradient). BadInput for an unknown name."""
+def check_layers(layers):
     if layers not in LAYERS:
         raise BadInput(f"influence_layers = '{layers}' must be one of {', '.join(LAYERS)}.")
+
+
+def select(model, layers):
+    """(name -> parameter that influence is measured on, first block that needs a gradient). BadInput for an unknown name."""
+    check_layers(layers)
     last = len(model.blocks) - 1
     prefixes = {'last': (f'blocks.{last}.', 'norm.'), 'all': ('',), 'first': ('blocks.0.',), 'embedding+head': ('embed.', 'lm_head.')}[layers]
     return {n: p for n, p in model.named_parameters() if n.startswith(prefixes)}, last if layers == 'last' else 0
@@ -176,16 +181,16 @@ def head_products(h, weight, direction, targets):
 
 # -- in a training run -------------------------------------------------------------------------------------------------
 
-def check(sources, probes, weights, layers, source_rows, probe_rows, interval_rows):
+def check(sources, probes, weights, layers, source_rows, probe_rows, interval_rows, world_size):
     """BadInput for settings with which a re-weighting cannot work. sources, probes: lists of Source; weights: domain -> weight."""
-    if layers not in LAYERS:
-        raise BadInput(f"influence_layers = '{layers}' must be one of {', '.join(LAYERS)}.")
+    check_layers(layers)
     if not probes:
         raise BadInput("mixture = 'influence' needs probe sets: --probe=\"{'math': 1.0}\" with data_dir/probe/math (prepare/probe.py makes it).")
     if min(weights.values()) < 0 or sum(weights.values()) <= 0:
         raise BadInput(f'probe = {weights}: weights must not be negative, and one must be above 0.')
-    if source_rows < 4 or probe_rows < 4:
-        raise BadInput(f'influence_rows = {source_rows} and probe_rows = {probe_rows} must be at least 4.')
+    fewest = max(4, 2 * world_size)             # every rank has a row in two batches at least
+    if source_rows < fewest or probe_rows < fewest:
+        raise BadInput(f'influence_rows = {source_rows} and probe_rows = {probe_rows} must be at least {fewest} on {world_size} rank(s).')
     own = source_rows * len(sources) + probe_rows * len(probes)
     if own > interval_rows:
         raise BadInput(f'a re-weighting reads {own:,} rows, more than the {interval_rows:,} that are trained on in between. Raise '

@@ -191,7 +191,7 @@ val_sources = [Source(data_dir, name, 'val', block_size, 0, vocab_size) for name
 active = [s for s in train_sources if sources[s.name] > 0]
 probes = [Source(data_dir, f'probe/{domain}', 'probe', block_size, seed, vocab_size) for domain in probe] if mixture == 'influence' else []
 if mixture == 'influence':
-    influence.check(active, probes, probe, influence_layers, influence_rows, probe_rows, mixture_interval * batch_rows)
+    influence.check(active, probes, probe, influence_layers, influence_rows, probe_rows, mixture_interval * batch_rows, world_size)
     mixtures.check_bounds(len(active), mixture_min, mixture_max)
 shards_tokenizer = common_tokenizer(train_sources + val_sources + probes)
 loader = MixtureLoader(train_sources, sources, seed)

@@ -12,6 +12,7 @@ from conftest import ROOT, make_source, run, train, write_shard
 import influence
 import mixtures
 from configurator import BadInput, RunFault
+from data import Source
 from model import GPT, ModelConfig, init_weights, linear_cross_entropy
 
 SHAPES = [dict(), dict(tie_embeddings=False), dict(qk_norm=True, layer_repeat=2), dict(qkv_bias=True, n_kv_head=1)]
@@ -312,3 +313,11 @@ def test_bad_settings(probed_data, tmp_path, changes, message):
     with pytest.raises(BadInput, match=message):
         train(tmp_path / 'run', probed_data, **{**KNOBS, **changes})
     assert not (tmp_path / 'run').exists()
+
+
+def test_every_rank_needs_rows():
+    source = Source.__new__(Source)
+    source.name, source.n_windows = 'a', 1000
+    influence.check([source], [source], {'a': 1.0}, 'last', 16, 16, 1000, world_size=8)
+    with pytest.raises(BadInput, match='at least 32 on 16 rank'):
+        influence.check([source], [source], {'a': 1.0}, 'last', 16, 16, 1000, world_size=16)
