@@ -22,8 +22,9 @@ import torch.distributed as dist
 def import_metrics():
     """Puts Hugging Face's package `evaluate` where lm-eval's tasks look for it; our script of that name would hide it."""
     here, path = os.path.dirname(os.path.abspath(__file__)), sys.path
-    if here != os.path.dirname(os.path.abspath(getattr(sys.modules.get('evaluate'), '__file__', None) or os.path.join(here, 'x'))):
-        return
+    ours = os.path.join(here, 'evaluate.py')
+    if getattr(sys.modules.get('evaluate'), '__file__', ours) != ours:
+        return                                  # it is there already
     sys.modules.pop('evaluate', None)
     sys.path = [folder for folder in path if os.path.abspath(folder) != here]
     try:
@@ -214,9 +215,10 @@ class Scorer(TemplateLM):
             longest = torch.tensor(new_tokens, device=self.on)
             dist.all_reduce(longest, op=dist.ReduceOp.MAX)
             steps = int(longest)
-        sampling = dict(temperature=options.get('temperature') or 0.0, top_k=options.get('top_k'), top_p=options.get('top_p'))
+        sampling = dict(temperature=options.get('temperature') or 0.0, top_k=options.get('top_k'), top_p=options.get('top_p'),
+                        seed=1234 + min(request for request, _ in batch))
         with self.autocast():
-            for token in self.model.stream(idx, steps, **sampling, seed=1234 + min(request for request, _ in batch), first=first if first.any() else None):
+            for token in self.model.stream(idx, steps, **sampling, first=first if first.any() else None):
                 n_new += 1
                 for row, new in enumerate(token[:, 0].tolist()):
                     if done[row]:

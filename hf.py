@@ -182,11 +182,11 @@ def read_weights(folder, hf, model):
     """Copies the weights of a Hugging Face folder into `model` in place, tensor by tensor.
 
     The model may be sharded by FSDP2 (every rank reads and keeps its part) and of any dtype. BadInput for missing and extra
-    tensors, another shape and a damaged file; nothing has been copied then, except before a file that is cut off.
+    tensors, another shape and a damaged file; nothing has been copied then.
     """
     from safetensors import SafetensorError, safe_open
     family, config = hf['model_type'], model.config
-    wanted = {hf_names(name, config, 'mobilellm' if family == 'mobilellm' else family)[0]: (name, parameter)
+    wanted = {hf_names(name, config, family)[0]: (name, parameter)
               for name, parameter in model.named_parameters()}
     found = {}
     for path in safetensors_files(folder):

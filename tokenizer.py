@@ -121,6 +121,8 @@ class Tokenizer:
 
     def decode(self, ids):
         """Ids -> text; bytes that are no UTF-8 become the replacement character, ids that no token has become nothing."""
+        if self.lacks_bytes:
+            ids = [i for i in ids if i < self.vocab_size]
         try:
             return self.encoding.decode(ids)
         except KeyError:                    # a model may have more rows in its table than the tokenizer has tokens
