@@ -7,6 +7,7 @@
 A checkpoint is written under a temporary name and renamed when it is whole, so a kill at any moment leaves the one before
 it good. On CUDA the tensors are copied to the CPU and written by a thread while training goes on.
 """
+import contextlib
 import io
 import json
 import os
@@ -61,6 +62,14 @@ def set_rng_state(state):
     version, internal, gauss = state['python']
     random.setstate((version, tuple(internal), gauss))
     np.random.set_state(tuple(state['numpy']))
+
+
+@contextlib.contextmanager
+def untouched_rng():
+    """Within it other people's code may use the random generators; they are left as they were."""
+    before = rng_state()
+    yield
+    set_rng_state(before)
 
 
 class Checkpointer:

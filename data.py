@@ -24,6 +24,7 @@ HEADER_BYTES = 4 * HEADER_INTS
 FORMATS = {(20240520, 1): np.dtype('<u2'), (20240801, 7): np.dtype('<u4')}      # (magic, version) -> token dtype
 WEIGHT_UNIT = 2**32             # mixture weights are held as integers that sum to this, so nothing drifts
 PERMUTATION_BLOCK = 4096        # positions permuted at once
+PIECE = 256                     # tokens that are compared at once where documents are not known
 
 
 # -- shards ------------------------------------------------------------------------------------------------------------
@@ -136,10 +137,17 @@ class Source:
             if vocab_size is not None and self.meta['vocab_size'] > vocab_size:
                 raise BadInput(f"source '{name}' was tokenized with a vocabulary of {self.meta['vocab_size']:,}, the model's "
                                f'vocab_size is {vocab_size:,}. Set vocab_size, or prepare the source with its tokenizer.')
+        self.kept = None               # window numbers that `keep_windows` left, ascending; None: all
         self._block_cache = {}
 
+    def keep_windows(self, keep):
+        """Leaves out the windows where keep (n_windows,) bool is False, for good: epochs are of the rest."""
+        self.kept = np.flatnonzero(keep)
+        self.n_windows = len(self.kept)
+        self._block_cache.clear()
+
     def fingerprint(self):
-        """16 hex digits over shard names, lengths, first and last tokens and recorded hashes: changes when the data does."""
+        """16 hex digits over shard names, lengths, first and last tokens and recorded hashes: changes when the data does, or what is kept of it."""
         digest = hashlib.sha256()
         recorded = {s['file']: s['sha256'] for s in self.meta['shards']} if self.meta else {}
         for path, n_tokens in zip(self.paths, self.shard_tokens):
@@ -147,6 +155,8 @@ class Source:
             digest.update(f'{os.path.basename(path)} {n_tokens} '
                           f'{recorded.get(os.path.relpath(path, os.path.dirname(os.path.dirname(path))), "")}'.encode())
             digest.update(tokens[:1024].tobytes() + tokens[-1024:].tobytes())
+        if self.kept is not None:
+            digest.update(self.kept.tobytes())
         return digest.hexdigest()[:16]
 
     def window(self, cursor):
@@ -159,7 +169,8 @@ class Source:
             positions = np.arange(block * PERMUTATION_BLOCK, min((block + 1) * PERMUTATION_BLOCK, self.n_windows))
             keys = derive_keys(4, self.seed, self.name, self.split, epoch)
             self._block_cache[epoch, block] = permute(positions, self.n_windows, keys).tolist()
-        return self._block_cache[epoch, block][position % PERMUTATION_BLOCK]
+        window = self._block_cache[epoch, block][position % PERMUTATION_BLOCK]
+        return window if self.kept is None else int(self.kept[window])
 
     def read(self, cursor, out):
         """Copies the cursor-th row into out (block_size + 1,)."""
@@ -200,6 +211,63 @@ def common_tokenizer(sources):
     return first
 
 
+def peculiarities(rows, vocab_size):
+    """What is odd about a sample of rows (n, T) of ids below vocab_size, in words: list of str, [] for ordinary text.
+
+    Random or shuffled tokens: neighbours form as many different pairs as they do in another order; random ones: their entropy is
+    that of uniform ones, too. Repeated text: most runs of 8 tokens come more than once. (Words shuffled whole are not noticed.)
+    """
+    found, rng = [], np.random.default_rng(0)
+    tokens = rows.astype(np.int64)
+    uniform = rng.integers(vocab_size, size=tokens.size)
+
+    def entropy(ids):
+        share = np.bincount(ids) / len(ids)
+        return -(share[share > 0] * np.log(share[share > 0])).sum()
+
+    def n_pairs(ids):
+        return len(np.unique(ids[:, :-1] * vocab_size + ids[:, 1:]))
+    if n_pairs(tokens) > 0.98 * n_pairs(rng.permuted(tokens.ravel()).reshape(tokens.shape)):
+        found.append('its tokens say nothing about their neighbours, as if they were '
+                     + ('random' if entropy(tokens.ravel()) > 0.98 * entropy(uniform) else 'shuffled'))
+    with np.errstate(over='ignore'):
+        runs = sum(_mix(tokens[:, i:tokens.shape[1] - 7 + i].astype(np.uint64), np.uint64(i)) for i in range(8)) if tokens.shape[1] > 8 else None
+    if runs is not None and len(np.unique(runs)) < 0.5 * runs.size:
+        found.append('more than half of its runs of 8 tokens are repetitions')
+    return found
+
+
+def shared_documents(probe, source, bos_id, rank=0, world_size=1):
+    """Number of documents of `probe` that stand in `source` as well, token for token, in this rank's part of the shards.
+
+    Both are Sources. Reads all tokens of the source once, about a second for 500 million. Documents of fewer than 16 tokens are
+    not compared; without bos_id (shards without meta.json) aligned pieces of PIECE tokens are.
+    """
+    def heads(tokens, starts):              # a hash of the first 16 tokens of every piece: (n,) uint64
+        words = tokens[starts[:, None] + np.arange(16)].astype(np.uint64)
+        with np.errstate(over='ignore'):
+            return sum(_mix(words[:, i], np.uint64(i)) for i in range(16)) if len(starts) else np.zeros(0, np.uint64)
+
+    def pieces(path):
+        tokens = open_shard(path)
+        starts = np.arange(0, len(tokens), PIECE) if bos_id is None else np.flatnonzero(tokens == bos_id)
+        return tokens, starts[starts + 16 <= len(tokens)]
+    wanted = {}
+    for path in probe.paths:
+        tokens, starts = pieces(path)
+        ends = [*starts[1:], len(tokens)]
+        for start, end, head in zip(starts, ends, heads(tokens, starts).tolist()):
+            if end - start >= 16:
+                wanted.setdefault(head, []).append(tokens[start:end])
+    known, n = np.array(list(wanted), dtype=np.uint64), 0
+    for path in source.paths[rank::world_size]:
+        tokens, starts = pieces(path)
+        here = heads(tokens, starts)
+        for i in np.flatnonzero(np.isin(here, known)):
+            n += any(np.array_equal(document, tokens[starts[i]:starts[i] + len(document)]) for document in wanted[int(here[i])])
+    return n
+
+
 def document_ids(rows, bos_id):
     """Number of the document that every token belongs to within its row: same shape, int. Documents begin with bos_id."""
     return (rows == bos_id).cumsum(1)
@@ -237,7 +305,9 @@ class MixtureLoader:
         self.sources = {source.name: source for source in sources}
         self.names = list(self.sources)
         self.seed = seed
-        self.cursors = {name: 0 for name in self.names}          # rows drawn so far
+        self.cursors = {name: 0 for name in self.names}          # rows drawn so far, and dropped
+        self.dropped = {name: 0 for name in self.names}          # those of them that a verdict dropped
+        self.verdicts = {name: (0, np.zeros(0, dtype=bool)) for name in self.names}      # first cursor, keep (n,) from there on
         self.credits = {name: 0 for name in self.names}          # rows owed, in WEIGHT_UNITs; they sum to 0
         self.set_weights(weights)
 
@@ -261,8 +331,29 @@ class MixtureLoader:
         """dict name -> share in force."""
         return {name: units / WEIGHT_UNIT for name, units in self.units.items()}
 
+    def drawn(self):
+        """dict name -> rows that have been trained on."""
+        return {name: self.cursors[name] - self.dropped[name] for name in self.names}
+
+    def set_verdicts(self, name, keep):
+        """The next rows of a source are dropped where keep (n,) bool is False; those after them are all kept."""
+        self.verdicts[name] = self.cursors[name], keep
+
+    def _take(self, name, n_rows):
+        """The next n_rows cursors that are not dropped: list. Moves on behind them."""
+        first, keep = self.verdicts[name]
+        taken, cursor = [], self.cursors[name]
+        while len(taken) < n_rows:
+            if cursor - first >= len(keep) or keep[cursor - first]:
+                taken.append(cursor)
+            else:
+                self.dropped[name] += 1
+            cursor += 1
+        self.cursors[name] = cursor
+        return taken
+
     def epochs(self):
-        """dict name -> how often the source has been read (1.5: once and a half)."""
+        """dict name -> how often the source has been read (1.5: once and a half), dropped rows included."""
         return {name: self.cursors[name] / source.n_windows for name, source in self.sources.items()}
 
     def _counts(self, n_rows):
@@ -295,12 +386,11 @@ class MixtureLoader:
         counts = self._counts(n_rows)
         drawn = sum(self.cursors.values())
         index = np.repeat(np.arange(len(self.names)), [counts[name] for name in self.names])
-        cursor = np.concatenate([np.arange(self.cursors[name], self.cursors[name] + counts[name]) for name in self.names])
+        cursor = np.array([cursor for name in self.names for cursor in self._take(name, counts[name])], dtype=np.int64)
         with np.errstate(over='ignore'):
             order = np.argsort(_mix(np.arange(n_rows, dtype=np.uint64), derive_keys(1, self.seed, drawn)[0]), kind='stable')
         for name in self.names:
             self.credits[name] += n_rows * self.units[name] - counts[name] * WEIGHT_UNIT
-            self.cursors[name] += counts[name]
         return index[order], cursor[order]
 
     def read(self, index, cursors):
@@ -316,8 +406,9 @@ class MixtureLoader:
         return out
 
     def state_dict(self):
-        """Everything that the coming batches depend on, as plain integers by source name."""
-        return dict(cursors=dict(self.cursors), credits=dict(self.credits), units=dict(self.units),
+        """Everything that the coming batches depend on, as plain integers and text by source name."""
+        verdicts = {name: [first, len(keep), np.packbits(keep).tobytes().hex()] for name, (first, keep) in self.verdicts.items()}
+        return dict(cursors=dict(self.cursors), dropped=dict(self.dropped), credits=dict(self.credits), units=dict(self.units), verdicts=verdicts,
                     fingerprints={name: source.fingerprint() for name, source in self.sources.items()})
 
     def load_state_dict(self, state):
@@ -329,8 +420,10 @@ class MixtureLoader:
             if state['fingerprints'][name] != source.fingerprint():
                 raise BadInput(f"the shards of source '{name}' ({os.path.dirname(source.paths[0])}) have changed since the "
                                'checkpoint was written. Restore them, or start a new run with init_from.')
-        self.cursors, self.credits, self.units = (
-            {name: int(state[key][name]) for name in self.names} for key in ('cursors', 'credits', 'units'))
+        self.cursors, self.dropped, self.credits, self.units = (
+            {name: int(state[key][name]) for name in self.names} for key in ('cursors', 'dropped', 'credits', 'units'))
+        for name, (first, n, packed) in state['verdicts'].items():
+            self.verdicts[name] = first, np.unpackbits(np.frombuffer(bytes.fromhex(packed), dtype=np.uint8), count=n).astype(bool)
 
 
 def rows_of_rank(n_rows, batch_size, rank, world_size):

@@ -56,7 +56,7 @@ def update_influence(weights, r, se, state, eta, low, high, ema=0.5):
     clear = {name: value if abs(value) >= 2 * se[name] else 0.0 for name, value in r.items()}
     before = state.get('r', clear)
     mean = {name: (1 - ema) * before[name] + ema * clear[name] for name in r}
-    log = dict(kept='', r=mean)
+    log = dict(kept='')
     if all(value == 0 for value in clear.values()):
         return weights, dict(r=mean), {**log, 'kept': 'no influence is clearer than its noise'}
     if all(value < 0 for value in mean.values()):
@@ -64,3 +64,19 @@ def update_influence(weights, r, se, state, eta, low, high, ema=0.5):
     moved = {name: w * math.exp(eta * min(max(mean[name], -1.0), 1.0)) for name, w in weights.items()}
     total = sum(moved.values())
     return project({name: w / total for name, w in moved.items()}, dict.fromkeys(weights, low), high), dict(r=mean), log
+
+
+def update_proportional(weights, r, se, state, low, high):
+    """New weights in proportion to influence, as MobileLLM-R1 has them (arXiv:2509.24945, equations 5 and 6).
+
+    The mean of r over all updates so far, the t-th counting t (alpha), negative ones as 0; then bounds (low=0, high=1: none).
+    state: {'n': updates so far, 'sum': t * r summed, by source}, {} at first. If no source has a positive mean the weights stay.
+    se is not used: the paper has no dead zone.
+    """
+    n = state.get('n', 0) + 1
+    total = {name: state.get('sum', dict.fromkeys(r, 0.0))[name] + n * value for name, value in r.items()}
+    state, helpful = dict(n=n, sum=total), {name: max(value, 0.0) for name, value in total.items()}
+    if not sum(helpful.values()) > 0:
+        return weights, state, dict(kept='no source has positive influence')
+    shares = {name: value / sum(helpful.values()) for name, value in helpful.items()}
+    return project(shares, dict.fromkeys(weights, low), high), state, dict(kept='')

@@ -28,13 +28,14 @@ from tqdm import tqdm
 
 import checkpoint
 import hf
-import influence
-import mixtures
+import presence as self_influence
+import reweight
 from common import (MetricsLog, all_reduce_sum, barrier, device_name, leave_ranks, peak_flops, pick_dtype, start_ranks,
                     tune_malloc)
 from configurator import BadInput, RunFault, configure
 from data import MixtureLoader, Source, common_tokenizer, document_ids, rows_of_rank
 from model import GPT, ModelConfig, count_parameters, flops_per_token, init_weights
+from validate import row_losses
 
 # -- input and output --
 out_dir = 'out/run'                     # folder of this run; must be new unless resume=True
@@ -74,6 +75,18 @@ probe: dict[str, float] = {}            # domain -> weight: probe sets (data_dir
 probe_rows = 64                         # rows of every probe set, a new choice at every re-weighting
 influence_rows = 32                     # rows of every source, likewise
 influence_layers = 'last'               # parameters that influence is measured on: last | all | first | embedding+head
+influence_scaling = 'none'              # gradients as they are, divided by Adam's root of the moment, or DataInf: none | adam | datainf
+influence_rule = 'step'                 # step (mixture_eta) | proportional (weight = mean influence, as MobileLLM-R1)
+select = 'none'                         # rows dropped for low influence: none | online (by the model as it is) | scores (files)
+select_scores = 'scores'                # select='scores': folder in every source's, written by influence.py score
+select_margin = 0.1                     # rows below this share of the probe rows' median influence are dropped; 0: the paper's rule
+select_keep = 0.1                       # share of every source's rows that is kept in any case
+# -- self-influence of micro-batches (PRESENCE) --
+presence = 'off'                        # weigh micro-batches by self-influence: off | store (exact) | stream (one buffer)
+presence_tau = 1.0                      # above 0: what is new to the model counts more; below 0: less
+presence_schedule = 'constant'          # of tau: constant | two_stage (the sign turns at presence_switch) | cosine (turns gradually)
+presence_switch: int | None = None      # step at which two_stage turns; None: after 10 % of the run
+presence_layers = 'first'               # parameters that the self-influence is taken of, as influence_layers
 # -- model (defaults: MobileLLM-R1 140M) --
 vocab_size = 128256                     # rows of the embedding table
 n_layer = 15                            # transformer blocks
@@ -121,22 +134,17 @@ rank, world_size, device = start_ranks(config['device'])
 is_master = rank == 0
 torch.manual_seed(seed + rank)
 dtype, dtype_reason = pick_dtype(config['dtype'], device)
-
-
 for _name, _allowed in (('optimizer', ('adamw', 'muon')), ('schedule', ('linear', 'cosine', 'wsd', 'constant')),
-                        ('wandb_mode', ('online', 'offline', 'disabled')), ('mixture', ('fixed', 'influence'))):
+                        ('wandb_mode', ('online', 'offline', 'disabled')), ('mixture', reweight.MIXTURES)):
     if config[_name] not in _allowed:
         raise BadInput(f"{_name} = '{config[_name]}' must be one of {', '.join(_allowed)}.")
-for _name in ('block_size', 'batch_size', 'total_batch_tokens', 'log_interval', 'eval_interval', 'eval_rows', 'eval_tasks_interval',
-              'save_interval'):
-    if config[_name] < 1:
-        raise BadInput(f'{_name} = {config[_name]} must be at least 1.')
-for _name in ('keep_last', 'warmup_steps', 'weight_decay', 'adam_eps', 'grad_clip', 'learning_rate', 'sample_tokens'):
-    if config[_name] < 0:
-        raise BadInput(f'{_name} = {config[_name]} must not be negative.')
-for _name, _low, _high in (('beta1', 0, 0.9999), ('beta2', 0, 0.999999), ('min_lr_frac', 0, 1), ('decay_frac', 1e-9, 1)):
+_bounds = {**dict.fromkeys(('block_size', 'batch_size', 'total_batch_tokens', 'log_interval', 'eval_interval', 'eval_rows', 'eval_tasks_interval',
+                            'save_interval', 'mixture_interval'), (1, math.inf)),
+           **dict.fromkeys(('keep_last', 'warmup_steps', 'weight_decay', 'adam_eps', 'grad_clip', 'learning_rate', 'sample_tokens'), (0, math.inf)),
+           'beta1': (0, 0.9999), 'beta2': (0, 0.999999), 'min_lr_frac': (0, 1), 'decay_frac': (1e-9, 1), 'select_keep': (1e-9, 1)}
+for _name, (_low, _high) in _bounds.items():
     if not _low <= config[_name] <= _high:
-        raise BadInput(f'{_name} = {config[_name]} must lie between {_low} and {_high}.')
+        raise BadInput(f'{_name} = {config[_name]} must be at least {_low:g}' + (f' and at most {_high:g}.' if math.isfinite(_high) else '.'))
 if not sources:
     raise BadInput("sources is empty. Give a config file, or --sources=\"{'name': weight}\" with folders of data_dir.")
 if max_steps is None and max_tokens is None:
@@ -151,6 +159,7 @@ batch_rows = total_batch_tokens // block_size                  # rows of a globa
 n_steps = min(n for n in (max_steps, max_tokens and -(-max_tokens // total_batch_tokens)) if n is not None)
 if n_steps < 1:
     raise BadInput(f'max_steps = {max_steps}, max_tokens = {max_tokens} give {n_steps} steps; at least 1 is needed.')
+self_influence.check(presence, presence_schedule, presence_layers, grad_accum)
 model_config = ModelConfig(**{f.name: config[f.name] for f in fields(ModelConfig)})
 
 
@@ -189,10 +198,8 @@ if prepare is not None and any(not os.path.isfile(os.path.join(data_dir, name, '
 train_sources = [Source(data_dir, name, 'train', block_size, seed, vocab_size) for name in sources]
 val_sources = [Source(data_dir, name, 'val', block_size, 0, vocab_size) for name in sources]
 active = [s for s in train_sources if sources[s.name] > 0]
-probes = [Source(data_dir, f'probe/{domain}', 'probe', block_size, seed, vocab_size) for domain in probe] if mixture == 'influence' else []
-if mixture == 'influence':
-    influence.check(active, probes, probe, influence_layers, influence_rows, probe_rows, mixture_interval * batch_rows, world_size)
-    mixtures.check_bounds(len(active), mixture_min, mixture_max)
+probes = [reweight.open_probe(data_dir, domain, block_size, vocab_size) for domain in probe]
+kept_shares = reweight.keep_scored(data_dir, active, config) if select == 'scores' else {}
 shards_tokenizer = common_tokenizer(train_sources + val_sources + probes)
 loader = MixtureLoader(train_sources, sources, seed)
 for _source in train_sources + val_sources + probes:
@@ -201,6 +208,9 @@ for _source in train_sources:
     if sources[_source.name] > 0 and _source.n_windows < batch_rows:
         raise BadInput(f"source '{_source.name}' has {_source.n_windows} windows of {block_size} tokens, fewer than one batch "
                        f'({batch_rows} rows). Prepare more of it, or lower total_batch_tokens or block_size.')
+measures = reweight.check(config, active, probes, mixture_interval * batch_rows, world_size)
+if measures and found is None:
+    reweight.check_texts(probes, active, val_sources, shards_tokenizer and shards_tokenizer['bos_id'], device, rank, world_size)
 if document_mask and shards_tokenizer is None:
     raise BadInput('document_mask needs the beginning-of-document token, and these sources have no meta.json that names it.')
 if document_mask and device.type == 'cuda' and dtype != torch.bfloat16:
@@ -215,9 +225,8 @@ if benchmarks:
     from benchmarks import Scorer, load_tasks, run_tasks
     if tokenizer is None:
         raise BadInput('eval_tasks needs a tokenizer, and these sources have no meta.json that names one.')
-    _rng = checkpoint.rng_state()
-    benchmarks = load_tasks(benchmarks)                        # an unknown name shows here
-    checkpoint.set_rng_state(_rng)
+    with checkpoint.untouched_rng():
+        benchmarks = load_tasks(benchmarks)                    # an unknown name shows here
 
 
 def to_device(rows):
@@ -274,13 +283,13 @@ if optimizer == 'muon':     # the update is scaled to AdamW's RMS, so one learni
                                        adjust_lr_fn='match_rms_adamw'))
 
 # -- init_from, resume -------------------------------------------------------------------------------------------------
-first_step, mixture_state = 0, {}
+first_step, mixture_state, sigma = 0, {}, None
 if found is not None:
     saved = checkpoint.read_state(found)
     if saved['config'] is None:
         raise BadInput(f"'{out_dir}' is an imported model, no run that could go on. Train it with --init_from={out_dir} and another --out_dir.")
     checkpoint.check_same_model(found, asdict(ModelConfig(**saved['model'])), asdict(model_config))
-    for _name in ('seed', 'block_size', 'total_batch_tokens', 'optimizer', 'mixture'):
+    for _name in ('seed', 'block_size', 'total_batch_tokens', 'optimizer', 'mixture', 'presence', 'select'):
         if saved['config'][_name] != config[_name]:
             raise BadInput(f"{_name} was {saved['config'][_name]!r} in {found}, it is {config[_name]!r} now; a resumed run cannot "
                            'change it. Put it back, or start a new run with init_from.')
@@ -291,7 +300,7 @@ if found is not None:
     if saved['config']['sources'] != sources:                  # other start weights were asked for: they are in force from here
         loader.set_weights(sources)
     _note = checkpoint.load(found, model, optimizers)
-    first_step, mixture_state = saved['step'], saved.get('mixture_state', {})
+    first_step, mixture_state, sigma = saved['step'], saved['mixture_state'], saved['presence_sigma']
     _changed = [k for k in config if k not in ('resume', 'out_dir') and saved['config'].get(k) != config[k]]
     if is_master:
         print(f'resume: {found}, step {first_step}' + (f'; changed since: {", ".join(_changed)}' if _changed else ''))
@@ -318,45 +327,32 @@ if is_master:
     if tokenizer is not None:
         save_tokenizer(out_dir, tokenizer)
     metrics_log = MetricsLog(out_dir, first_step, config, wandb_mode, wandb_project)
+    metrics_log.write(first_step, kept_shares)
 barrier()
 
 
 # -- evaluate, save ----------------------------------------------------------------------------------------------------
-@torch.no_grad()
 def evaluate():
-    """Loss and bits per byte of every source on its first eval_rows validation rows (the same at every call).
-
-    Every rank runs the same number of batches; rows beyond the end are repeated with no weight. Returns metrics to log.
-    """
+    """Loss and bits per byte of every source on its first eval_rows validation rows, and of the probe sets on theirs: metrics to log."""
     metrics, mean = {}, 0.0
-    for source in val_sources:
-        n_rows = min(eval_rows, source.n_windows)
-        loss_sum = n_valid = n_bytes = 0.0
-        for start in range(0, n_rows, batch_size * world_size):
-            mine = range(start + rank * batch_size, start + (rank + 1) * batch_size)
-            inputs, targets, doc_ids = to_device(source.rows([min(i, n_rows - 1) for i in mine]))
-            targets[max(0, n_rows - mine.start):] = -1
-            with autocast:
-                _, losses, _ = model.loss(inputs, targets, doc_ids=doc_ids)
-            loss_sum += losses.double().sum().item()
-            n_valid += (targets >= 0).sum().item()
-            if token_bytes is not None:
-                n_bytes += (token_bytes[targets.clamp(min=0)] * (targets >= 0)).sum().item()
-        loss_sum, n_valid, n_bytes = all_reduce_sum((loss_sum, n_valid, n_bytes), device)
-        metrics[f'val/loss_{source.name}'] = loss_sum / n_valid
+    for source in val_sources + probes:
+        with autocast:
+            nats, counted, n_bytes = row_losses(model, source, eval_rows, batch_size, to_device, token_bytes, rank, world_size).sum(1)
+        if source in probes:
+            metrics[f'probe/loss_{reweight.domain_of(source)}'] = nats / counted
+            continue
+        metrics[f'val/loss_{source.name}'] = nats / counted
         if n_bytes:
-            metrics[f'val/bpb_{source.name}'] = loss_sum / n_bytes / math.log(2)
-        mean += loss_sum / n_valid * loader.weights[source.name]
+            metrics[f'val/bpb_{source.name}'] = nats / n_bytes / math.log(2)
+        mean += nats / counted * loader.weights[source.name]
     return {'val/loss': mean, **metrics}             # the mean is weighted as the mixture is
 
 
 def run_benchmarks():
     """eval_tasks with the model as it is, on all ranks: metrics to log. The random generators are left as they were."""
-    before = checkpoint.rng_state()
     scorer = Scorer(model, tokenizer, True, tokenizer.bos_id, block_size, device, batch_size * block_size, lambda: autocast, quiet=True)
-    with torch.compiler.set_stance('force_eager'):             # their many shapes would use up the limit of recompilations
+    with checkpoint.untouched_rng(), torch.compiler.set_stance('force_eager'):      # their many shapes would use up the limit of recompilations
         results = run_tasks(scorer, benchmarks, eval_tasks_limit)
-    checkpoint.set_rng_state(before)
     return {f'eval/{name}_{metric}': value for name, r in results.items() for metric, (value, _) in r['metrics'].items()}
 
 
@@ -364,7 +360,7 @@ def save(step):
     """A checkpoint of the run before `step` is trained."""
     checkpointer.save(step, model, optimizers, dict(
         config=config, model=asdict(model_config), loader=loader.state_dict(), tokenizer=tokenizer and tokenizer.fingerprint,
-        context=block_size, mixture_state=mixture_state))
+        context=block_size, mixture_state=mixture_state, presence_sigma=micro and micro.sigma))
 
 
 stop_signal, stop_time = 0, 0.0
@@ -385,9 +381,10 @@ for _number in (signal.SIGTERM, signal.SIGINT):
 
 # -- the loop ----------------------------------------------------------------------------------------------------------
 parameters = list(model.parameters())
+micro = self_influence.MicroBatches(model, presence_layers, presence, sigma) if presence != 'off' else None
 my_rows = rows_of_rank(batch_rows, batch_size, rank, world_size)
 first_reweighting = max(1, max(warmup_steps, n_steps // 20) if mixture_warmup is None else mixture_warmup)
-last_saved, logged_cursors = first_step if found else None, dict(loader.cursors)
+last_saved, drawn_before = first_step if found else None, loader.drawn()
 window_start, window_steps, data_s = time.perf_counter(), 0, 0.0
 bar = tqdm(total=n_steps, initial=first_step, disable=not is_master, unit='step', dynamic_ncols=True)
 for step in range(first_step, n_steps + 1):
@@ -402,23 +399,22 @@ for step in range(first_step, n_steps + 1):
         last_saved = step
     if stopping:
         break
-    benchmark_now = benchmarks and (step % eval_tasks_interval == 0 or step == n_steps)
+    news, benchmark_now = {}, benchmarks and (step % eval_tasks_interval == 0 or step == n_steps)
     if step % eval_interval == 0 or step == n_steps or benchmark_now:
         model.eval()
-        val_metrics = evaluate() | (run_benchmarks() if benchmark_now else {})
+        news = evaluate() | (run_benchmarks() if benchmark_now else {})
         model.train()
+    if measures and first_reweighting <= step < n_steps and step % mixture_interval == 0:
+        with autocast:
+            mixture_state, measured = reweight.update(model, loader, active, probes, config, mixture_state, step, n_steps, batch_rows,
+                                                      optimizers, to_device, rank, world_size)
+        news |= measured
+    if news:
         if is_master:
-            metrics_log.write(step, val_metrics)
+            metrics_log.write(step, news)
         window_start, window_steps, data_s = time.perf_counter(), 0, 0.0
     if step == n_steps:
         break
-    if mixture == 'influence' and step >= first_reweighting and step % mixture_interval == 0:
-        with autocast:
-            mixture_state, mixture_metrics = influence.reweight(model, loader, active, probes, config, mixture_state, step,
-                                                                (n_steps - step) * batch_rows, to_device, rank, world_size)
-        if is_master:
-            metrics_log.write(step, mixture_metrics)
-        window_start, window_steps, data_s = time.perf_counter(), 0, 0.0
 
     # this rank's rows of the global batch; the number of valid tokens over all ranks is known before the first backward
     t0 = time.perf_counter()
@@ -426,17 +422,22 @@ for step in range(first_step, n_steps + 1):
     micro_batches = [to_device(part) for part in
                      loader.read(source_index[my_rows], cursors[my_rows]).reshape(grad_accum, batch_size, block_size + 1)]
     data_s += time.perf_counter() - t0
-    n_valid = all_reduce_sum([sum((targets >= 0).sum().item() for _, targets, _ in micro_batches)], device)[0]
-    loss_sum = torch.zeros((), device=device, dtype=torch.float64)
-    n_hits = torch.zeros((), device=device, dtype=torch.float64)
+    n_tokens = all_reduce_sum([(targets >= 0).sum().item() for _, targets, _ in micro_batches], device)
+    n_valid = sum(n_tokens)
+    if micro:
+        micro.begin(self_influence.tau_at(step, n_steps, presence_tau, presence_schedule, presence_switch))
+    loss_sum, n_hits = torch.zeros(2, device=device, dtype=torch.float64)
     for micro_step, (inputs, targets, doc_ids) in enumerate(micro_batches):
         if world_size > 1:                                     # gradients cross the network once, after the last micro-step
-            model.set_requires_gradient_sync(micro_step == grad_accum - 1)
+            model.set_requires_gradient_sync(bool(micro) or micro_step == grad_accum - 1)
         with autocast:
             loss, _, hits = model.loss(inputs, targets, doc_ids=doc_ids)
         (loss * (world_size / n_valid)).backward()             # FSDP averages over ranks; the loss is a sum over all of them
         loss_sum += loss.detach()
         n_hits += hits.sum()
+        if micro:                                              # takes the gradient away; `finish` puts the weighted sum in its place
+            micro.add(n_tokens[micro_step] / n_valid)
+    presence_metrics = micro.finish() if micro else {}
     grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters], foreach=True)
     if isinstance(grad_norm, DTensor):
         grad_norm = grad_norm.full_tensor()
@@ -455,13 +456,12 @@ for step in range(first_step, n_steps + 1):
         o.zero_grad(set_to_none=True)
 
     window_steps += 1
-    if is_master:
-        bar.update()
+    bar.update()
     if is_master and ((step + 1) % log_interval == 0 or step + 1 == n_steps):
         dt = (time.perf_counter() - window_start) / window_steps
         tokens_per_second = total_batch_tokens / dt
         train_loss = loss_sum / n_valid
-        drawn = {name: loader.cursors[name] - logged_cursors[name] for name in loader.names}
+        drawn = {name: n - drawn_before[name] for name, n in loader.drawn().items()}
         metrics_log.write(step, {
             'train/loss': train_loss, 'train/perplexity': math.exp(min(train_loss, 50)), 'train/accuracy': n_hits / n_valid,
             'train/learning_rate': lr, 'train/grad_norm': grad_norm.item(), 'train/tokens': (step + 1) * total_batch_tokens,
@@ -471,9 +471,10 @@ for step in range(first_step, n_steps + 1):
             'system/gpu_memory': torch.cuda.max_memory_allocated(device) / 2**30 if device.type == 'cuda' else None,
             **{f'mixture/weight_{name}': weight for name, weight in loader.weights.items()},
             **{f'mixture/drawn_{name}': n / sum(drawn.values()) for name, n in drawn.items()},
-            **{f'mixture/epochs_{name}': n for name, n in loader.epochs().items()}})
+            **{f'mixture/epochs_{name}': n for name, n in loader.epochs().items()},
+            **presence_metrics})
         bar.set_postfix_str(f'loss {train_loss:.3f}, {tokens_per_second:,.0f} tokens/s')
-        logged_cursors = dict(loader.cursors)
+        drawn_before = loader.drawn()
         window_start, window_steps, data_s = time.perf_counter(), 0, 0.0
 bar.close()
 checkpointer.finish()

@@ -1,4 +1,5 @@
 """Influence against brute force in float64, over two ranks, and its rule; then in a training run: the weights move."""
+import functools
 import json
 import math
 import shutil
@@ -11,6 +12,8 @@ from conftest import ROOT, make_source, run, train, write_shard
 
 import influence
 import mixtures
+import presence
+import reweight
 from configurator import BadInput, RunFault
 from data import Source
 from model import GPT, ModelConfig, init_weights, linear_cross_entropy
@@ -39,93 +42,222 @@ def batches(n, rows=2, length=7, seed=0, vocab_size=31):
     return out
 
 
-def brute_force(model, parts, layers):
-    """Gradient of the mean token loss by plain autograd over full logits, row by row."""
-    names = [n for n in influence.select(model, layers)[0]]
-    total, tokens = {n: 0.0 for n in names}, 0
-    for inputs, targets, doc_ids in parts:
-        for i in range(len(inputs)):
-            model.zero_grad()
-            logits = model(inputs[i:i + 1], doc_ids[i:i + 1])[0] @ model.output_weight.T
-            torch.nn.functional.cross_entropy(logits, targets[i], ignore_index=-1, reduction='sum').backward()
-            for n, p in model.named_parameters():
-                if n in total:
-                    total[n] = total[n] + p.grad.clone()
-            tokens += (targets[i] >= 0).sum().item()
+def row_gradients(model, batch, layers):
+    """Gradients of every row's summed loss by plain autograd over full logits: list of name -> tensor."""
+    names, rows = list(influence.select(model, layers)[0]), []
+    for inputs, targets, doc_ids in zip(*batch):
+        model.zero_grad()
+        logits = model(inputs[None], doc_ids[None])[0] @ model.output_weight.T
+        torch.nn.functional.cross_entropy(logits, targets, ignore_index=-1, reduction='sum').backward()
+        rows.append({n: p.grad.clone() for n, p in model.named_parameters() if n in names})
     model.zero_grad()
-    return {n: g / tokens for n, g in total.items()}
+    return rows
+
+
+def brute_force(model, parts, layers):
+    """Gradient of the mean token loss, row by row."""
+    rows = [g for batch in parts for g in row_gradients(model, batch, layers)]
+    tokens = sum((targets >= 0).sum().item() for _, targets, _ in parts)
+    return {n: sum(g[n] for g in rows) / tokens for n in rows[0]}
 
 
 def inner(a, b):
-    return sum((a[n] * b[n]).sum().item() for n in a)
+    return sum((a[n] * b[n]).sum().item() for n in b)
+
+
+def twice(parts):
+    """Batches that agree with each other."""
+    return parts + parts
 
 
 @pytest.mark.parametrize('layers', influence.LAYERS)
 @pytest.mark.parametrize('changes', SHAPES)
 def test_influence_equals_row_by_row_gradients(changes, layers):
     model = tiny(**changes)
-    probe = {'code': (batches(2, seed=1), batches(2, seed=2)), 'math': (batches(3, seed=3), batches(1, seed=4))}
-    probe['code'][1][:] = probe['code'][0]                       # halves that agree
-    probe['math'][1][:] = probe['math'][0]
-    sources = {'a': batches(4, seed=5), 'b': batches(5, rows=3, seed=6), 'same': probe['math'][0]}
+    probe = {'code': twice(batches(2, seed=1)), 'math': twice(batches(3, rows=3, seed=3))}
+    sources = {'a': batches(4, seed=5), 'b': batches(5, rows=3, seed=6)}
     direction = influence.probe_direction(model, probe, layers, {'code': 1.0, 'math': 3.0})
     r, se, loss = influence.group_influence(model, sources, direction)
-    halves = {d: [brute_force(model, half, layers) for half in probe[d]] for d in probe}
+    den, mean = {}, {}
+    for domain, parts in probe.items():          # the mean product of different batches, by hand
+        g = [brute_force(model, [batch], layers) for batch in parts]
+        n = [(batch[1] >= 0).sum().item() for batch in parts]
+        pairs = [(i, j) for i in range(len(parts)) for j in range(len(parts)) if i != j]
+        den[domain] = sum(n[i] * n[j] * inner(g[i], g[j]) for i, j in pairs) / sum(n[i] * n[j] for i, j in pairs)
+        mean[domain] = brute_force(model, parts, layers)
+        assert direction.den[domain] == pytest.approx(den[domain], rel=1e-9)
+        assert direction.reliability[domain] == pytest.approx(den[domain] / inner(mean[domain], mean[domain]), rel=1e-9)
     for name, parts in sources.items():
         g = brute_force(model, parts, layers)
-        expected = sum(share * inner(g, {n: (a[n] + b[n]) / 2 for n in a}) / inner(a, b)
-                       for share, (a, b) in ((0.25, halves['code']), (0.75, halves['math'])))
-        assert r[name] == pytest.approx(expected, rel=1e-9, abs=1e-12)
-        assert se[name] > 0 or name == 'same'
+        expected = sum(share * inner(g, mean[domain]) / den[domain] for share, domain in ((0.25, 'code'), (0.75, 'math')))
+        assert r[name] == pytest.approx(expected, rel=1e-9, abs=1e-12) and se[name] > 0
     assert all(p.grad is None for p in model.parameters())
-    only = influence.probe_direction(model, {'math': probe['math']}, layers)
-    assert influence.group_influence(model, {'same': sources['same']}, only)[0]['same'] == pytest.approx(1, abs=1e-12)
     parts = sources['a']
-    mean = sum(linear_cross_entropy(model(i, d).flatten(0, 1), model.output_weight, t.flatten())[0].item() for i, t, d in parts)
-    assert loss['a'] == pytest.approx(mean / sum((t >= 0).sum().item() for _, t, _ in parts), rel=1e-12)
+    total = sum(linear_cross_entropy(model(i, d).flatten(0, 1), model.output_weight, t.flatten())[0].item() for i, t, d in parts)
+    assert loss['a'] == pytest.approx(total / sum((t >= 0).sum().item() for _, t, _ in parts), rel=1e-12)
 
 
+@pytest.mark.parametrize('length', [7, 40])                  # shorter and longer than the widths: both forms of the ghost norm
 @pytest.mark.parametrize('layers', influence.LAYERS)
 @pytest.mark.parametrize('changes', SHAPES)
-def test_influence_of_rows_equals_their_gradients(changes, layers):
+def test_rows_equal_their_gradients(changes, layers, length):
+    """Influence, per position too, and squared norms of single rows; and the rows of a source add up to its influence."""
     model = tiny(**changes)
-    direction = influence.probe_direction(model, {'x': (batches(2, seed=1), batches(2, seed=1))}, layers)
-    parts = batches(3, rows=4, length=9, seed=7)
-    found = [influence.row_influence(model, batch, direction) for batch in parts]
-    for (inputs, targets, doc_ids), rows in zip(parts, found):
-        for i in range(len(inputs)):
-            one = [(inputs[i:i + 1], targets[i:i + 1], doc_ids[i:i + 1])]
-            expected = inner(brute_force(model, one, layers), direction.v) * (targets[i] >= 0).sum().item()
-            assert rows[i].item() == pytest.approx(expected, rel=1e-10, abs=1e-13)
-        positions = influence.row_influence(model, (inputs, targets, doc_ids), direction, per_position=True)
-        assert positions.shape == inputs.shape and (positions.sum(1) - rows).abs().max() < 1e-12 * rows.abs().max() + 1e-14
+    direction = influence.probe_direction(model, {'x': twice(batches(2, seed=1))}, layers)
+    parts = batches(2, rows=4, length=length, seed=7)
+    found = [influence.row_influence(model, batch, direction)[0] for batch in parts]
+    for batch, rows in zip(parts, found):
+        gradients, norms = row_gradients(model, batch, layers), influence.ghost_sqnorm(model, batch, layers)
+        for g, row, norm in zip(gradients, rows.tolist(), norms.tolist()):
+            assert row == pytest.approx(inner(direction.v, g), rel=1e-10, abs=1e-13)
+            assert norm == pytest.approx(inner(g, g), rel=1e-10)
+        positions, losses = influence.row_influence(model, batch, direction, per_position=True)
+        assert positions.shape == batch[0].shape and (positions.sum(1) - rows).abs().max() < 1e-12 * rows.abs().max() + 1e-14
+        assert losses.sum().item() == pytest.approx(model.loss(batch[0], batch[1], doc_ids=batch[2])[0].item(), rel=1e-12)
     tokens = sum((t >= 0).sum().item() for _, t, _ in parts)
     r = influence.group_influence(model, {'a': parts}, direction)[0]['a']
     assert sum(rows.sum().item() for rows in found) / tokens == pytest.approx(r, rel=1e-12)
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_influence_of_rows_costs_one_forward_and_backward():
+def test_a_tied_table_needs_its_cross_term():
+    """The norm of a tied table is not the sum of its two parts' norms: leaving the cross term out would show."""
+    model, untied = tiny(), tiny(tie_embeddings=False)
+    untied.load_state_dict({**model.state_dict(), 'lm_head.weight': model.embed.weight})
+    batch = batches(1, rows=3, length=9)[0]
+    tied, apart = influence.row_sqnorms(model, batch, 'all'), influence.row_sqnorms(untied, batch, 'all')
+    assert (tied['embed'] - apart['embed'] - apart['lm_head']).abs().min() > 1e-3 * tied['embed'].min()
+    assert {n: v for n, v in tied.items() if n != 'embed'}.keys() == {n: v for n, v in apart.items() if n not in ('embed', 'lm_head')}.keys()
+
+
+@pytest.mark.parametrize('way', ['autocast', 'checkpointing', 'compile'])
+def test_rows_under_the_ways_of_training(way):
+    """Under activation checkpointing and compiled blocks exact; under bf16 autocast the same order of rows."""
+    model = tiny(qk_norm=True, tie_embeddings=False)
+    batch = batches(1, rows=24, length=12, seed=7)[0]
+    direction = influence.probe_direction(model, {'x': twice(batches(2, rows=8, seed=1))}, 'all')
+    rows, norms = influence.row_influence(model, batch, direction)[0], influence.ghost_sqnorm(model, batch, 'all')
+    if way == 'autocast':
+        model = model.float()
+        direction.v = {n: v.float() for n, v in direction.v.items()}
+        with torch.autocast('cpu', torch.bfloat16):
+            again, norms_again = influence.row_influence(model, batch, direction)[0], influence.ghost_sqnorm(model, batch, 'all')
+        for exact, found in ((rows, again), (norms, norms_again)):
+            assert np.corrcoef(exact.argsort().argsort(), found.argsort().argsort())[0, 1] >= 0.99
+            assert (found - exact).abs().max() < 0.03 * exact.abs().max()
+        return
+    for block in model.blocks:
+        if way == 'compile':
+            block.compile(backend='eager')
+        else:
+            block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
+    model.loss(batch[0], batch[1])                             # compiled before the hooks are there
+    assert (influence.row_influence(model, batch, direction)[0] - rows).abs().max() < 1e-12 * rows.abs().max()
+    assert (influence.ghost_sqnorm(model, batch, 'all') - norms).abs().max() < 1e-12 * norms.max()
+
+
+@pytest.mark.parametrize('changes, layers', [(SHAPES[0], 'all'), (SHAPES[1], 'embedding+head'), (SHAPES[2], 'last'), (SHAPES[3], 'all')])
+def test_datainf_equals_dense_inverses(changes, layers):
+    model = tiny(**{**changes, 'n_embd': 8, 'ffn_dim': 12, 'vocab_size': 29})
+    parts = batches(2, rows=3, length=9, seed=7, vocab_size=29)
+    direction = influence.probe_direction(model, {'x': twice(batches(2, seed=1, vocab_size=29))}, layers)
+    bent = influence.datainf(model, parts, direction)
+    gradients = [{n: t / (targets >= 0).sum() for n, t in g.items()} for batch in parts
+                 for g, targets in zip(row_gradients(model, batch, layers), batch[1])]
+    for module in {n.rpartition('.')[0] for n in direction.v}:
+        names = [n for n in direction.v if n.rpartition('.')[0] == module]
+
+        def flat(by_name):
+            return torch.cat([by_name[n].flatten() for n in names])
+        g, v = torch.stack([flat(by_name) for by_name in gradients]), flat(direction.v)
+        lam = 0.1 * (g**2).sum(1).mean() / g.shape[1]
+        dense = torch.stack([torch.linalg.solve(lam * torch.eye(len(v), dtype=torch.float64) + torch.outer(x, x), v) for x in g]).mean(0)
+        assert (flat(bent.v) - dense).norm() < 1e-8 * dense.norm(), module
+    probe = twice(batches(2, seed=1, vocab_size=29))
+    assert influence.group_influence(model, {'a': probe}, influence.unit(model, bent, probe))[0]['a'] == pytest.approx(1, abs=1e-9)
+    assert (influence.datainf(model, parts, direction, lam=1.0).v[names[0]] - bent.v[names[0]]).norm() > 0
+
+
+@pytest.mark.parametrize('layers', ['all', 'last'])
+def test_scaling_by_adam(layers):
+    """Inner products with every gradient divided by the root of its second moment; the embedding table counts for nothing."""
+    model = tiny(qk_norm=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-9)
+    for batch in batches(3, seed=9):
+        model.loss(batch[0], batch[1])[0].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    probe, source = twice(batches(2, seed=1)), batches(4, seed=5)
+    direction = influence.probe_direction(model, {'x': probe}, layers, scale=influence.adam_scale(model, [optimizer]))
+    assert 'embed.weight' not in direction.v and len(direction.v) > 5
+    root = {n: optimizer.state[p]['exp_avg_sq'].sqrt() for n, p in model.named_parameters()}
+
+    def scaled(a, b):
+        return sum((a[n] * b[n] / (root[n] + 0.01 * root[n].mean())).sum().item() for n in direction.v)
+    g, mean = brute_force(model, source, layers), brute_force(model, probe, layers)
+    parts = [brute_force(model, [batch], layers) for batch in probe]
+    n = [(batch[1] >= 0).sum().item() for batch in probe]
+    pairs = [(i, j) for i in range(4) for j in range(4) if i != j]
+    den = sum(n[i] * n[j] * scaled(parts[i], parts[j]) for i, j in pairs) / sum(n[i] * n[j] for i, j in pairs)
+    assert influence.group_influence(model, {'a': source}, direction)[0]['a'] == pytest.approx(scaled(g, mean) / den, rel=1e-9)
+    with pytest.raises(BadInput, match='second moments'):
+        influence.adam_scale(model, [])
+    with pytest.raises(BadInput, match='scaling by Adam leaves in'):
+        influence.probe_direction(model, {'x': probe}, 'embedding+head', scale=influence.adam_scale(model, [optimizer]))
+
+
+class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+    """Notes the most elements that a new tensor has, views of existing ones aside."""
+    n = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(t, torch.Tensor) and not t._is_view():
+                self.n = max(self.n, t.untyped_storage().nbytes() // t.element_size())
+        return out
+
+
+def test_rows_cost_one_forward_and_backward():
+    """By FLOPs, with all layers, tied and untied; and no tensor of rows x outputs x inputs of a layer ever is."""
     from torch.utils.flop_counter import FlopCounterMode
-    model = tiny(vocab_size=97, n_embd=32, ffn_dim=64, n_head=4).float()
-    batch = batches(1, rows=4, length=32, vocab_size=97)[0]
-    direction = influence.probe_direction(model, {'x': ([batch], [batch])}, 'all')
-    with FlopCounterMode(display=False) as plain:
-        model.loss(batch[0], batch[1], doc_ids=batch[2])[0].backward()
-    model.zero_grad(set_to_none=True)
-    with FlopCounterMode(display=False) as gated:
-        influence.row_influence(model, batch, direction)
-    assert gated.get_total_flops() <= 1.05 * plain.get_total_flops()
-    last = influence.probe_direction(model, {'x': ([batch], [batch])}, 'last')
-    with FlopCounterMode(display=False) as cheap:
-        influence.row_influence(model, batch, last)
-    print(gated.get_total_flops() / plain.get_total_flops(), cheap.get_total_flops() / plain.get_total_flops())
-    assert cheap.get_total_flops() <= 0.75 * plain.get_total_flops()
+    for tied in (True, False):
+        model = tiny(vocab_size=97, n_embd=64, ffn_dim=96, tie_embeddings=tied).float()
+        batch = batches(1, rows=16, length=24, vocab_size=97)[0]
+        directions = {layers: influence.probe_direction(model, {'x': [batch, batch]}, layers) for layers in ('all', 'last')}
+
+        def flops(work):
+            with FlopCounterMode(display=False) as counter:
+                work()
+            model.zero_grad(set_to_none=True)
+            return counter.get_total_flops()
+        plain = flops(lambda: model.loss(batch[0], batch[1], doc_ids=batch[2])[0].backward())
+        cost = {(what, layers): flops(work) / plain for layers in directions for what, work in (
+            ('rows', lambda: influence.row_influence(model, batch, directions[layers])),
+            ('norms', lambda: influence.ghost_sqnorm(model, batch, layers)),
+            ('sources', lambda: influence.source_products(model, [batch], [directions[layers]])))}
+        print(cost)
+        assert cost['rows', 'all'] <= 1.02 and cost['norms', 'all'] <= 1.05 and cost['sources', 'all'] == 1
+        assert cost['rows', 'last'] <= 0.75 and cost['norms', 'last'] <= 0.75 and cost['sources', 'last'] <= 0.75
+        for work in (lambda: influence.row_influence(model, batch, directions['all']), lambda: influence.ghost_sqnorm(model, batch, 'all')):
+            with Largest() as largest:
+                work()
+            assert largest.n < 16 * 64 * 64               # the smallest square layer's; activations have 16 * 24 * 96 at most
+
+
+def test_a_gradient_is_dropped_as_soon_as_it_is_used():
+    """While sources and a probe are measured no more than one parameter has a gradient at a time."""
+    model, seen = tiny(), []
+
+    def use(name, gradient):
+        seen.append(sum(p.grad is not None for p in model.parameters()))
+    list(influence.stream_gradients(model, batches(2), 'all', use))
+    assert len(seen) == 2 * len(list(model.parameters())) and max(seen) == 0
 
 
 def test_sources_in_another_order_give_the_same():
     model = tiny()
-    direction = influence.probe_direction(model, {'x': (batches(2, seed=1), batches(2, seed=1))})
+    direction = influence.probe_direction(model, {'x': twice(batches(2, seed=1))})
     sources = {name: batches(4, seed=i) for i, name in enumerate('abcd')}
     r, se, _ = influence.group_influence(model, sources, direction)
     back = influence.group_influence(model, dict(reversed(sources.items())), direction)
@@ -135,7 +267,7 @@ def test_sources_in_another_order_give_the_same():
 def test_the_standard_error_is_that_of_many_samples():
     """r over samples of the same kind scatters as its standard error says."""
     model = tiny()
-    direction = influence.probe_direction(model, {'x': (batches(8, seed=1), batches(8, seed=1))})
+    direction = influence.probe_direction(model, {'x': twice(batches(8, seed=1))})
     found = [influence.group_influence(model, {'a': batches(8, seed=100 + i)}, direction) for i in range(60)]
     values, errors = [f[0]['a'] for f in found], [f[1]['a'] for f in found]
     assert np.std(values, ddof=1) == pytest.approx(np.mean(errors), rel=0.35)
@@ -143,45 +275,79 @@ def test_the_standard_error_is_that_of_many_samples():
 
 def test_a_probe_whose_halves_disagree_and_other_mistakes():
     model = tiny()
-    inputs, targets, doc_ids = batches(1, seed=1)[0]
-    with pytest.raises(RunFault, match="halves of the probe set 'x' disagree"):
+    with pytest.raises(RunFault, match="batches of the probe set 'x' disagree"):
         for seed in range(200):              # random text: sooner or later two rows point apart
-            influence.probe_direction(model, {'x': (batches(1, rows=1, seed=seed), batches(1, rows=1, seed=1000 + seed))})
+            influence.probe_direction(model, {'x': batches(2, rows=1, seed=seed)})
+    with pytest.raises(BadInput, match='fewer than two batches'):
+        influence.probe_direction(model, {'x': batches(1)})
     with pytest.raises(BadInput, match='must be one of last, all, first'):
         influence.select(model, 'middle')
-    direction = influence.probe_direction(model, {'x': (batches(2, seed=1), batches(2, seed=1))})
+    direction = influence.probe_direction(model, {'x': twice(batches(2, seed=1))})
     with pytest.raises(BadInput, match='at least two'):
         influence.group_influence(model, {'a': batches(1)}, direction)
 
 
 TWO_RANKS = """
-import shutil
 import sys
 sys.path[:0] = [{root!r}, {tests!r}]
+import json
 import torch, torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-import json
-import influence
 from common import leave_ranks
-from test_influence import batches, tiny
+from test_influence import sharded_results, tiny
 dist.init_process_group('gloo')
 rank = dist.get_rank()
-result = dict()
-for layers in influence.LAYERS:
-    model = tiny(qk_norm=True)
+
+def shard(model):
     mesh = init_device_mesh('cpu', (2,))
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     register_fsdp_forward_method(model, 'loss')
-    mine = lambda parts: [(i[rank::2], t[rank::2], d[rank::2]) for i, t, d in parts]
-    direction = influence.probe_direction(model, dict(x=(mine(batches(2, seed=1)), mine(batches(2, seed=1)))), layers)
-    result[layers] = influence.group_influence(model, dict(a=mine(batches(4, seed=5)), b=mine(batches(6, seed=6))), direction)
+
+def gather(rows):                   # every second row of the batch
+    whole = torch.zeros(2 * len(rows), *rows.shape[1:], dtype=rows.dtype)
+    whole[rank::2] = rows
+    dist.all_reduce(whole)
+    return whole
+
+result = sharded_results(shard, lambda parts: [tuple(t[rank::2] for t in batch) for batch in parts], gather)
 if rank == 0:
     print('RESULT' + json.dumps(result))
 leave_ranks(0)
 """
+
+
+def sharded_results(shard, mine, gather):
+    """Everything that must not depend on the number of ranks: sources, rows, norms, and micro-batches weighed by self-influence."""
+    result = {}
+    for layers, changes in zip(influence.LAYERS, SHAPES):
+        model = tiny(**changes)
+        optimizer = torch.optim.AdamW(model.parameters())
+        shard(model)
+        source, batch = mine(batches(4, seed=5)), mine(batches(1, rows=6, seed=6))[0]
+        direction = influence.probe_direction(model, dict(x=mine(twice(batches(2, seed=1)))), layers)
+        result[f'{layers} sources'] = influence.group_influence(model, dict(a=source), direction)
+        result[f'{layers} rows'] = gather(influence.row_influence(model, batch, direction)[0]).tolist()
+        result[f'{layers} norms'] = gather(influence.ghost_sqnorm(model, batch, layers)).tolist()
+        for mode in ('store', 'stream'):
+            micro = presence.MicroBatches(model, layers if layers != 'last' else 'first', mode, sigma=1e-3)
+            micro.begin(1.0)
+            parts, optimizer = batches(4, rows=4, seed=8), torch.optim.AdamW(model.parameters(), lr=1e-2)
+            n = [(targets >= 0).sum().item() for _, targets, _ in parts]
+            for batch_i, tokens in zip(mine(parts), n):
+                scale = (2 if torch.distributed.is_initialized() else 1) / sum(n)
+                (model.loss(batch_i[0], batch_i[1], doc_ids=batch_i[2])[0] * scale).backward()
+                micro.add(tokens / sum(n))
+            result[f'{layers} {mode}'] = micro.finish()
+            result[f'{layers} {mode} norm'] = sum(influence.whole((p.grad**2).sum()).item() for p in model.parameters())
+            optimizer.step()
+            optimizer.zero_grad()
+        if layers != 'embedding+head':
+            scaled = influence.probe_direction(model, dict(x=mine(twice(batches(2, seed=1)))), layers, scale=influence.adam_scale(model, [optimizer]))
+            result[f'{layers} adam'] = influence.group_influence(model, dict(a=source), scaled)
+    return result
 
 
 def test_two_ranks_equal_one(tmp_path):
@@ -189,12 +355,20 @@ def test_two_ranks_equal_one(tmp_path):
     done = run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', str(tmp_path / 'two.py')])
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout.split('RESULT')[1].splitlines()[0])
-    for layers in influence.LAYERS:
-        model = tiny(qk_norm=True)
-        direction = influence.probe_direction(model, dict(x=(batches(2, seed=1), batches(2, seed=1))), layers)
-        expected = influence.group_influence(model, dict(a=batches(4, seed=5), b=batches(6, seed=6)), direction)
-        for ours, theirs in zip(expected, found[layers]):
-            assert ours == pytest.approx(theirs, rel=1e-9), layers
+    expected = json.loads(json.dumps(sharded_results(lambda model: None, lambda parts: parts, lambda rows: rows)))
+    assert found.keys() == expected.keys() and len(found) == 31
+
+    def same(a, b, where):
+        if isinstance(a, dict):
+            assert a.keys() == b.keys()
+            for key in a:
+                same(a[key], b[key], f'{where} {key}')
+        elif isinstance(a, list):
+            for x, y in zip(a, b, strict=True):
+                same(x, y, where)
+        else:
+            assert a == pytest.approx(b, rel=1e-9), where
+    same(found, expected, '')
 
 
 # -- the rule ----------------------------------------------------------------------------------------------------------
@@ -318,6 +492,8 @@ def test_bad_settings(probed_data, tmp_path, changes, message):
 def test_every_rank_needs_rows():
     source = Source.__new__(Source)
     source.name, source.n_windows = 'a', 1000
-    influence.check([source], [source], {'a': 1.0}, 'last', 16, 16, 1000, world_size=8)
+    config = dict(mixture='influence', select='none', influence_scaling='none', influence_rule='step', influence_layers='last', optimizer='adamw',
+                  probe={'a': 1.0}, influence_rows=16, probe_rows=16, mixture_min=0.0, mixture_max=1.0)
+    assert reweight.check(config, [source], [source], 1000, world_size=8)
     with pytest.raises(BadInput, match='at least 32 on 16 rank'):
-        influence.check([source], [source], {'a': 1.0}, 'last', 16, 16, 1000, world_size=16)
+        reweight.check(config, [source], [source], 1000, world_size=16)

@@ -1,0 +1,121 @@
+"""PRESENCE (Thakkar et al. 2023, arXiv:2311.00913): the micro-batches of a step weighed by their self-influence.
+
+The self-influence of a micro-batch is the squared norm s of the gradient of its mean loss, over some layers (the first block).
+With z-scores over the micro-batches of the step, micro-batch i counts softmax(tau * z)_i instead of 1 / n: tau > 0 prefers what is
+new to the model, tau < 0 what is not, tau = 0 is plain accumulation bit for bit. (Equations 7 to 9, Algorithm 2.) No second backward.
+
+A micro-batch is the rows of all ranks together: under FSDP2 its gradient is reduced before it is weighed, so `s` is the norm of
+the whole and does not depend on how many ranks share the rows.
+"""
+import math
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from configurator import BadInput
+from influence import check_layers, select
+
+MODES, SCHEDULES = ('off', 'store', 'stream'), ('constant', 'two_stage', 'cosine')
+EQUAL = 1e-3            # scores whose deviation is a smaller share of their mean are noise: all count alike
+
+
+def check(mode, schedule, layers, grad_accum):
+    """BadInput for settings with which there is nothing to weigh."""
+    check_layers(layers, 'presence_layers')
+    for name, value, allowed in (('presence', mode, MODES), ('presence_schedule', schedule, SCHEDULES)):
+        if value not in allowed:
+            raise BadInput(f"{name} = '{value}' must be one of {', '.join(allowed)}.")
+    if mode != 'off' and grad_accum < 2:
+        raise BadInput(f"presence = '{mode}' weighs the micro-batches of a step against each other, and there is only {grad_accum}. Lower "
+                       'batch_size or raise total_batch_tokens.')
+
+
+def tau_at(step, n_steps, tau, schedule, switch):
+    """tau of a step. two_stage: tau before step `switch` (None: a tenth of n_steps), -tau from it on; cosine: from tau to -tau."""
+    if schedule == 'two_stage':
+        return tau if step < (n_steps // 10 if switch is None else switch) else -tau
+    if schedule == 'cosine':
+        return tau * math.cos(math.pi * step / max(1, n_steps - 1))
+    return tau
+
+
+class MicroBatches:
+    """Collects the gradients of a step's micro-batches and leaves their weighted sum in .grad.
+
+    store     keeps all n gradients until the scores are known: the paper's algorithm, n - 1 more buffers
+    stream    keeps one running sum (an online softmax, rescaled as scores come in) with the deviation of the step before, since
+              the mean cancels in a softmax: one more buffer. The first step counts all alike.
+    """
+
+    def __init__(self, model, layers, mode, sigma=None):
+        """layers: those that s is taken of, as in influence.py; sigma: deviation of the step before, from a checkpoint."""
+        self.parameters, self.scored = list(model.parameters()), list(select(model, layers)[0].values())
+        self.mode, self.sigma = mode, sigma
+        self.begin(0.0)
+
+    def begin(self, tau):
+        """A new step; every .grad is None."""
+        self.tau, self.kept, self.scores = tau, [], []
+        self.largest = self.total = None                       # of the online softmax: largest exponent, sum of the factors
+
+    def add(self, share):
+        """After every backward of share * (mean loss of the micro-batch): takes the gradients out of .grad."""
+        self.scores.append(self.score() / share**2)            # () fp64
+        gradients = [p.grad for p in self.parameters]
+        for p in self.parameters:
+            p.grad = None
+        if self.mode == 'store':
+            self.kept.append(gradients)
+            return
+        # tensors throughout: nothing waits for the device
+        x = self.scores[-1] * (self.tau / self.sigma) if self.sigma else torch.zeros_like(self.scores[-1])
+        if not self.kept:
+            self.largest, self.total, self.kept = x, torch.ones_like(x), [gradients]
+            return
+        largest = torch.maximum(x, self.largest)
+        before, factor = (self.largest - largest).exp(), (x - largest).exp()
+        self.largest, self.total = largest, self.total * before + factor
+        accumulate(self.kept[0], gradients, before, factor)
+
+    def score(self):
+        """Squared norm of .grad over the scored parameters and all ranks: () fp64."""
+        parts = [p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in self.scored]
+        s = torch.stack(torch._foreach_norm(parts, dtype=torch.float64)).square().sum()
+        if dist.is_initialized():
+            dist.all_reduce(s)
+        return s
+
+    def finish(self):
+        """Puts the weighted sum into .grad. Returns what is logged of the step; the effective number is 1 / sum of squared weights."""
+        scores = torch.stack(self.scores)
+        n, mean, sigma = len(scores), scores.mean().item(), scores.std(correction=0).item()
+        used = self.sigma if self.mode == 'stream' else sigma if sigma > EQUAL * mean else None
+        x = scores * (self.tau / used) if used else torch.zeros_like(scores)
+        weights = x.softmax(0)
+        if self.mode == 'store':
+            factors = (x - x.max()).exp()
+            factors = factors / factors.mean()                 # n * softmax, exactly 1 where all are alike
+            accumulate(self.kept[0], [], factors[0], factors[0])
+            for gradients, factor in zip(self.kept[1:], factors[1:]):
+                accumulate(self.kept[0], gradients, torch.ones_like(factor), factor)
+        else:
+            accumulate(self.kept[0], [], n / self.total, self.total)
+            self.sigma = sigma if sigma > EQUAL * mean else None
+        for p, gradient in zip(self.parameters, self.kept[0]):
+            p.grad = gradient
+        self.kept = []
+        weights = weights.tolist()
+        return {'presence/tau': self.tau, 'presence/effective_micro_batches': 1 / sum(w * w for w in weights),
+                'presence/weight_entropy': -sum(w * math.log(w) for w in weights if w > 0), 'presence/self_influence': mean,
+                **{f'presence/weight_{i}': w for i, w in enumerate(weights)}}
+
+
+@torch.no_grad()
+def accumulate(total, gradients, before, factor):
+    """total = before * total + factor * gradients, lists of tensors in place; before and factor are () fp64 tensors."""
+    total, gradients = ([t.to_local() if isinstance(t, DTensor) else t for t in tensors] for tensors in (total, gradients))
+    for i, t in enumerate(total):
+        t.mul_(before.to(t.dtype))
+        if gradients:
+            t.add_(gradients[i].mul_(factor.to(t.dtype)))
