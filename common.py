@@ -17,8 +17,8 @@ PEAK_FLOPS = {'H200': 989e12, 'H100 PCIe': 756e12, 'H100': 989e12, 'GH200': 989e
               'V100': 125e12, 'T4': 65e12}
 
 
-def start_ranks(device):
-    """Joins torchrun's process group, if there is one. Returns (rank, world_size, torch.device).
+def start_ranks(device, join=True):
+    """Joins torchrun's process group, if there is one (not with join=False). Returns (rank, world_size, torch.device).
 
     device: 'auto' (CUDA when there is one), 'cpu' or 'cuda'. A plain `python` has no process group at all.
     """
@@ -29,12 +29,13 @@ def start_ranks(device):
     kind = 'cuda' if device != 'cpu' and torch.cuda.is_available() else 'cpu'
     if 'RANK' not in os.environ:
         return 0, 1, torch.device(kind)
+    here = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if kind == 'cuda' else 'cpu')
     if kind == 'cuda':
-        torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
-    dist.init_process_group('cpu:gloo,cuda:nccl' if kind == 'cuda' else 'gloo')
-    sys.excepthook = report_error           # init_process_group wraps the hook in one that would swallow our message
-    here = torch.device(kind, int(os.environ['LOCAL_RANK'])) if kind == 'cuda' else torch.device('cpu')
-    return dist.get_rank(), dist.get_world_size(), here
+        torch.cuda.set_device(here)
+    if join:
+        dist.init_process_group('cpu:gloo,cuda:nccl' if kind == 'cuda' else 'gloo')
+        sys.excepthook = report_error       # init_process_group wraps the hook in one that would swallow our message
+    return int(os.environ['RANK']), int(os.environ['WORLD_SIZE']), here
 
 
 def leave_ranks(code):
@@ -145,5 +146,4 @@ def read_metrics(out_dir):
     if not os.path.isfile(path):
         return []
     with open(path, encoding='utf-8') as f:
-        lines = f.read().split('\n')
-    return [json.loads(line) for line in lines[:-1]]      # what follows the last newline is '' or torn
+        return [json.loads(line) for line in f.read().split('\n')[:-1]]      # what follows the last newline is '' or torn

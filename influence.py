@@ -474,3 +474,35 @@ def unit(model, direction, batches):
     if not own > 0:
         raise RunFault(f'the probe is too small to measure influence on: two parts of it disagree (inner product {own:.3g}). Raise probe_rows.')
     return Direction({name: v / own for name, v in direction.v.items()}, direction.den, direction.reliability, direction.loss, direction.layers)
+
+
+# -- knobs of the command line --
+ckpt = ''                               # run, checkpoint, imported folder, hub name; table: several with commas, or a glob
+sources = ''                            # names of sources in data_dir, with commas
+probe: dict[str, float] = {}            # domain -> weight: probe sets (data_dir/probe/<domain>)
+without: dict[str, str] = {}            # loo: source -> run that was trained without it
+data_dir = 'data'                       # folder of the sources
+block_size: int | None = None           # tokens of a row; None: the model's context
+rows = 64                               # of every source
+probe_rows = 128                        # of every probe set
+layers = 'last'                         # parameters that influence is measured on: last | all | first | embedding+head
+scaling = 'none'                        # none | datainf
+batch_size = 8                          # rows at a time
+seed = 0                                # of the choice of rows
+out = 'out/influence'                   # folder for tables and figures
+scores = 'scores'                       # score: folder in every source's
+device = 'auto'                         # auto | cpu | cuda
+dtype = 'auto'                          # auto | float32 | bfloat16 (autocast over fp32 weights)
+
+if __name__ == '__main__':
+    command = sys.argv[1] if len(sys.argv) > 1 else '--help'
+    is_command = command in ('table', 'loo', 'score')
+    config = configure(globals(), sys.argv[2:] if is_command else sys.argv[1:] or ['--help'], verbose=False)
+    if not is_command or not ckpt or command != 'loo' and not sources:
+        raise BadInput('say `influence.py table --ckpt=... --sources=... --probe=...`, `loo --ckpt=... --without=... --probe=...` or '
+                       '`score --ckpt=... --sources=... --probe=...`.')
+    if scaling not in ('none', 'datainf'):
+        raise BadInput(f"scaling = '{scaling}' must be none or datainf (adam needs the optimizer of a run: train.py has it).")
+    check_layers(layers, 'layers')
+    import tables
+    tables.run(command, config)

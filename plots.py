@@ -47,3 +47,21 @@ def print_run(out_dir, epochs):
         bpb = [f'{r[f"val/bpb_{name}"]:.3f}' if f'val/bpb_{name}' in r else 'n/a' for r in (first, last)]
         print(f'{name:<16}{first[f"val/loss_{name}"]:>12.3f}{last[f"val/loss_{name}"]:>9.3f}{bpb[0]:>19}{bpb[1]:>9}{times:>14.2f}')
     print(f'{"mixture":<16}{first["val/loss"]:>12.3f}{last["val/loss"]:>9.3f}')
+
+
+def draw_table(path, rows, columns, values, errors, title):
+    """A heat map with the figures in its fields: rows x columns, values and their standard errors. Returns the path."""
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(figsize=(2.5 + 1.3 * len(columns), 1.6 + 0.45 * len(rows)), layout='constrained')
+    limit = max(abs(x) for row in values for x in row) or 1.0
+    image = axes.imshow(values, cmap='RdBu', vmin=-limit, vmax=limit, aspect='auto')
+    for i, (row, row_errors) in enumerate(zip(values, errors)):
+        for j, (value, error) in enumerate(zip(row, row_errors)):
+            axes.text(j, i, f'{value:.2f} ± {error:.2f}', ha='center', va='center', fontsize=8, color='w' if abs(value) > 0.6 * limit else 'k')
+    axes.set(xticks=range(len(columns)), xticklabels=columns, yticks=range(len(rows)), yticklabels=rows, title=title)
+    figure.colorbar(image)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
