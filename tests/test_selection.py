@@ -4,7 +4,7 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, assert_one_sentence, make_source, metrics, run, run_here, train, train_command, write_shard
+from conftest import assert_one_sentence, make_source, metrics, run, run_here, train, train_command, write_shard
 
 import data
 import selection
@@ -153,9 +153,9 @@ def test_a_run_drops_the_rows_that_do_not_help(mixed_data, tmp_path):
     """Of the source that is half noise about half is kept, and the rows drawn are the clean ones; resumed within a round, the same."""
     knobs = dict(KNOBS, select='online', schedule='constant')
     by_step = train(tmp_path / 'run', mixed_data, **knobs)
-    for at in (32, 48):
+    for at in (16, 32):
         assert 0.3 < by_step[at]['select/kept_half'] < 0.6 and by_step[at]['select/kept_a'] > 0.8
-        assert by_step[at]['select/dropped_influence_half'] > 0.3 and by_step[at]['select/median_a'] > 0.5
+        assert by_step[at]['select/dropped_influence_half'] > 0.4 and by_step[at]['select/median_a'] > 0.5
     assert by_step[40]['mixture/drawn_half'] == pytest.approx(0.5, abs=0.01)            # half of the batch, of kept rows alone
     assert by_step[63]['mixture/epochs_half'] > 1.5 * by_step[63]['mixture/epochs_a']       # dropped rows are read over
     fixed = train(tmp_path / 'fixed', mixed_data, **{**knobs, 'select': 'none'})
@@ -226,4 +226,4 @@ def test_a_probe_that_is_trained_on_is_refused(mixed_data, tmp_path):
     shutil.copy(mixed_data / 'a' / 'train' / '000001.bin', mixed_data / 'probe' / 'kind' / 'probe' / '9.bin')
     knobs = dict(KNOBS, mixture='influence', influence_rows=16, mixture_max=1.0)
     assert_one_sentence(run(train_command(tmp_path / 'run', mixed_data, **knobs)), 2, "'kind' and source 'a' (train) have", 'in common')
-    assert not (tmp_path / 'run').exists() and ROOT.is_dir() and TINY['block_size'] == 16
+    assert not (tmp_path / 'run').exists()
