@@ -25,6 +25,7 @@ from configurator import BadInput, RunFault, configure
 from model import RMSNorm, chunk_rows
 
 LAYERS = ('last', 'all', 'first', 'embedding+head')
+MATRIX_BLOCK = 2**24        # elements of rows' gradients that `row_matrix` holds at once
 
 
 @dataclass
@@ -403,6 +404,64 @@ def linear_sqnorms(a, g):
 def ghost_sqnorm(model, batch, layers):
     """Squared norm of the gradient of every row's summed loss, its self-influence: (B,) float64, for one forward and backward."""
     return sum(row_sqnorms(model, batch, layers).values())
+
+
+def row_matrix(model, batch, probe, layers):
+    """Inner products of the gradient of every row of a batch with that of every row of another, of summed losses: (B, Q) float64.
+
+    batch, probe: as for `stream_gradients`, B and Q rows. Gradients of rows exist for MATRIX_BLOCK elements of one layer at a time.
+    """
+    selected, W = select(model, layers)[0], model.output_weight.detach()
+    head = 'embed' if model.lm_head is None else 'lm_head'
+
+    def capture(rows):
+        """{module name: [(a, g)] of its applications}, and under 'head' hidden states, log-sum-exp and targets."""
+        seen = {}
+
+        def at_head(h, weight):
+            flat = h.flatten(0, 1)
+            if f'{head}.weight' in selected:
+                seen['head'] = h, (flat @ weight.T).logsumexp(1).view(*h.shape[:2], 1), rows[1]
+            return head_gradient(flat, weight, rows[1].flatten(), lambda *_: None).view_as(h)
+        row_pass(model, rows, layers, lambda name, module, a, g: seen.setdefault(name, []).append((a, g)), at_head)
+        return seen
+
+    def table_gradient(seen, name, part):
+        """Rows' gradients of rows `part` of the embedding table or output weight: (B, n, C)."""
+        n, G = len(range(*part.indices(len(W)))), 0.0
+        if name == head and 'head' in seen:
+            h, lse, targets = seen['head']
+            ids = torch.arange(part.start, part.start + n, device=h.device)
+            dz = (h @ W[part].to(h.dtype).T - lse).exp().sub_((targets[..., None] == ids).to(h.dtype)).mul_((targets >= 0)[..., None])
+            G = dz.transpose(1, 2) @ h
+        if name == 'embed' and name in seen:
+            (ids, g), = seen[name]
+            here = (ids >= part.start) & (ids < part.start + n)
+            place = (torch.arange(len(ids), device=ids.device)[:, None] * n + ids - part.start)[here]
+            G = G + torch.zeros(len(ids) * n, g.shape[-1], dtype=g.dtype, device=g.device).index_add_(0, place, g[here]).view(len(ids), n, -1)
+        return G
+    sides = [capture(rows) for rows in (batch, probe)]
+    total, modules = torch.zeros(len(batch[0]), len(probe[0]), dtype=torch.float64, device=W.device), dict(model.named_modules())
+
+    def add(x, y):
+        total.add_((x.flatten(1) @ y.flatten(1).T).double())
+    n_rows = len(batch[0]) + len(probe[0])
+    for name in sorted({parameter.rpartition('.')[0] for parameter in selected}):
+        if name in ('embed', 'lm_head'):
+            step = max(1, MATRIX_BLOCK // (n_rows * W.shape[1]))
+            for start in range(0, len(W), step):
+                add(*(table_gradient(seen, name, slice(start, start + step)) for seen in sides))
+        elif isinstance(modules[name], RMSNorm):
+            m = modules[name]
+            add(*(sum((torch.nn.functional.rms_norm(a, (m.dim,), None, m.eps) * g).flatten(1, -2).sum(1) for a, g in seen[name]) for seen in sides))
+        else:
+            pairs = [[torch.cat(parts, 1) for parts in zip(*seen[name])] for seen in sides]               # (B, T, I), (B, T, O)
+            step = max(1, MATRIX_BLOCK // (n_rows * pairs[0][0].shape[-1]))
+            for start in range(0, pairs[0][1].shape[-1], step):
+                add(*(g[:, :, start:start + step].transpose(1, 2) @ a for a, g in pairs))
+            if modules[name].bias is not None:
+                add(*(g.sum(1) for _, g in pairs))
+    return total
 
 
 # -- with curvature ----------------------------------------------------------------------------------------------------

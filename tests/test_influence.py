@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_source, run, train, write_shard
+from conftest import ROOT, make_source, run, train, train_command, write_shard
 
 import influence
 import mixtures
@@ -118,6 +118,34 @@ def test_rows_equal_their_gradients(changes, layers, length):
     r = influence.group_influence(model, {'a': parts}, direction)[0]['a']
     assert sum(rows.sum().item() for rows in found) / tokens == pytest.approx(r, rel=1e-12)
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize('layers', influence.LAYERS)
+@pytest.mark.parametrize('changes', SHAPES)
+def test_the_matrix_of_rows_and_probe_rows(changes, layers, monkeypatch):
+    monkeypatch.setattr(influence, 'MATRIX_BLOCK', 700)          # several slices of every layer
+    model = tiny(**changes)
+    batch, probe = batches(1, rows=4, length=9, seed=7)[0], batches(1, rows=3, length=6, seed=8)[0]
+    found = influence.row_matrix(model, batch, probe, layers)
+    sides = [row_gradients(model, rows, layers) for rows in (batch, probe)]
+    expected = torch.tensor([[inner(g, other) for other in sides[1]] for g in sides[0]], dtype=torch.float64)
+    assert (found - expected).abs().max() < 1e-10 * expected.abs().max()
+
+
+def test_a_disjoint_sample_of_the_probe_has_influence_one():
+    """Within three standard errors, in all but a few of many draws, and without bias."""
+    model, z, r = tiny(), [], []
+
+    def text(n, seed):                       # tokens of unequal frequency: something to learn
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.multinomial(1 / torch.arange(1.0, 32.0), n * 4 * 8, replacement=True, generator=generator).view(n, 4, 8)
+        return [(rows[:, :-1], rows[:, 1:], None) for rows in ids]
+    for seed in range(24):
+        direction = influence.probe_direction(model, {'x': text(24, seed)})
+        value, se, _ = influence.group_influence(model, {'copy': text(8, 1000 + seed)}, direction)
+        r.append(value['copy'])
+        z.append((value['copy'] - 1) / se['copy'])
+    assert np.mean(np.abs(z) < 3) >= 0.9 and abs(np.mean(r) - 1) < 3 * np.std(r) / 24**0.5, (z, r)
 
 
 def test_a_tied_table_needs_its_cross_term():
@@ -413,6 +441,18 @@ def test_bounds_hold_after_normalisation():
         mixtures.check_bounds(4, 0.3, 0.6)
 
 
+def test_weights_in_proportion_to_influence():
+    """Equations 5 and 6: the mean over updates, the t-th counting t, negative ones as 0."""
+    weights, high = dict(a=0.25, b=0.25, c=0.5), dict(a=1.0, b=1.0, c=1.0)
+    new, state, log = mixtures.update_proportional(weights, dict(a=1.0, b=3.0, c=-2.0), {}, {}, 0.0, high)
+    assert new == pytest.approx(dict(a=0.25, b=0.75, c=0.0)) and not log['kept']
+    new, state, _ = mixtures.update_proportional(new, dict(a=2.5, b=-0.5, c=-0.5), {}, state, 0.0, high)
+    assert new == pytest.approx(dict(a=0.75, b=0.25, c=0.0))                            # (1 + 2 * 2.5, 3 - 2 * 0.5, negative) / 8
+    assert mixtures.update_proportional(new, dict(a=0.0, b=0.0, c=0.0), {}, state, 0.1, high)[0] == pytest.approx(dict(a=0.675, b=0.225, c=0.1))
+    kept, _, log = mixtures.update_proportional(weights, dict(a=-1.0, b=-3.0, c=-2.0), {}, {}, 0.0, high)
+    assert kept is weights and 'no source' in log['kept']
+
+
 def test_epoch_caps():
     caps = mixtures.epoch_caps(0.6, 4, dict(a=300, b=0, c=500), dict(a=100, b=1000, c=100), 1000)
     assert caps == dict(a=0.1, b=0.6, c=0.0)
@@ -470,6 +510,33 @@ def test_a_killed_run_ends_with_the_same_weights(probed_data, tmp_path):
     assert whole[63]['train/loss'] != constant[63]['train/loss']
 
 
+KILLED_WHILE_MEASURING = """
+import os, runpy, signal, sys
+sys.path.insert(0, {root!r})
+import reweight
+def killed(model, loader, sources, probes, config, state, step, *rest, update=reweight.update):
+    state, log = update(model, loader, sources, probes, config, state, step, *rest)
+    if step == 32:                              # measured, and the new weights set: nothing of it is saved yet
+        os.kill(os.getpid(), signal.SIGKILL)
+    return state, log
+reweight.update = killed
+sys.argv = ['train.py'] + sys.argv[1:]
+runpy.run_path('train.py', run_name='__main__')
+"""
+
+
+def test_a_run_killed_within_an_update_resumes_to_the_same_weights(probed_data, tmp_path):
+    whole = train(tmp_path / 'whole', probed_data, **KNOBS)
+    (tmp_path / 'killed.py').write_text(KILLED_WHILE_MEASURING.format(root=str(ROOT)))
+    command = train_command(tmp_path / 'run', probed_data, **KNOBS)
+    done = run([sys.executable, str(tmp_path / 'killed.py'), *command[2:]])
+    assert done.returncode == -9, done.stdout + done.stderr
+    resumed = train(tmp_path / 'run', probed_data, **KNOBS, resume=True)
+    for at in range(20, 64):
+        assert {k: v for k, v in resumed[at].items() if k.startswith(('mixture', 'train/loss'))} == {
+            k: v for k, v in whole[at].items() if k.startswith(('mixture', 'train/loss'))}
+
+
 def test_two_ranks_reweight_as_one(probed_data, tmp_path):
     one = train(tmp_path / 'one', probed_data, **{**KNOBS, 'max_steps': 34})
     two = train(tmp_path / 'two', probed_data, ranks=2, **{**KNOBS, 'max_steps': 34, 'batch_size': 2})
@@ -479,7 +546,18 @@ def test_two_ranks_reweight_as_one(probed_data, tmp_path):
     assert one[16]['mixture/influence_a'] == pytest.approx(two[16]['mixture/influence_a'], rel=1e-3)
 
 
+@pytest.mark.parametrize('changes', [dict(influence_rule='proportional', mixture_min=0.0, mixture_max=1.0), dict(influence_scaling='adam', influence_layers='all'),
+                                     dict(influence_scaling='datainf'), dict(influence_layers='embedding+head'), dict(influence_layers='first')])
+def test_other_ways_to_measure_and_to_weigh_move_the_weights(probed_data, tmp_path, changes):
+    by_step = train(tmp_path / 'run', probed_data, **{**KNOBS, 'max_steps': 50, **changes})
+    assert by_step[49]['mixture/weight_a'] > 0.4 and by_step[49]['mixture/weight_random'] < 0.3
+    assert by_step[48]['mixture/influence_a'] > by_step[48]['mixture/influence_random']
+
+
 @pytest.mark.parametrize('changes, message', [
+    (dict(influence_scaling='adagrad'), 'none, adam, datainf'), (dict(influence_scaling='adam', optimizer='muon'), "AdamW's moments"),
+    (dict(influence_rule='greedy'), 'step, proportional'), (dict(select='all'), 'none, online, scores'), (dict(select='scores'), 'holds no scores'),
+    (dict(select='online', mixture='fixed', probe_rows=300, mixture_interval=64), 'half as many again'), (dict(select_keep=0.0), 'select_keep'),
     (dict(probe={}), 'needs probe sets'), (dict(probe={'nothing': 1.0}), "probe/nothing does not exist"), (dict(influence_layers='middle'), 'last, all, first'),
     (dict(mixture_interval=2), 'more than the 32 that are trained on'), (dict(mixture_min=0.4), 'leave no room'), (dict(probe_rows=500, mixture_interval=64), 'fewer than probe_rows'),
     (dict(influence_rows=2), 'at least 4'), (dict(probe={'kind': -1.0}), 'not be negative')])
