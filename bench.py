@@ -1,6 +1,6 @@
 """Speed, side by side with a peer, as ratios of single-thread CPU time (wall clocks of shared machines lie).
 
-    python bench.py                             # all of it, about 15 minutes on a CPU
+    python bench.py                             # all of it, about 40 minutes on a CPU
     python bench.py --parts="['data']"          # reading rows only
 
 step     forward, backward and AdamW on the SmolLM2-135M shape, B=4 T=512, ours and transformers' Llama, both eager and both
@@ -10,6 +10,9 @@ prepare  prepare/text.py with `workers` processes on `text_mb` of JSON lines, gz
          encode_ordinary alone on the same text in one thread
 evaluate log-likelihoods by evaluate.py and by lm-eval's own `hf` model on the same SmolLM2-135M shape: requests of four endings
          with one context, and of four one-token answers; alternating in one process
+influence  one measurement (200 rows of three probe sets, 5 x 32 of sources) against the 250 steps of 32 rows that it comes after;
+         single rows, their norms, whole matrices against a forward and backward of the same rows; memory in units of the gradient
+presence a step of 8 micro-batches weighed by self-influence against a plain one
 Floors: a step cannot be faster than its matrix products, 6 FLOP per weight and token; reading a row is one copy.
 """
 import os
@@ -23,7 +26,7 @@ import time
 from configurator import BadInput, configure
 
 # -- knobs --
-parts = ['step', 'data', 'prepare', 'evaluate']      # what to measure
+parts = ['step', 'data', 'prepare', 'evaluate', 'influence', 'presence']      # what to measure
 compiled = [False, True]         # eager, compiled or both
 dtypes = ['float32', 'bfloat16']     # float32, and bfloat16 autocast over fp32 weights
 rounds = 3                       # alternating rounds
@@ -290,7 +293,134 @@ def bench_evaluate():
                       f'{max(ratios):.2f}) | {far:.1e} |', flush=True)
 
 
-if peer:
+def small_model(**changes):
+    """12.6M parameters, their optimizer, and a function for batches of random rows of 256 tokens."""
+    import torch
+    from common import tune_malloc
+    from model import GPT, ModelConfig, init_weights
+    tune_malloc()
+    c = ModelConfig(**{**dict(vocab_size=8192, n_layer=6, n_head=6, n_kv_head=2, n_embd=384, ffn_dim=1024), **changes})
+    model = GPT(c)
+    init_weights(model, 0)
+
+    def rows(n, length=256):
+        ids = torch.randint(0, c.vocab_size, (n, length + 1)) // 7          # tokens of unequal frequency: the probe has a direction
+        return ids[:, :-1], ids[:, 1:].contiguous(), None
+    return model, torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True), rows
+
+
+def train_step(model, optimizer, parts, micro=None):
+    """A step on some micro-batches as train.py takes it; micro: presence.MicroBatches or None."""
+    import torch
+    if micro:
+        micro.begin(1.0)
+    for inputs, targets, _ in parts:
+        (model.loss(inputs, targets)[0] / (targets.numel() * len(parts))).backward()
+        if micro:
+            micro.add(1 / len(parts))
+    if micro:
+        micro.finish()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def in_turns(jobs, warm_up=True):
+    """Median CPU seconds of every job, {name: function}, and their ratios to the first by round: alternating, `rounds` times."""
+    seconds = {name: [] for name in jobs}
+    for i in range(rounds + warm_up):
+        for name, job in jobs.items():
+            start = time.process_time()
+            job()
+            if i or not warm_up:
+                seconds[name].append(time.process_time() - start)
+    first = next(iter(jobs))
+    ratios = {name: [b / a for a, b in zip(seconds[first], values)] for name, values in seconds.items()}
+    return {name: statistics.median(values) for name, values in seconds.items()}, ratios
+
+
+def bench_influence():
+    """One measurement of sources, single rows against forward and backward, and memory."""
+    import torch
+    from influence import ghost_sqnorm, probe_direction, row_influence, row_matrix, source_products
+    model, optimizer, rows = small_model()
+    parts = [rows(16), rows(16)]
+    probe = {domain: [rows(16) for _ in range(4)] + [rows(n)] for domain, n in (('code', 2), ('math', 3), ('web', 3))}
+    sources = [[rows(4) for _ in range(8)] for _ in range(5)]
+
+    def measure(layers):
+        """As reweight.py: a direction for every domain, or one for all where they are large."""
+        groups = [probe] if layers == 'all' else [{domain: batches} for domain, batches in probe.items()]
+        directions = [probe_direction(model, group, layers) for group in groups]
+        for batches in sources:
+            source_products(model, batches, directions)
+    medians, ratios = in_turns({'step': lambda: train_step(model, optimizer, parts), 'all': lambda: measure('all'), 'last': lambda: measure('last')})
+    print('influence: 12.6M parameters (6 layers of width 384, vocabulary 8192), rows of 256 tokens, float32\n\n| layers | a step of 32 rows, s | a '
+          'measurement, s | share of 250 steps (range) |\n|---|---|---|---|')
+    for layers in ('all', 'last'):
+        shares = [x / 250 for x in ratios[layers]]
+        print(f"| {layers} | {medians['step']:.2f} | {medians[layers]:.2f} | **{statistics.median(shares):.2%}** ({min(shares):.2%} to {max(shares):.2%}) |",
+              flush=True)
+    model, optimizer, rows = small_model(vocab_size=1024, n_layer=4, n_embd=128, n_head=4, ffn_dim=352, tie_embeddings=False)
+    batch, probe = rows(64, 128), rows(32, 128)
+    halves = [tuple(None if t is None else t[i::2] for t in probe) for i in range(2)]
+    direction = probe_direction(model, {'x': halves}, 'all')
+
+    def backward():
+        model.loss(batch[0], batch[1])[0].backward()
+        model.zero_grad()
+
+    def mean_probe():
+        row_influence(model, batch, probe_direction(model, {'x': halves}, 'all'))
+    jobs = {'forward and backward of 64 rows': backward, 'influence of the rows on a direction': lambda: row_influence(model, batch, direction),
+            'their squared norms': lambda: ghost_sqnorm(model, batch, 'all'),
+            'group: 32 probe rows, then the 64 as a source': lambda: source_products(model, [batch], [probe_direction(model, {'x': halves}, 'all')]),
+            'rows on the mean probe: both of it': mean_probe, 'matrix of 64 x 32 rows': lambda: row_matrix(model, batch, probe, 'all')}
+    medians, ratios = in_turns(jobs)
+    print('\nunit: forward and backward of 64 rows of 128 tokens, 4 layers of width 128, vocabulary 1024, untied\n\n| job | units (range) |\n|---|---|')
+    for name, values in ratios.items():
+        print(f'| {name} | **{statistics.median(values):.2f}** ({min(values):.2f} to {max(values):.2f}) |', flush=True)
+    done = subprocess.run([sys.executable, __file__, '--peer=memory', f'--n_layer={n_layer}'], text=True, capture_output=True, check=True,
+                          env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    print('\n' + done.stdout)
+
+
+def measure_memory():
+    """In a process of its own, so that the peak is this part's: SmolLM2-135M's shape with tiny rows, where parameters are all."""
+    from influence import probe_direction, source_products
+    model, optimizer, rows = small_model(vocab_size=49152, n_layer=n_layer, n_head=9, n_kv_head=3, n_embd=576, ffn_dim=1536)
+    gradient = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
+
+    def peak():
+        with open('/proc/self/status', encoding='ascii') as f:
+            return next(int(line.split()[1]) / 2**10 for line in f if line.startswith('VmHWM'))
+    for _ in range(2):
+        train_step(model, optimizer, [rows(2, 8), rows(2, 8)])
+    step = peak()
+    found = []
+    for domains in (1, 3):
+        direction = probe_direction(model, {domain: [rows(2, 8) for _ in range(4)] for domain in range(domains)}, 'all')
+        source_products(model, [rows(2, 8) for _ in range(4)], [direction])
+        found.append((peak() - step) / gradient)
+    print(f'memory: a training step peaks at {step:.0f} MiB, of which the gradient {gradient:.0f}; a measurement with all layers adds {found[0]:.2f} '
+          f'gradients to the peak with one probe domain, {found[1]:.2f} with three')
+
+
+def bench_presence():
+    from presence import MicroBatches
+    model, optimizer, rows = small_model()
+    parts = [rows(4) for _ in range(8)]
+    sides = {mode: MicroBatches(model, 'first', mode) for mode in ('stream', 'store')}
+    medians, ratios = in_turns({'plain': lambda: train_step(model, optimizer, parts),
+                                **{mode: (lambda micro=micro: train_step(model, optimizer, parts, micro)) for mode, micro in sides.items()}})
+    print('presence: 12.6M parameters, 8 micro-batches of 4 rows of 256 tokens, float32\n\n| mode | s per step | against plain (range) |\n|---|---|---|')
+    for mode, values in ratios.items():
+        print(f'| {mode} | {medians[mode]:.2f} | **{statistics.median(values):.3f}** ({min(values):.3f} to {max(values):.3f}) |', flush=True)
+
+
+if peer == 'memory':
+    measure_memory()
+elif peer:
     run_side()
 else:
     import torch
@@ -300,10 +430,14 @@ else:
         bench_data()
     if 'prepare' in parts:
         bench_prepare()
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)
     if 'evaluate' in parts:
-        if not torch.cuda.is_available():
-            torch.set_num_threads(1)
         bench_evaluate()
+    if 'influence' in parts:
+        bench_influence()
+    if 'presence' in parts:
+        bench_presence()
     if 'step' in parts:
         print(f'step: {n_layer} layers of SmolLM2-135M, B={batch_size} T={block_size}\n\n'
               '| dtype | mode | ours tok/s | transformers tok/s | ratio (range) | ours GFLOP/s | peak GiB |\n|---|---|---|---|---|---|---|')
