@@ -298,7 +298,8 @@ def small_model(**changes):
     import torch
     from common import tune_malloc
     from model import GPT, ModelConfig, init_weights
-    tune_malloc()
+    if peer != 'memory':
+        tune_malloc()
     c = ModelConfig(**{**dict(vocab_size=8192, n_layer=6, n_head=6, n_kv_head=2, n_embd=384, ffn_dim=1024), **changes})
     model = GPT(c)
     init_weights(model, 0)
@@ -343,24 +344,28 @@ def bench_influence():
     """One measurement of sources, single rows against forward and backward, and memory."""
     import torch
     from influence import ghost_sqnorm, probe_direction, row_influence, row_matrix, source_products
-    model, optimizer, rows = small_model()
-    parts = [rows(16), rows(16)]
-    probe = {domain: [rows(16) for _ in range(4)] + [rows(n)] for domain, n in (('code', 2), ('math', 3), ('web', 3))}
-    sources = [[rows(4) for _ in range(8)] for _ in range(5)]
+    print('influence: rows of 256 tokens\n\n| parameters | dtype | layers | a step of 32 rows, s | a measurement, s | share of 250 steps (range) |\n'
+          '|---|---|---|---|---|---|')
+    for shape, dtype in ((dict(), 'float32'), (dict(vocab_size=49152, n_layer=n_layer, n_head=9, n_kv_head=3, n_embd=576, ffn_dim=1536), 'bfloat16')):
+        model, optimizer, rows = small_model(**shape)
+        parts = [rows(16), rows(16)]
+        probe = {domain: [rows(16) for _ in range(4)] + [rows(n)] for domain, n in (('code', 2), ('math', 3), ('web', 3))}
+        sources = [[rows(4) for _ in range(8)] for _ in range(5)]
 
-    def measure(layers):
-        """As reweight.py: a direction for every domain, or one for all where they are large."""
-        groups = [probe] if layers == 'all' else [{domain: batches} for domain, batches in probe.items()]
-        directions = [probe_direction(model, group, layers) for group in groups]
-        for batches in sources:
-            source_products(model, batches, directions)
-    medians, ratios = in_turns({'step': lambda: train_step(model, optimizer, parts), 'all': lambda: measure('all'), 'last': lambda: measure('last')})
-    print('influence: 12.6M parameters (6 layers of width 384, vocabulary 8192), rows of 256 tokens, float32\n\n| layers | a step of 32 rows, s | a '
-          'measurement, s | share of 250 steps (range) |\n|---|---|---|---|')
-    for layers in ('all', 'last'):
-        shares = [x / 250 for x in ratios[layers]]
-        print(f"| {layers} | {medians['step']:.2f} | {medians[layers]:.2f} | **{statistics.median(shares):.2%}** ({min(shares):.2%} to {max(shares):.2%}) |",
-              flush=True)
+        def measure(layers):
+            """As reweight.py: a direction for every domain, or one for all where they are large."""
+            groups = [probe] if layers == 'all' else [{domain: batches} for domain, batches in probe.items()]
+            directions = [probe_direction(model, group, layers) for group in groups]
+            for batches in sources:
+                source_products(model, batches, directions)
+        with torch.autocast('cuda' if torch.cuda.is_available() else 'cpu', torch.bfloat16, enabled=dtype == 'bfloat16'):
+            medians, ratios = in_turns({'step': lambda: train_step(model, optimizer, parts), 'last': lambda: measure('last'), 'all': lambda: measure('all')},
+                                       warm_up=dtype == 'float32')
+        size = sum(p.numel() for p in model.parameters()) / 1e6
+        for layers in ('all', 'last'):
+            shares = [x / 250 for x in ratios[layers]]
+            print(f"| {size:.1f}M | {dtype} | {layers} | {medians['step']:.2f} | {medians[layers]:.1f} | **{statistics.median(shares):.2%}** ({min(shares):.2%} "
+                  f'to {max(shares):.2%}) |', flush=True)
     model, optimizer, rows = small_model(vocab_size=1024, n_layer=4, n_embd=128, n_head=4, ffn_dim=352, tie_embeddings=False)
     batch, probe = rows(64, 128), rows(32, 128)
     halves = [tuple(None if t is None else t[i::2] for t in probe) for i in range(2)]
@@ -380,30 +385,39 @@ def bench_influence():
     print('\nunit: forward and backward of 64 rows of 128 tokens, 4 layers of width 128, vocabulary 1024, untied\n\n| job | units (range) |\n|---|---|')
     for name, values in ratios.items():
         print(f'| {name} | **{statistics.median(values):.2f}** ({min(values):.2f} to {max(values):.2f}) |', flush=True)
-    done = subprocess.run([sys.executable, __file__, '--peer=memory', f'--n_layer={n_layer}'], text=True, capture_output=True, check=True,
-                          env={**os.environ, 'OMP_NUM_THREADS': '1'})
-    print('\n' + done.stdout)
+    print('\n' + subprocess.run([sys.executable, __file__, '--peer=memory', f'--n_layer={n_layer}'], text=True, stdout=subprocess.PIPE, check=True,
+                                env={**os.environ, 'OMP_NUM_THREADS': '1', 'MALLOC_MMAP_THRESHOLD_': '65536'}).stdout)     # freed is freed
 
 
 def measure_memory():
-    """In a process of its own, so that the peak is this part's: SmolLM2-135M's shape with tiny rows, where parameters are all."""
+    """Peaks of resident memory, in a process of its own with malloc as it is: SmolLM2-135M's shape, where tiny rows leave parameters alone."""
     from influence import probe_direction, source_products
-    model, optimizer, rows = small_model(vocab_size=49152, n_layer=n_layer, n_head=9, n_kv_head=3, n_embd=576, ffn_dim=1536)
-    gradient = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
+    model, _, rows = small_model(vocab_size=49152, n_layer=n_layer, n_head=9, n_kv_head=3, n_embd=576, ffn_dim=1536)
+    gradient = sum(p.numel() * p.element_size() for p in model.parameters())
+    batch = rows(2, 8)
 
-    def peak():
+    def resident(key):
         with open('/proc/self/status', encoding='ascii') as f:
-            return next(int(line.split()[1]) / 2**10 for line in f if line.startswith('VmHWM'))
-    for _ in range(2):
-        train_step(model, optimizer, [rows(2, 8), rows(2, 8)])
-    step = peak()
-    found = []
-    for domains in (1, 3):
-        direction = probe_direction(model, {domain: [rows(2, 8) for _ in range(4)] for domain in range(domains)}, 'all')
-        source_products(model, [rows(2, 8) for _ in range(4)], [direction])
-        found.append((peak() - step) / gradient)
-    print(f'memory: a training step peaks at {step:.0f} MiB, of which the gradient {gradient:.0f}; a measurement with all layers adds {found[0]:.2f} '
-          f'gradients to the peak with one probe domain, {found[1]:.2f} with three')
+            return next(int(line.split()[1]) * 1024 for line in f if line.startswith(key))
+
+    def peak(work):
+        with open('/proc/self/clear_refs', 'w', encoding='ascii') as f:
+            f.write('5')                                       # the peak begins anew
+        before = resident('VmRSS')
+        kept = work()
+        return (resident('VmHWM') - before) / gradient, kept
+
+    def accumulate():
+        for _ in range(2):
+            model.loss(batch[0], batch[1])[0].backward()
+        model.zero_grad(set_to_none=True)
+    accumulate()
+    plain, one, three = (peak(work)[0] for work in (accumulate, *(lambda d=d: probe_direction(model, {i: [batch] * 4 for i in range(d)}, 'all')
+                                                                  for d in (1, 3))))
+    direction = probe_direction(model, {'x': [batch] * 4}, 'all')
+    sources = peak(lambda: source_products(model, [batch] * 4, [direction]))[0] + 1      # the direction was there before
+    print(f'memory beyond parameters, in gradients ({gradient / 2**20:.0f} MiB): accumulation of two micro-batches {plain:.2f}; probe direction '
+          f'over all layers {one:.2f} with one domain, {three:.2f} with three; sources {sources:.2f}', flush=True)
 
 
 def bench_presence():
