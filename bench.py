@@ -293,8 +293,8 @@ def bench_evaluate():
                       f'{max(ratios):.2f}) | {far:.1e} |', flush=True)
 
 
-def small_model(**changes):
-    """12.6M parameters, their optimizer, and a function for batches of random rows of 256 tokens."""
+def small_model(length=256, **changes):
+    """12.6M parameters, their optimizer, and a function for batches of n random rows of so many tokens."""
     import torch
     from common import tune_malloc
     from model import GPT, ModelConfig, init_weights
@@ -304,7 +304,7 @@ def small_model(**changes):
     model = GPT(c)
     init_weights(model, 0)
 
-    def rows(n, length=256):
+    def rows(n, length=length):
         ids = torch.randint(0, c.vocab_size, (n, length + 1)) // 7          # tokens of unequal frequency: the probe has a direction
         return ids[:, :-1], ids[:, 1:].contiguous(), None
     return model, torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True), rows
@@ -344,10 +344,10 @@ def bench_influence():
     """One measurement of sources, single rows against forward and backward, and memory."""
     import torch
     from influence import ghost_sqnorm, probe_direction, row_influence, row_matrix, source_products
-    print('influence: rows of 256 tokens\n\n| parameters | dtype | layers | a step of 32 rows, s | a measurement, s | share of 250 steps (range) |\n'
+    print('influence: float32\n\n| parameters | tokens of a row | layers | a step of 32 rows, s | a measurement, s | share of 250 steps (range) |\n'
           '|---|---|---|---|---|---|')
-    for shape, dtype in ((dict(), 'float32'), (dict(vocab_size=49152, n_layer=n_layer, n_head=9, n_kv_head=3, n_embd=576, ffn_dim=1536), 'bfloat16')):
-        model, optimizer, rows = small_model(**shape)
+    for shape, length in ((dict(), 256), (dict(vocab_size=49152, n_layer=n_layer, n_head=9, n_kv_head=3, n_embd=576, ffn_dim=1536), 64)):
+        model, optimizer, rows = small_model(length, **shape)
         parts = [rows(16), rows(16)]
         probe = {domain: [rows(16) for _ in range(4)] + [rows(n)] for domain, n in (('code', 2), ('math', 3), ('web', 3))}
         sources = [[rows(4) for _ in range(8)] for _ in range(5)]
@@ -358,13 +358,12 @@ def bench_influence():
             directions = [probe_direction(model, group, layers) for group in groups]
             for batches in sources:
                 source_products(model, batches, directions)
-        with torch.autocast('cuda' if torch.cuda.is_available() else 'cpu', torch.bfloat16, enabled=dtype == 'bfloat16'):
-            medians, ratios = in_turns({'step': lambda: train_step(model, optimizer, parts), 'last': lambda: measure('last'), 'all': lambda: measure('all')},
-                                       warm_up=dtype == 'float32')
+        medians, ratios = in_turns({'step': lambda: train_step(model, optimizer, parts), 'last': lambda: measure('last'), 'all': lambda: measure('all')},
+                                   warm_up=not shape)
         size = sum(p.numel() for p in model.parameters()) / 1e6
         for layers in ('all', 'last'):
             shares = [x / 250 for x in ratios[layers]]
-            print(f"| {size:.1f}M | {dtype} | {layers} | {medians['step']:.2f} | {medians[layers]:.1f} | **{statistics.median(shares):.2%}** ({min(shares):.2%} "
+            print(f"| {size:.1f}M | {length} | {layers} | {medians['step']:.2f} | {medians[layers]:.1f} | **{statistics.median(shares):.2%}** ({min(shares):.2%} "
                   f'to {max(shares):.2%}) |', flush=True)
     model, optimizer, rows = small_model(vocab_size=1024, n_layer=4, n_embd=128, n_head=4, ffn_dim=352, tie_embeddings=False)
     batch, probe = rows(64, 128), rows(32, 128)

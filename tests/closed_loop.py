@@ -106,15 +106,14 @@ def auroc(low, high):
 
 
 def self_influence(run, step):
-    """AUROC of shuffled above clean validation rows by the squared gradient norm of the first block: how PRESENCE sees noise."""
+    """AUROC of shuffled and of random above clean validation rows by the squared gradient norm of the first block: how PRESENCE sees noise."""
     model, _, _ = open_model(os.path.join(run, 'ckpt', f'step_{step:06d}'), torch.device('cpu'), torch.float32)
-    rng, scores = np.random.default_rng(0), {'clean': [], 'shuffled': []}
-    for name in DOMAINS:
-        rows = Source(os.path.join(out, 'data'), name, 'val', 128, 0, 8192).rows(range(48))
-        for kind, batch in (('clean', rows), ('shuffled', rng.permuted(rows, axis=1))):
-            batch = torch.from_numpy(batch)
-            scores[kind].append(ghost_sqnorm(model, (batch[:, :-1], batch[:, 1:].long(), None), 'first').numpy())
-    return auroc(*(np.concatenate(scores[kind]) for kind in ('clean', 'shuffled')))
+    scores = {}
+    for name in (*DOMAINS, 'shuffled', 'random'):
+        rows = torch.from_numpy(Source(os.path.join(out, 'data'), name, 'val', 128, 0, 8192).rows(range(64)))
+        scores[name] = ghost_sqnorm(model, (rows[:, :-1], rows[:, 1:].long(), None), 'first').numpy()
+    clean = np.concatenate([scores[name] for name in DOMAINS])
+    return auroc(clean, scores['shuffled']), auroc(clean, scores['random'])
 
 
 def print_tables():
@@ -132,10 +131,12 @@ def print_tables():
         for r in rounds:
             print(f'| {r["step"]} | ' + ' | '.join(f'{r[f"select/kept_{s}"]:.0%}' for s in SOURCES) + ' |')
     if 'oracle' in arms and 'uniform' in arms:
-        print('\n| self-influence: AUROC of shuffled above clean rows at step | 100 | 200 | 400 |\n|---|---|---|---|')
-        for arm, what in (('oracle', 'trained on clean text'), ('uniform', 'with shuffled and random tokens in the stream')):
-            print(f'| {what} | ' + ' | '.join(' / '.join(f'{self_influence(os.path.join(out, f"{arm}_{seed}"), step):.2f}' for seed in seeds)
-                                              for step in (100, 200, 400)) + ' |')
+        steps = (100, 200, 300, 400)
+        print('\n| self-influence: AUROC above clean rows at step | ' + ' | '.join(map(str, steps)) + ' |\n' + '|---' * (1 + len(steps)) + '|')
+        for arm, what in (('oracle', 'trained on clean text'), ('uniform', 'with both in the stream')):
+            found = np.array([[self_influence(os.path.join(out, f'{arm}_{seed}'), step) for seed in seeds] for step in steps])      # (steps, seeds, 2)
+            for i, kind in enumerate(('shuffled', 'random')):
+                print(f'| {kind} rows, {what} | ' + ' | '.join(' / '.join(f'{x:.2f}' for x in row) for row in found[:, :, i]) + ' |')
 
 
 if __name__ == '__main__':

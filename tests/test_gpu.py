@@ -36,3 +36,39 @@ def test_a_run_on_cuda_learns_and_resumes(tmp_path, tiny_data):
     assert m[60]['val/loss'] < m[0]['val/loss'] - 1 and m[59]['system/gpu_memory'] > 0
     train(tmp_path / 'run', tiny_data, device='cuda', dtype='bfloat16', n_embd=64, max_steps=70, resume=True)
     assert max(metrics(tmp_path / 'run')) == 70
+
+
+def test_influence_on_cuda_equals_the_cpu():
+    """Sources, rows and norms in fp64 exactly; under bf16 autocast the same order of rows."""
+    from test_influence import batches, tiny
+    import influence
+
+    def results(device):
+        model = tiny(qk_norm=True).to(device)
+
+        def there(parts):
+            return [tuple(t.to(device) for t in batch[:2]) + (None,) for batch in parts]
+        direction = influence.probe_direction(model, {'x': there(batches(4, rows=8, seed=1))}, 'all')
+        batch = there(batches(1, rows=24, length=12, seed=7))[0]
+        r, _, _ = influence.group_influence(model, {'a': there(batches(4, seed=5))}, direction)
+        found = [influence.row_influence(model, batch, direction)[0].cpu(), influence.ghost_sqnorm(model, batch, 'all').cpu()]
+        with torch.autocast(device, torch.bfloat16):
+            model = model.float()
+            direction.v = {n: v.float() for n, v in direction.v.items()}
+            low = influence.row_influence(model, batch, direction)[0].cpu()
+        return r['a'], found, low
+    (r, found, _), (r_cuda, found_cuda, low) = results('cpu'), results('cuda')
+    assert r_cuda == pytest.approx(r, rel=1e-9)
+    assert all((a - b).abs().max() < 1e-9 * a.abs().max() for a, b in zip(found, found_cuda))
+    assert torch.corrcoef(torch.stack((found[0].argsort().argsort().double(), low.argsort().argsort().double())))[0, 1] >= 0.99
+
+
+@pytest.mark.parametrize('changes', [dict(mixture='influence'), dict(select='online'), dict(presence='stream'), dict(presence='store')])
+def test_data_methods_run_on_cuda(tmp_path, tiny_data, changes):
+    import shutil
+    from conftest import make_source
+    make_source(tmp_path / 'other', 'a', 6_000, seed=5)
+    shutil.copytree(tmp_path / 'other' / 'a' / 'train', tiny_data / 'probe' / 'kind' / 'probe')
+    m = train(tmp_path / 'run', tiny_data, device='cuda', dtype='bfloat16', n_embd=64, max_steps=40, total_batch_tokens=256, mixture_interval=10,
+              mixture_warmup=10, mixture_max=1.0, probe={'kind': 1.0}, probe_rows=32, influence_rows=16, **changes)
+    assert m[40]['val/loss'] < m[0]['val/loss'] - 0.5 and any(key.startswith(('mixture/asked', 'select/kept', 'presence/tau')) for s in m for key in m[s])

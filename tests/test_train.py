@@ -350,3 +350,12 @@ def test_demo_builds_its_data_trains_and_writes_text(tmp_path):
         assert m[12][f'val/bpb_{source}'] == pytest.approx(expected, rel=0.4)
     for part in ('running prepare/demo.py', 'bits/byte', 'curves.png', 'sample: Problem: Compute 12 * 7 + 5.'):
         assert part in done.stdout
+
+
+@pytest.mark.parametrize('name, key', [('influence_dynamic', 'mixture/influence_math'), ('presence_two_stage', 'presence/weight_7')])
+def test_tiny_ablations_run(tmp_path, name, key):
+    knobs = dict(out_dir=tmp_path / 'run', data_dir=tmp_path / 'demo', max_steps=13, mixture_interval=6, mixture_warmup=6, log_interval=1, n_layer=2,
+                 eval_rows=8, probe_rows=16, influence_rows=8, eval_interval=13)
+    assert run_here(['train.py', f'config/ablation/{name}.py', 'config/ablation/tiny.py', *(f'--{k}={v}' for k, v in knobs.items())]) == 0
+    m = metrics(tmp_path / 'run')
+    assert any(key in record for record in m.values()) and m[13]['val/loss'] < m[0]['val/loss']

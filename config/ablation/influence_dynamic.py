@@ -6,6 +6,7 @@ sources = {'dclm': 0.25, 'fineweb_edu': 0.30, 'github_code': 0.15, 'finemath': 0
 mixture = 'influence'
 mixture_interval = 250
 probe = {'code': 1.0, 'math': 1.0, 'web': 1.0}
+probe_rows = 67                  # about 200 in all
 block_size = 2048
 batch_size = 8
 total_batch_tokens = 32 * 2048

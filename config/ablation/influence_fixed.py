@@ -3,6 +3,7 @@
 out_dir = 'out/influence_fixed'
 sources = {'dclm': 0.25, 'fineweb_edu': 0.30, 'github_code': 0.15, 'finemath': 0.15, 'slimpajama': 0.15}
 mixture = 'fixed'
+probe = {'code': 1.0, 'math': 1.0, 'web': 1.0}      # its loss is logged
 block_size = 2048
 batch_size = 8
 total_batch_tokens = 32 * 2048
