@@ -240,7 +240,7 @@ def peculiarities(rows, vocab_size):
 def shared_documents(probe, source, bos_id, rank=0, world_size=1):
     """Number of documents of `probe` that stand in `source` as well, token for token, in this rank's part of the shards.
 
-    Both are Sources. Reads all tokens of the source once, about a second for 500 million. Documents of fewer than 16 tokens are
+    Both are Sources. Reads all tokens of the source once, a second for 300 million in the page cache. Documents of fewer than 16 tokens are
     not compared; without bos_id (shards without meta.json) aligned pieces of PIECE tokens are.
     """
     def heads(tokens, starts):              # a hash of the first 16 tokens of every piece: (n,) uint64

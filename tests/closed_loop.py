@@ -43,6 +43,7 @@ JOINT = {'code': 1.0, 'web': 1.0, 'math': 1.0}
 ARMS = {'uniform': dict(), 'oracle': dict(sources={**dict.fromkeys(SOURCES, 0.0), **dict.fromkeys(DOMAINS, 1.0)}),
         'math': dict(mixture='influence', probe={'math': 1.0}), 'joint': dict(mixture='influence', probe=JOINT),
         'shuffled_probe': dict(mixture='influence', probe={'shuffled': 1.0}),
+        'joint_all': dict(mixture='influence', probe=JOINT, influence_layers='all'),
         'math_all': dict(mixture='influence', probe={'math': 1.0}, influence_layers='all'),
         'math_adam': dict(mixture='influence', probe={'math': 1.0}, influence_layers='all', influence_scaling='adam'),
         'math_datainf': dict(mixture='influence', probe={'math': 1.0}, influence_scaling='datainf'),
