@@ -423,7 +423,7 @@ def bench_presence():
     from presence import MicroBatches
     model, optimizer, rows = small_model()
     parts = [rows(4) for _ in range(8)]
-    sides = {mode: MicroBatches(model, 'first', mode) for mode in ('stream', 'store')}
+    sides = {mode: MicroBatches(model, 'first', mode, 8) for mode in ('stream', 'store')}
     medians, ratios = in_turns({'plain': lambda: train_step(model, optimizer, parts),
                                 **{mode: (lambda micro=micro: train_step(model, optimizer, parts, micro)) for mode, micro in sides.items()}})
     print('presence: 12.6M parameters, 8 micro-batches of 4 rows of 256 tokens, float32\n\n| mode | s per step | against plain (range) |\n|---|---|---|')

@@ -418,8 +418,8 @@ class MixtureLoader:
                            'with other sources start a new run with init_from.')
         for name, source in self.sources.items():
             if state['fingerprints'][name] != source.fingerprint():
-                raise BadInput(f"the shards of source '{name}' ({os.path.dirname(source.paths[0])}) have changed since the "
-                               'checkpoint was written. Restore them, or start a new run with init_from.')
+                raise BadInput(f"the shards of source '{name}' ({os.path.dirname(source.paths[0])}), or the rows kept of it, have changed since "
+                               'the checkpoint was written. Restore them, or start a new run with init_from.')
         self.cursors, self.dropped, self.credits, self.units = (
             {name: int(state[key][name]) for name in self.names} for key in ('cursors', 'dropped', 'credits', 'units'))
         for name, (first, n, packed) in state['verdicts'].items():

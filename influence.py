@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from common import all_reduce_sum
@@ -62,6 +63,13 @@ def whole(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def reshard(model):
+    """Shards what FSDP2 left whole: after a forward without a backward (an evaluation) the root's parameters are."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def inner(a, b):
     """Inner product of two tensors, of this rank's parts where they are sharded: () fp64, four million elements at a time."""
     a, b = (t.to_local() if isinstance(t, DTensor) else t for t in (a, b))
@@ -80,6 +88,7 @@ def stream_gradients(model, batches, layers, use):
               rank gives the same number
     Yields (loss in nats, counted tokens) of every batch, floats summed over all ranks.
     """
+    reshard(model)
     selected, grad_from = select(model, layers)
     names = {parameter: name for name, parameter in selected.items()}
     world_size = dist.get_world_size() if dist.is_initialized() else 1
@@ -104,6 +113,7 @@ def adam_scale(model, optimizers):
 
     The embedding table is left out: a rare token's moment is tiny, so it would count far too much. BadInput without AdamW.
     """
+    reshard(model)
     state = {p: s for optimizer in optimizers for p, s in optimizer.state.items()}
     scale = {}
     for name, parameter in model.named_parameters():
@@ -411,7 +421,7 @@ def row_matrix(model, batch, probe, layers):
 
     batch, probe: as for `stream_gradients`, B and Q rows. Gradients of rows exist for MATRIX_BLOCK elements of one layer at a time.
     """
-    selected, W = select(model, layers)[0], model.output_weight.detach()
+    selected, W = select(model, layers)[0], whole(model.output_weight.detach())
     head = 'embed' if model.lm_head is None else 'lm_head'
 
     def capture(rows):
@@ -421,7 +431,8 @@ def row_matrix(model, batch, probe, layers):
         def at_head(h, weight):
             flat = h.flatten(0, 1)
             if f'{head}.weight' in selected:
-                seen['head'] = h, (flat @ weight.T).logsumexp(1).view(*h.shape[:2], 1), rows[1]
+                logits = flat @ weight.T
+                seen['head'] = h, logits.to(torch.promote_types(h.dtype, torch.float32)).logsumexp(1).view(*h.shape[:2], 1), rows[1]
             return head_gradient(flat, weight, rows[1].flatten(), lambda *_: None).view_as(h)
         row_pass(model, rows, layers, lambda name, module, a, g: seen.setdefault(name, []).append((a, g)), at_head)
         return seen
@@ -432,8 +443,8 @@ def row_matrix(model, batch, probe, layers):
         if name == head and 'head' in seen:
             h, lse, targets = seen['head']
             ids = torch.arange(part.start, part.start + n, device=h.device)
-            dz = (h @ W[part].to(h.dtype).T - lse).exp().sub_((targets[..., None] == ids).to(h.dtype)).mul_((targets >= 0)[..., None])
-            G = dz.transpose(1, 2) @ h
+            dz = (h @ W[part].to(h.dtype).T - lse).exp().sub_((targets[..., None] == ids).to(lse.dtype)).mul_((targets >= 0)[..., None])
+            G = dz.to(h.dtype).transpose(1, 2) @ h
         if name == 'embed' and name in seen:
             (ids, g), = seen[name]
             here = (ids >= part.start) & (ids < part.start + n)
@@ -470,14 +481,14 @@ def datainf(model, batches, direction, lam=None):
     """The direction as DataInf bends it: the mean over rows i of (lam I + g_i g_i^T)^-1 v, for every layer by itself.
 
     Kwon et al. 2023 (arXiv:2310.00902), equation 5, with MobileLLM-R1's lam of a layer: 0.1 * mean of |g_i|^2 / its parameters.
-    g_i are the gradients of rows' mean token losses. Two passes over the rows, no gradient of a row:
+    g_i are the gradients of rows' mean token losses, of rows with counted tokens. Two passes over the rows, no gradient of a row:
     the inverse of a rank-one matrix makes it (v - mean of c_i g_i) / lam with c_i = <v, g_i> / (lam + |g_i|^2).
     batches   list as for `stream_gradients`; lam: one number for all layers, or None. Only in one process. The result is not in
               units of the probe's help; `unit` makes it so.
     """
     if dist.is_initialized():
         raise BadInput("influence_scaling = 'datainf' works in one process only. Use none or adam.")
-    dots, squares = {}, {}
+    dots, squares, counted = {}, {}, torch.cat([(targets >= 0).any(1) for _, targets, _ in batches])       # padding is no row
     for batch in batches:
         n = (batch[1] >= 0).sum(1).clamp(min=1)
         products, norms = row_products(model, batch, direction)[0], row_sqnorms(model, batch, direction.layers)
@@ -486,10 +497,9 @@ def datainf(model, batches, direction, lam=None):
             squares.setdefault(name, []).append(norms[name] / n**2)
     dots, squares = ({name: torch.cat(parts) for name, parts in d.items()} for d in (dots, squares))
     sizes = {name: sum(v.numel() for key, v in direction.v.items() if key.rpartition('.')[0] == name) for name in dots}
-    lams = {name: 0.1 * squares[name].mean().item() / sizes[name] if lam is None else lam for name in dots}
+    lams = {name: 0.1 * squares[name][counted].mean().item() / sizes[name] if lam is None else lam for name in dots}
     total = {name: torch.zeros_like(v) for name, v in direction.v.items()}
-    n_rows = len(next(iter(dots.values())))
-    start = 0
+    n_rows, start = int(counted.sum()), 0
     for batch in batches:
         part, n = slice(start, start + len(batch[0])), (batch[1] >= 0).sum(1).clamp(min=1)
         start = part.stop

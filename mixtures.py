@@ -17,7 +17,8 @@ def check_bounds(n_sources, low, high):
 def project(weights, low, high):
     """The shares clip(c * weights, low, high) that sum to 1 (dicts by source): bounds hold exactly, ratios between them stay.
 
-    Where the upper bounds sum to less than 1 they are raised alike, for then they cannot all be kept.
+    Where the upper bounds sum to less than 1 they are raised alike, for then they cannot all be kept; one must be above 0. What the
+    sources with a weight cannot take goes to the others, by the room that they have.
     """
     total = sum(high.values())
     high = {name: h / total for name, h in high.items()} if total < 1 else high
@@ -30,8 +31,10 @@ def project(weights, low, high):
         else:
             large = c
     shares = {name: min(max(large * w, low[name]), high[name]) for name, w in weights.items()}
-    free = max(shares, key=lambda name: high[name] - shares[name])
-    return {**shares, free: shares[free] + 1 - sum(shares.values())}
+    slack, rest = {name: high[name] - share for name, share in shares.items()}, 1 - sum(shares.values())
+    if sum(slack.values()) > 0:                 # rounding, or what is left when all that have a weight are at their bounds
+        shares = {name: share + rest * slack[name] / sum(slack.values()) for name, share in shares.items()}
+    return shares
 
 
 def epoch_caps(high, max_epochs, rows_read, rows_in_epoch, rows_to_come):
@@ -54,8 +57,8 @@ def update_influence(weights, r, se, state, eta, low, high, ema=0.5):
     stay as they are and log['kept'] says why.
     """
     clear = {name: value if abs(value) >= 2 * se[name] else 0.0 for name, value in r.items()}
-    before = state.get('r', clear)
-    mean = {name: (1 - ema) * before[name] + ema * clear[name] for name in r}
+    before = state.get('r', {})
+    mean = {name: (1 - ema) * before.get(name, clear[name]) + ema * clear[name] for name in r}
     log = dict(kept='')
     if all(value == 0 for value in clear.values()):
         return weights, dict(r=mean), {**log, 'kept': 'no influence is clearer than its noise'}
@@ -74,7 +77,7 @@ def update_proportional(weights, r, se, state, low, high):
     se is not used: the paper has no dead zone.
     """
     n = state.get('n', 0) + 1
-    total = {name: state.get('sum', dict.fromkeys(r, 0.0))[name] + n * value for name, value in r.items()}
+    total = {name: state.get('sum', {}).get(name, 0.0) + n * value for name, value in r.items()}
     state, helpful = dict(n=n, sum=total), {name: max(value, 0.0) for name, value in total.items()}
     if not sum(helpful.values()) > 0:
         return weights, state, dict(kept='no source has positive influence')

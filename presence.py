@@ -2,7 +2,7 @@
 
 The self-influence of a micro-batch is the squared norm s of the gradient of its mean loss, over some layers (the first block).
 With z-scores over the micro-batches of the step, micro-batch i counts softmax(tau * z)_i instead of 1 / n: tau > 0 prefers what is
-new to the model, tau < 0 what is not, tau = 0 is plain accumulation bit for bit. (Equations 7 to 9, Algorithm 2.) No second backward.
+new to the model, tau < 0 what is not, tau = 0 is plain accumulation, in one process bit for bit. (Equations 7 to 9, Algorithm 2.) No second backward.
 
 A micro-batch is the rows of all ranks together: under FSDP2 its gradient is reduced before it is weighed, so `s` is the norm of
 the whole and does not depend on how many ranks share the rows.
@@ -48,11 +48,18 @@ class MicroBatches:
               the mean cancels in a softmax: one more buffer. The first step counts all alike.
     """
 
-    def __init__(self, model, layers, mode, sigma=None):
-        """layers: those that s is taken of, as in influence.py; sigma: deviation of the step before, from a checkpoint."""
+    def __init__(self, model, layers, mode, n, saved=None):
+        """layers: those that s is taken of, as in influence.py; n: micro-batches of a step; saved: `state` of the run that goes on."""
         self.parameters, self.scored = list(model.parameters()), list(select(model, layers)[0].values())
-        self.mode, self.sigma = mode, sigma
+        self.mode, self.layers, self.n, self.sigma = mode, layers, n, saved['sigma'] if saved else None
+        if saved and (saved['n'], saved['layers']) != (n, layers):
+            raise BadInput(f"the run weighed {saved['n']} micro-batches by the layers '{saved['layers']}', it would weigh {n} by '{layers}' now. Put "
+                           'batch_size (and the number of ranks) and presence_layers back, or start a new run with init_from.')
         self.begin(0.0)
+
+    def state(self):
+        """What the coming steps depend on, for a checkpoint."""
+        return dict(n=self.n, layers=self.layers, sigma=self.sigma)
 
     def begin(self, tau):
         """A new step; every .grad is None."""
@@ -89,7 +96,7 @@ class MicroBatches:
     def finish(self):
         """Puts the weighted sum into .grad. Returns what is logged of the step; the effective number is 1 / sum of squared weights."""
         scores = torch.stack(self.scores)
-        n, mean, sigma = len(scores), scores.mean().item(), scores.std(correction=0).item()
+        mean, sigma = scores.mean().item(), scores.std(correction=0).item()
         used = self.sigma if self.mode == 'stream' else sigma if sigma > EQUAL * mean else None
         x = scores * (self.tau / used) if used else torch.zeros_like(scores)
         weights = x.softmax(0)
@@ -100,7 +107,7 @@ class MicroBatches:
             for gradients, factor in zip(self.kept[1:], factors[1:]):
                 accumulate(self.kept[0], gradients, torch.ones_like(factor), factor)
         else:
-            accumulate(self.kept[0], [], n / self.total, self.total)
+            accumulate(self.kept[0], [], len(scores) / self.total, self.total)
             self.sigma = sigma if sigma > EQUAL * mean else None
         for p, gradient in zip(self.parameters, self.kept[0]):
             p.grad = gradient

@@ -24,6 +24,8 @@ SMALL = ('last', 'first')       # layers of which a direction for every domain t
 
 def open_probe(data_dir, domain, block_size, vocab_size):
     """The probe set of a domain: data_dir/probe/<domain>, or else the split probe/ of the source of that name."""
+    if '/' in domain:
+        raise BadInput(f"probe: '{domain}' must be the name of a folder in {data_dir}/probe, without a /.")
     name = f'probe/{domain}' if os.path.isdir(os.path.join(data_dir, 'probe', domain)) or not os.path.isdir(
         os.path.join(data_dir, domain, 'probe')) else domain
     return Source(data_dir, name, 'probe', block_size, 0, vocab_size)
@@ -31,6 +33,11 @@ def open_probe(data_dir, domain, block_size, vocab_size):
 
 def domain_of(probe):
     return probe.name.split('/')[-1]
+
+
+def check_probe(weights):
+    if not weights or min(weights.values()) < 0 or sum(weights.values()) <= 0:
+        raise BadInput(f'probe = {weights}: weights must not be negative, and one must be above 0.')
 
 
 def check(config, sources, probes, interval_rows, world_size):
@@ -52,8 +59,7 @@ def check(config, sources, probes, interval_rows, world_size):
     weights, source_rows, probe_rows = config['probe'], config['influence_rows'], config['probe_rows']
     if not probes:
         raise BadInput("influence needs probe sets: --probe=\"{'math': 1.0}\" with data_dir/probe/math (prepare/probe.py makes it).")
-    if min(weights.values()) < 0 or sum(weights.values()) <= 0:
-        raise BadInput(f'probe = {weights}: weights must not be negative, and one must be above 0.')
+    check_probe(weights)
     fewest = max(4, 2 * world_size)             # every rank has a row in two batches at least
     if source_rows < fewest or probe_rows < fewest:
         raise BadInput(f'influence_rows = {source_rows} and probe_rows = {probe_rows} must be at least {fewest} on {world_size} rank(s).')
@@ -61,8 +67,11 @@ def check(config, sources, probes, interval_rows, world_size):
     if own > interval_rows:
         raise BadInput(f'a measurement reads {own:,} rows, more than the {interval_rows:,} that are trained on in between. Raise '
                        'mixture_interval, or lower influence_rows or probe_rows.')
+    if config['max_epochs'] is not None and config['max_epochs'] <= 0:
+        raise BadInput(f"max_epochs = {config['max_epochs']} must be above 0, or None for no cap.")
     unseen = probe_rows // 2 if config['select'] == 'online' else 0           # probe rows that others are compared with
-    for source, rows, what in [(s, source_rows, 'influence_rows') for s in sources] + [(p, probe_rows + unseen, 'probe_rows') for p in probes]:
+    read = sources if config['mixture'] == 'influence' or config['influence_scaling'] == 'datainf' else []
+    for source, rows, what in [(s, source_rows, 'influence_rows') for s in read] + [(p, probe_rows + unseen, 'probe_rows') for p in probes]:
         if source.n_windows < rows:
             raise BadInput(f"'{source.name}' has {source.n_windows} windows of {source.block_size} tokens, fewer than {what} = {rows}"
                            + (' (half as many again are compared with)' if unseen and what == 'probe_rows' else '')
@@ -166,8 +175,10 @@ def update(model, loader, sources, probes, config, state, step, n_steps, batch_r
     """
     start = time.perf_counter()
     key, rows = (config['seed'], step), config['influence_rows']
+    weights = {domain: weight for domain, weight in config['probe'].items() if weight > 0}       # of the others the loss is logged, no more
+    probes = [p for p in probes if domain_of(p) in weights]
     options = dict(batch_size=config['batch_size'], to_device=to_device, rank=rank, world_size=world_size)
-    directions, shares = measure_directions(model, probes, sources, config['influence_layers'], config['probe'], config['probe_rows'], rows,
+    directions, shares = measure_directions(model, probes, sources, config['influence_layers'], weights, config['probe_rows'], rows,
                                             key=key, scaling=config['influence_scaling'], optimizers=optimizers, **options)
     log = {}
     for d in directions:
@@ -180,7 +191,7 @@ def update(model, loader, sources, probes, config, state, step, n_steps, batch_r
         state, weights_log = set_weights(loader, config, state, step, (n_steps - step) * batch_rows, r, se, rank)
         log |= weights_log
         if len(directions) > 1:
-            log |= {f'mixture/influence_{name}_{domain}': float(value) for name in r for domain, value in zip(config['probe'], r[name])}
+            log |= {f'mixture/influence_{name}_{domain}': float(value) for name in r for domain, value in zip(weights, r[name])}
     if config['select'] == 'online':
         direction = directions[0] if len(directions) == 1 else joint(directions, shares)
         log |= set_verdicts(model, loader, sources, probes, direction, config, step, batch_rows, key, options)
@@ -191,15 +202,22 @@ def set_weights(loader, config, state, step, rows_to_come, r, se, rank):
     """The mixture rule: (state, metrics). r, se: as `measure_sources` gives them."""
     r, se = {name: float(x[-1]) for name, x in r.items()}, {name: float(x[-1]) for name, x in se.items()}
     before = {name: loader.weights[name] for name in r}
-    caps = mixtures.epoch_caps(config['mixture_max'], config['max_epochs'], {name: loader.cursors[name] for name in r},
+    caps = mixtures.epoch_caps(1.0, config['max_epochs'], {name: loader.cursors[name] for name in r},
                                {name: loader.sources[name].n_windows for name in r}, rows_to_come)
-    if config['influence_rule'] == 'proportional':
-        weights, state, log = mixtures.update_proportional(before, r, se, state, config['mixture_min'], caps)
+    high = {name: min(cap, config['mixture_max']) for name, cap in caps.items()}
+    if not sum(caps.values()) > 0:
+        weights, log = before, dict(kept='every source has been read max_epochs times')
+    elif config['influence_rule'] == 'proportional':
+        weights, state, log = mixtures.update_proportional(before, r, se, state, config['mixture_min'], high)
     else:
-        weights, state, log = mixtures.update_influence(before, r, se, state, config['mixture_eta'], config['mixture_min'], caps)
-    if not log['kept']:
+        weights, state, log = mixtures.update_influence(before, r, se, state, config['mixture_eta'], config['mixture_min'], high)
+    over = [name for name in r if before[name] > caps[name] + 1e-9]
+    if log['kept'] and over and sum(caps.values()) > 0:                   # nothing else moves, but max_epochs holds
+        weights = mixtures.project(before, dict.fromkeys(r, 0.0), caps)
+        log['kept'] += f"; but for max_epochs of {', '.join(over)}"
+    if weights is not before:
         loader.set_weights({**dict.fromkeys(loader.names, 0.0), **weights})
-    elif rank == 0:
+    if log['kept'] and rank == 0:
         tqdm.write(f"step {step}: the weights stay as they are, {log['kept']}")
     return state, {**{f'mixture/influence_{name}': value for name, value in r.items()},
                    **{f'mixture/influence_se_{name}': value for name, value in se.items()},

@@ -16,7 +16,7 @@ import reweight
 import selection
 from common import pick_dtype, start_ranks, tune_malloc
 from configurator import BadInput
-from data import Source, common_tokenizer
+from data import Source, common_tokenizer, document_ids
 from hf import open_model
 from influence import mean_and_error
 from validate import row_losses
@@ -29,6 +29,7 @@ def open_all(path, config, device, source_names):
     length, data_dir = config['block_size'] or about['context'], config['data_dir']
     if not config['probe']:
         raise BadInput("--probe is missing: --probe=\"{'math': 1.0}\" with data_dir/probe/math.")
+    reweight.check_probe(config['probe'])
     sources = [Source(data_dir, name.strip(), 'train', length, 0, about['model'].vocab_size) for name in source_names]
     probes = [reweight.open_probe(data_dir, domain, length, about['model'].vocab_size) for domain in config['probe']]
     made_with = common_tokenizer(sources + probes)
@@ -39,9 +40,13 @@ def open_all(path, config, device, source_names):
             raise BadInput(f"{what} = {config[what]} must be at least 4 and at most what '{source.name}' has, {source.n_windows} windows of "
                            f'{length} tokens.')
 
+    of_run = about['state']['config'] if about['checkpoint'] else None          # None for an imported model
+    bos_id = made_with['bos_id'] if of_run and of_run['document_mask'] else None
+
     def to_device(ids):
         ids = torch.from_numpy(ids).to(device)
-        return ids[:, :-1], ids[:, 1:].long(), None
+        inputs = ids[:, :-1]
+        return inputs, ids[:, 1:].long(), None if bos_id is None else document_ids(inputs, bos_id)
     if sources:
         reweight.check_texts(probes, sources, [], made_with and made_with['bos_id'], device)
     return model, about, sources, probes, to_device
@@ -89,7 +94,8 @@ def make_loo(path, config, device, autocast):
         raise BadInput("--without is missing: the runs that each left a source out, --without=\"{'code': 'out/no_code'}\".")
     found, r, se = {}, {}, {}
     for name, where in {'': path, **config['without']}.items():
-        model, _, _, probes, to_device = open_all(where, config, device, [])
+        model, about, _, probes, to_device = open_all(where, config, device, [])
+        config = {**config, 'block_size': config['block_size'] or about['context']}         # the first one's: all on the same rows
         with autocast:
             found[name] = [row_losses(model, p, config['probe_rows'], config['batch_size'], to_device) for p in probes]
     for name in config['without']:
@@ -118,7 +124,8 @@ def make_scores(path, config, device, autocast, rank, world_size):
         for source in sources:
             folder = os.path.join(config['data_dir'], source.name, config['scores'])
             made = dict(ckpt=path, step=about['state']['step'] if about['checkpoint'] else None, block_size=source.block_size, shards=source.fingerprint(),
-                        **{key: config[key] for key in ('layers', 'scaling', 'probe', 'probe_rows', 'seed')})
+                        **{key: config[key] for key in ('layers', 'scaling', 'probe', 'probe_rows', 'seed')},
+                        datainf=[config['sources'], config['rows']] if config['scaling'] == 'datainf' else None)
             selection.write_scores(folder, made, reference, source, lambda cursors: selection.score_rows(
                 model, source, cursors, direction, config['batch_size'], to_device), rank, world_size)
             if world_size == 1:
@@ -133,12 +140,16 @@ def run(command, config):
     tune_malloc()
     dtype, _ = pick_dtype(config['dtype'], device)
     autocast = contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+    if config['batch_size'] < 1 or config['seed'] < 0:
+        raise BadInput(f"batch_size = {config['batch_size']} must be at least 1 and seed = {config['seed']} not negative.")
     os.makedirs(config['out'], exist_ok=True)
     if command == 'score':
         make_scores(config['ckpt'], config, device, autocast, rank, world_size)
     elif world_size > 1:
         raise BadInput(f'influence.py {command} works in one process; start it without torchrun.')
     elif command == 'table':
-        make_table([path for part in config['ckpt'].split(',') for path in sorted(glob.glob(part)) or [part]], config, device, autocast)
+        paths = [path for part in config['ckpt'].split(',')
+                 for path in [p for p in sorted(glob.glob(part)) if os.path.isdir(p) and not p.endswith('.tmp')] or [part]]
+        make_table(paths, config, device, autocast)
     else:
         make_loo(config['ckpt'], config, device, autocast)

@@ -141,7 +141,7 @@ for _name, _allowed in (('optimizer', ('adamw', 'muon')), ('schedule', ('linear'
 _bounds = {**dict.fromkeys(('block_size', 'batch_size', 'total_batch_tokens', 'log_interval', 'eval_interval', 'eval_rows', 'eval_tasks_interval',
                             'save_interval', 'mixture_interval'), (1, math.inf)),
            **dict.fromkeys(('keep_last', 'warmup_steps', 'weight_decay', 'adam_eps', 'grad_clip', 'learning_rate', 'sample_tokens'), (0, math.inf)),
-           'beta1': (0, 0.9999), 'beta2': (0, 0.999999), 'min_lr_frac': (0, 1), 'decay_frac': (1e-9, 1), 'select_keep': (1e-9, 1)}
+           'seed': (0, math.inf), 'beta1': (0, 0.9999), 'beta2': (0, 0.999999), 'min_lr_frac': (0, 1), 'decay_frac': (1e-9, 1), 'select_keep': (0.01, 1)}
 for _name, (_low, _high) in _bounds.items():
     if not _low <= config[_name] <= _high:
         raise BadInput(f'{_name} = {config[_name]} must be at least {_low:g}' + (f' and at most {_high:g}.' if math.isfinite(_high) else '.'))
@@ -283,13 +283,13 @@ if optimizer == 'muon':     # the update is scaled to AdamW's RMS, so one learni
                                        adjust_lr_fn='match_rms_adamw'))
 
 # -- init_from, resume -------------------------------------------------------------------------------------------------
-first_step, mixture_state, sigma = 0, {}, None
+first_step, mixture_state, presence_state = 0, {}, None
 if found is not None:
     saved = checkpoint.read_state(found)
     if saved['config'] is None:
         raise BadInput(f"'{out_dir}' is an imported model, no run that could go on. Train it with --init_from={out_dir} and another --out_dir.")
     checkpoint.check_same_model(found, asdict(ModelConfig(**saved['model'])), asdict(model_config))
-    for _name in ('seed', 'block_size', 'total_batch_tokens', 'optimizer', 'mixture', 'presence', 'select'):
+    for _name in ('seed', 'block_size', 'total_batch_tokens', 'optimizer', 'mixture', 'presence', 'select', 'select_scores', 'select_margin', 'select_keep'):
         if saved['config'][_name] != config[_name]:
             raise BadInput(f"{_name} was {saved['config'][_name]!r} in {found}, it is {config[_name]!r} now; a resumed run cannot "
                            'change it. Put it back, or start a new run with init_from.')
@@ -300,7 +300,7 @@ if found is not None:
     if saved['config']['sources'] != sources:                  # other start weights were asked for: they are in force from here
         loader.set_weights(sources)
     _note = checkpoint.load(found, model, optimizers)
-    first_step, mixture_state, sigma = saved['step'], saved['mixture_state'], saved['presence_sigma']
+    first_step, mixture_state, presence_state = saved['step'], saved['mixture_state'], saved['presence_state']
     _changed = [k for k in config if k not in ('resume', 'out_dir') and saved['config'].get(k) != config[k]]
     if is_master:
         print(f'resume: {found}, step {first_step}' + (f'; changed since: {", ".join(_changed)}' if _changed else ''))
@@ -327,7 +327,6 @@ if is_master:
     if tokenizer is not None:
         save_tokenizer(out_dir, tokenizer)
     metrics_log = MetricsLog(out_dir, first_step, config, wandb_mode, wandb_project)
-    metrics_log.write(first_step, kept_shares)
 barrier()
 
 
@@ -360,7 +359,7 @@ def save(step):
     """A checkpoint of the run before `step` is trained."""
     checkpointer.save(step, model, optimizers, dict(
         config=config, model=asdict(model_config), loader=loader.state_dict(), tokenizer=tokenizer and tokenizer.fingerprint,
-        context=block_size, mixture_state=mixture_state, presence_sigma=micro and micro.sigma))
+        context=block_size, mixture_state=mixture_state, presence_state=micro and micro.state()))
 
 
 stop_signal, stop_time = 0, 0.0
@@ -381,7 +380,7 @@ for _number in (signal.SIGTERM, signal.SIGINT):
 
 # -- the loop ----------------------------------------------------------------------------------------------------------
 parameters = list(model.parameters())
-micro = self_influence.MicroBatches(model, presence_layers, presence, sigma) if presence != 'off' else None
+micro = self_influence.MicroBatches(model, presence_layers, presence, grad_accum, presence_state) if presence != 'off' else None
 my_rows = rows_of_rank(batch_rows, batch_size, rank, world_size)
 first_reweighting = max(1, max(warmup_steps, n_steps // 20) if mixture_warmup is None else mixture_warmup)
 last_saved, drawn_before = first_step if found else None, loader.drawn()
@@ -399,16 +398,17 @@ for step in range(first_step, n_steps + 1):
         last_saved = step
     if stopping:
         break
-    news, benchmark_now = {}, benchmarks and (step % eval_tasks_interval == 0 or step == n_steps)
+    news, benchmark_now = kept_shares if step == first_step else {}, benchmarks and (step % eval_tasks_interval == 0 or step == n_steps)
     if step % eval_interval == 0 or step == n_steps or benchmark_now:
         model.eval()
-        news = evaluate() | (run_benchmarks() if benchmark_now else {})
+        news = news | evaluate() | (run_benchmarks() if benchmark_now else {})
         model.train()
     if measures and first_reweighting <= step < n_steps and step % mixture_interval == 0:
+        checkpointer.finish()                                  # an error in there must not cost the checkpoint that is being written
         with autocast:
             mixture_state, measured = reweight.update(model, loader, active, probes, config, mixture_state, step, n_steps, batch_rows,
                                                       optimizers, to_device, rank, world_size)
-        news |= measured
+        news = news | measured
     if news:
         if is_master:
             metrics_log.write(step, news)

@@ -189,7 +189,8 @@ def test_datainf_equals_dense_inverses(changes, layers):
     model = tiny(**{**changes, 'n_embd': 8, 'ffn_dim': 12, 'vocab_size': 29})
     parts = batches(2, rows=3, length=9, seed=7, vocab_size=29)
     direction = influence.probe_direction(model, {'x': twice(batches(2, seed=1, vocab_size=29))}, layers)
-    bent = influence.datainf(model, parts, direction)
+    padding = tuple(torch.full_like(t, -1) if i == 1 else t for i, t in enumerate(parts[1]))
+    bent = influence.datainf(model, [*parts, padding], direction)             # rows without a counted token are none
     gradients = [{n: t / (targets >= 0).sum() for n, t in g.items()} for batch in parts
                  for g, targets in zip(row_gradients(model, batch, layers), batch[1])]
     for module in {n.rpartition('.')[0] for n in direction.v}:
@@ -355,12 +356,17 @@ def sharded_results(shard, mine, gather):
         optimizer = torch.optim.AdamW(model.parameters())
         shard(model)
         source, batch = mine(batches(4, seed=5)), mine(batches(1, rows=6, seed=6))[0]
+        with torch.no_grad():
+            model.loss(batch[0], batch[1])                      # an evaluation: FSDP2 leaves the root's parameters whole after it
         direction = influence.probe_direction(model, dict(x=mine(twice(batches(2, seed=1)))), layers)
         result[f'{layers} sources'] = influence.group_influence(model, dict(a=source), direction)
         result[f'{layers} rows'] = gather(influence.row_influence(model, batch, direction)[0]).tolist()
         result[f'{layers} norms'] = gather(influence.ghost_sqnorm(model, batch, layers)).tolist()
+        matrix = influence.row_matrix(model, batch, batch, layers)
+        result[f'{layers} matrix'] = gather(matrix if len(matrix) == 3 else torch.stack([matrix[i, i % 2::2] for i in range(6)])).tolist()
         for mode in ('store', 'stream'):
-            micro = presence.MicroBatches(model, layers if layers != 'last' else 'first', mode, sigma=1e-3)
+            scored = layers if layers != 'last' else 'first'
+            micro = presence.MicroBatches(model, scored, mode, 4, dict(n=4, layers=scored, sigma=1e-3))
             micro.begin(1.0)
             parts, optimizer = batches(4, rows=4, seed=8), torch.optim.AdamW(model.parameters(), lr=1e-2)
             n = [(targets >= 0).sum().item() for _, targets, _ in parts]
@@ -373,6 +379,8 @@ def sharded_results(shard, mine, gather):
             optimizer.step()
             optimizer.zero_grad()
         if layers != 'embedding+head':
+            with torch.no_grad():
+                model.loss(batch[0], batch[1])
             scaled = influence.probe_direction(model, dict(x=mine(twice(batches(2, seed=1)))), layers, scale=influence.adam_scale(model, [optimizer]))
             result[f'{layers} adam'] = influence.group_influence(model, dict(a=source), scaled)
     return result
@@ -384,7 +392,7 @@ def test_two_ranks_equal_one(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout.split('RESULT')[1].splitlines()[0])
     expected = json.loads(json.dumps(sharded_results(lambda model: None, lambda parts: parts, lambda rows: rows)))
-    assert found.keys() == expected.keys() and len(found) == 31
+    assert found.keys() == expected.keys() and len(found) == 35
 
     def same(a, b, where):
         if isinstance(a, dict):
@@ -435,6 +443,8 @@ def test_bounds_hold_after_normalisation():
         free = [i for i in new if low + 1e-9 < new[i] < high[i] - 1e-9 and weights[i] > 1e-9]
         if len(free) > 1:
             assert np.ptp([new[i] / weights[i] for i in free]) < 1e-6 * new[free[0]] / weights[free[0]]
+    left = mixtures.project(dict(a=1.0, b=0.0, c=0.0), dict.fromkeys('abc', 0.1), dict.fromkeys('abc', 0.6))      # a cannot take all
+    assert left == pytest.approx(dict(a=0.6, b=0.2, c=0.2))
     capped = mixtures.project(dict(a=0.5, b=0.5), dict(a=0.1, b=0.1), dict(a=0.2, b=0.3))      # caps that cannot all be kept
     assert capped == pytest.approx(dict(a=0.4, b=0.6))
     with pytest.raises(BadInput, match='leave no room'):
@@ -538,12 +548,23 @@ def test_a_run_killed_within_an_update_resumes_to_the_same_weights(probed_data, 
 
 
 def test_two_ranks_reweight_as_one(probed_data, tmp_path):
-    one = train(tmp_path / 'one', probed_data, **{**KNOBS, 'max_steps': 34})
-    two = train(tmp_path / 'two', probed_data, ranks=2, **{**KNOBS, 'max_steps': 34, 'batch_size': 2})
+    knobs = {**KNOBS, 'max_steps': 34, 'eval_interval': 8}      # an evaluation before every measurement
+    one = train(tmp_path / 'one', probed_data, **knobs)
+    two = train(tmp_path / 'two', probed_data, ranks=2, **{**knobs, 'batch_size': 2})
     for at in (16, 24, 32):
         for name in ('a', 'b', 'random'):
             assert two[at][f'mixture/weight_{name}'] == pytest.approx(one[at][f'mixture/weight_{name}'], rel=0.05)
     assert one[16]['mixture/influence_a'] == pytest.approx(two[16]['mixture/influence_a'], rel=1e-3)
+
+
+def test_no_source_is_read_more_often_than_max_epochs(probed_data, tmp_path):
+    """1,249 windows each, 16 rows a step: the caps of 0.2 epochs bind, at last all of them; a resumed run may switch a source on."""
+    by_step = train(tmp_path / 'run', probed_data, **{**KNOBS, 'max_epochs': 0.2, 'mixture_min': 0.0, 'max_steps': 40})
+    assert max(by_step[39][f'mixture/epochs_{n}'] for n in ('a', 'b', 'random')) < 0.23
+    beyond = train(tmp_path / 'beyond', probed_data, **{**KNOBS, 'max_epochs': 0.1})       # less than all the run reads: no weights are left to give
+    assert beyond[63]['mixture/epochs_a'] > 0.1 and beyond[40]['mixture/asked_a'] == pytest.approx(beyond[56]['mixture/asked_a'])
+    switched = train(tmp_path / 'run', probed_data, resume=True, **{**KNOBS, 'mixture_min': 0.0, 'sources': {'a': 1.0, 'b': 0.0, 'random': 1.0}})
+    assert switched[63]['mixture/drawn_b'] == 0
 
 
 @pytest.mark.parametrize('changes', [dict(influence_rule='proportional', mixture_min=0.0, mixture_max=1.0), dict(influence_scaling='adam', influence_layers='all'),
@@ -558,6 +579,7 @@ def test_other_ways_to_measure_and_to_weigh_move_the_weights(probed_data, tmp_pa
     (dict(influence_scaling='adagrad'), 'none, adam, datainf'), (dict(influence_scaling='adam', optimizer='muon'), "AdamW's moments"),
     (dict(influence_rule='greedy'), 'step, proportional'), (dict(select='all'), 'none, online, scores'), (dict(select='scores'), 'holds no scores'),
     (dict(select='online', mixture='fixed', probe_rows=300, mixture_interval=64), 'half as many again'), (dict(select_keep=0.0), 'select_keep'),
+    (dict(max_epochs=0.0), 'max_epochs = 0.0'), (dict(seed=-1), 'seed = -1'), (dict(probe={'a/kind': 1.0}), 'without a /'),
     (dict(probe={}), 'needs probe sets'), (dict(probe={'nothing': 1.0}), "probe/nothing does not exist"), (dict(influence_layers='middle'), 'last, all, first'),
     (dict(mixture_interval=2), 'more than the 32 that are trained on'), (dict(mixture_min=0.4), 'leave no room'), (dict(probe_rows=500, mixture_interval=64), 'fewer than probe_rows'),
     (dict(influence_rows=2), 'at least 4'), (dict(probe={'kind': -1.0}), 'not be negative')])
@@ -571,7 +593,8 @@ def test_every_rank_needs_rows():
     source = Source.__new__(Source)
     source.name, source.n_windows = 'a', 1000
     config = dict(mixture='influence', select='none', influence_scaling='none', influence_rule='step', influence_layers='last', optimizer='adamw',
-                  probe={'a': 1.0}, influence_rows=16, probe_rows=16, mixture_min=0.0, mixture_max=1.0)
+                  probe={'a': 1.0}, influence_rows=16, probe_rows=16, mixture_min=0.0, mixture_max=1.0,
+                  max_epochs=4.0)
     assert reweight.check(config, [source], [source], 1000, world_size=8)
     with pytest.raises(BadInput, match='at least 32 on 16 rank'):
         reweight.check(config, [source], [source], 1000, world_size=16)

@@ -14,7 +14,7 @@ from hf import open_model
 
 def accumulate(model, parts, mode, tau, sigma=None):
     """One step of micro-batches: (what finish logs, name -> gradient, the object)."""
-    micro = presence.MicroBatches(model, 'first', mode, sigma)
+    micro = presence.MicroBatches(model, 'first', mode, len(parts), dict(n=len(parts), layers='first', sigma=sigma))
     micro.begin(tau)
     n = [(targets >= 0).sum().item() for _, targets, _ in parts]
     for (inputs, targets, doc_ids), tokens in zip(parts, n):
@@ -89,6 +89,8 @@ def test_in_a_training_run(tiny_data, tmp_path, mode):
     whole = train(tmp_path / 'whole', tiny_data, **cut)
     train(tmp_path / 'cut', tiny_data, **{**cut, 'max_steps': 8})
     resumed = train(tmp_path / 'cut', tiny_data, **cut, resume=True)
+    with pytest.raises(BadInput, match='8 micro-batches'):
+        train(tmp_path / 'cut', tiny_data, **{**cut, 'batch_size': 4, 'max_steps': 13}, resume=True)
     for s in (8, 11):
         assert {k: v for k, v in resumed[s].items() if k.startswith(('train/loss', 'presence'))} == {
             k: v for k, v in whole[s].items() if k.startswith(('train/loss', 'presence'))}

@@ -358,4 +358,6 @@ def test_tiny_ablations_run(tmp_path, name, key):
                  eval_rows=8, probe_rows=16, influence_rows=8, eval_interval=13)
     assert run_here(['train.py', f'config/ablation/{name}.py', 'config/ablation/tiny.py', *(f'--{k}={v}' for k, v in knobs.items())]) == 0
     m = metrics(tmp_path / 'run')
+    if name == 'presence_two_stage':                 # a tenth of the run
+        assert [m[s]['presence/tau'] for s in (0, 1)] == [1, -1]
     assert any(key in record for record in m.values()) and m[13]['val/loss'] < m[0]['val/loss']

@@ -6,7 +6,6 @@ sources = {'dclm': 0.25, 'fineweb_edu': 0.30, 'github_code': 0.15, 'finemath': 0
 presence = 'store'
 presence_tau = 1.0
 presence_schedule = 'two_stage'
-presence_switch = 500
 block_size = 2048
 batch_size = 4
 total_batch_tokens = 32 * 2048
