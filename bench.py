@@ -349,7 +349,8 @@ def bench_influence():
     for shape, length in ((dict(), 256), (dict(vocab_size=49152, n_layer=n_layer, n_head=9, n_kv_head=3, n_embd=576, ffn_dim=1536), 64)):
         model, optimizer, rows = small_model(length, **shape)
         parts = [rows(16), rows(16)]
-        probe = {domain: [rows(16) for _ in range(4)] + [rows(n)] for domain, n in (('code', 2), ('math', 3), ('web', 3))}
+        one = rows(16)                                         # again and again: batches that agree
+        probe = {domain: [one] * 4 + [rows(n)] for domain, n in (('code', 2), ('math', 3), ('web', 3))}
         sources = [[rows(4) for _ in range(8)] for _ in range(5)]
 
         def measure(layers):

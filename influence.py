@@ -125,12 +125,15 @@ def adam_scale(model, optimizers):
     return scale
 
 
-def probe_direction(model, probe, layers='last', weights=None, scale=None):
-    """The direction that lowers the probe's loss: the sum over domains of share * mean gradient / its squared norm.
+def probe_direction(model, probe, layers='last', weights=None, scale=None, units='loss'):
+    """The direction that lowers the probe's loss, in units of the probe's own help.
 
     probe     domain -> batches as for `stream_gradients`, at least two. The squared norm is the mean inner product of different
               batches, free of the noise that a gradient's product with itself has.
     weights   domain -> weight; None: alike
+    units     'loss': influence on the weighted mean of the domains' losses, so a domain with much left to learn (a large gradient)
+              counts more; 'own': the weighted mean of the influences on the domains, each in units of its own help. Of one
+              domain both are the same: its mean gradient / its squared norm.
     scale     `adam_scale`: gradients are divided by the root of the moment; None: they are taken as they are
     RunFault when a domain's batches disagree. Holds one gradient besides the result while it works.
     """
@@ -163,10 +166,13 @@ def probe_direction(model, probe, layers='last', weights=None, scale=None):
             raise RunFault(f"the batches of the probe set '{domain}' disagree (mean inner product {den[domain]:.3g}): it is too small to "
                            'measure influence on. Raise probe_rows, or make the probe set larger.')
         reliability[domain] = den[domain] / (norm / tokens**2)
-        share = weights[domain] / sum(weights.values()) / den[domain] / tokens
+        share = weights[domain] / sum(weights.values()) / tokens / (den[domain] if units == 'own' else 1)
         for name in list(total):
             part = scaled(name, total.pop(name)).mul_(share)
             v[name] = v[name].add_(part) if name in v else part
+    if units == 'loss':
+        unit_help = sum(weights[domain] * den[domain] for domain in probe) / sum(weights.values())
+        v = {name: tensor.div_(unit_help) for name, tensor in v.items()}
     return Direction(v, den, reliability, loss, layers)
 
 

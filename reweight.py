@@ -17,7 +17,7 @@ from configurator import BadInput
 from data import Source, peculiarities, shared_documents
 from influence import Direction, adam_scale, check_layers, datainf, mean_and_error, probe_direction, source_products, unit
 
-MIXTURES = ('fixed', 'influence')
+MIXTURES, UNITS = ('fixed', 'influence'), ('loss', 'own')
 SCALINGS, RULES, SELECTIONS = ('none', 'adam', 'datainf'), ('step', 'proportional'), ('none', 'online', 'scores')
 SMALL = ('last', 'first')       # layers of which a direction for every domain takes little memory; of the others there is one for all
 
@@ -45,7 +45,7 @@ def check(config, sources, probes, interval_rows, world_size):
 
     config: train.py's knobs; sources, probes: lists of Source; interval_rows: rows that are trained on between two measurements.
     """
-    for name, allowed in (('influence_scaling', SCALINGS), ('influence_rule', RULES), ('select', SELECTIONS)):
+    for name, allowed in (('influence_scaling', SCALINGS), ('influence_units', UNITS), ('influence_rule', RULES), ('select', SELECTIONS)):
         if config[name] not in allowed:
             raise BadInput(f"{name} = '{config[name]}' must be one of {', '.join(allowed)}.")
     measures = config['mixture'] == 'influence' or config['select'] == 'online'
@@ -131,11 +131,11 @@ def joint(directions, shares):
 
 
 def measure_directions(model, probes, sources, layers, weights, probe_rows, source_rows, batch_size, key, to_device, rank=0, world_size=1,
-                       scaling='none', optimizers=(), apart=False):
+                       scaling='none', units='loss', optimizers=(), apart=False):
     """Directions of the probe sets and what each counts: (list of Direction, list of shares that sum to 1).
 
     probes, sources: lists of Source; weights: domain -> weight; key: tuple of ints that the choice of rows is made by. One direction
-    per domain where apart is True or they are small, else one for all. scaling 'datainf' takes the rows of the sources as well.
+    per domain where apart is True or they are small, else one for all. units: as in `probe_direction`. scaling 'datainf' takes the rows of the sources as well.
     """
     options = dict(batch_size=batch_size, to_device=to_device, rank=rank, world_size=world_size)
     rows = {domain_of(p): chosen_windows(p, probe_rows, (*key, 0, i)) for i, p in enumerate(probes)}
@@ -144,8 +144,9 @@ def measure_directions(model, probes, sources, layers, weights, probe_rows, sour
     batches = {domain_of(p): batches_of(p, first[domain_of(p)], 4, **options) for p in probes}
     together = not apart and layers not in SMALL and scaling != 'datainf'
     groups = [weights] if together else [{domain: 1.0} for domain in weights]
-    directions = [probe_direction(model, {domain: batches[domain] for domain in group}, layers, group, scale) for group in groups]
-    shares = [1.0] if together else [weight / sum(weights.values()) for weight in weights.values()]
+    directions = [probe_direction(model, {domain: batches[domain] for domain in group}, layers, group, scale, units) for group in groups]
+    counts = [1.0] if together else [weight * (d.den[domain] if units == 'loss' else 1) for (domain, weight), d in zip(weights.items(), directions)]
+    shares = [count / sum(counts) for count in counts]
     if scaling == 'datainf':
         fisher = [b for i, s in enumerate(sources) for b in batches_of(s, chosen_windows(s, source_rows, (*key, 1, i)), 1, **options)]
         by_domain = {domain_of(p): p for p in probes}
@@ -179,7 +180,8 @@ def update(model, loader, sources, probes, config, state, step, n_steps, batch_r
     probes = [p for p in probes if domain_of(p) in weights]
     options = dict(batch_size=config['batch_size'], to_device=to_device, rank=rank, world_size=world_size)
     directions, shares = measure_directions(model, probes, sources, config['influence_layers'], weights, config['probe_rows'], rows,
-                                            key=key, scaling=config['influence_scaling'], optimizers=optimizers, **options)
+                                            key=key, scaling=config['influence_scaling'], units=config['influence_units'],
+                                            optimizers=optimizers, **options)
     log = {}
     for d in directions:
         log |= {f'probe/reliability_{domain}': value for domain, value in d.reliability.items()}

@@ -23,7 +23,6 @@ from dataclasses import asdict, fields
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 import checkpoint
@@ -34,6 +33,7 @@ from common import (MetricsLog, all_reduce_sum, barrier, device_name, leave_rank
                     tune_malloc)
 from configurator import BadInput, RunFault, configure
 from data import MixtureLoader, Source, common_tokenizer, document_ids, rows_of_rank
+from influence import whole
 from model import GPT, ModelConfig, count_parameters, flops_per_token, init_weights
 from validate import row_losses
 
@@ -76,6 +76,7 @@ probe_rows = 64                         # rows of every probe set, a new choice 
 influence_rows = 32                     # rows of every source, likewise
 influence_layers = 'last'               # parameters that influence is measured on: last | all | first | embedding+head
 influence_scaling = 'none'              # gradients as they are, divided by Adam's root of the moment, or DataInf: none | adam | datainf
+influence_units = 'loss'                # several domains: influence on their mean loss | own: mean of what each gains relative to itself
 influence_rule = 'step'                 # step (mixture_eta) | proportional (weight = mean influence, as MobileLLM-R1)
 select = 'none'                         # rows dropped for low influence: none | online (by the model as it is) | scores (files)
 select_scores = 'scores'                # select='scores': folder in every source's, written by influence.py score
@@ -438,9 +439,7 @@ for step in range(first_step, n_steps + 1):
         if micro:                                              # takes the gradient away; `finish` puts the weighted sum in its place
             micro.add(n_tokens[micro_step] / n_valid)
     presence_metrics = micro.finish() if micro else {}
-    grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters], foreach=True)
-    if isinstance(grad_norm, DTensor):
-        grad_norm = grad_norm.full_tensor()
+    grad_norm = whole(torch.nn.utils.get_total_norm([p.grad for p in parameters], foreach=True))
     loss_sum, n_hits = all_reduce_sum((loss_sum, n_hits), device)
     if not math.isfinite(loss_sum) or not math.isfinite(grad_norm.item()):
         rows = {name: int((source_index == i).sum()) for i, name in enumerate(loader.names)}

@@ -33,7 +33,7 @@ text = ''                        # folder with train/*.jsonl.gz, val/ and probes
 tokenizer = ''                   # its tokenizer's folder
 out = 'out/closed_loop'          # prepared data and runs; a run that is there is not made again
 seeds = [0, 1, 2]                # of initial weights and data order
-arms = ['uniform', 'math', 'joint', 'joint_faster', 'shuffled_probe', 'oracle']      # of ARMS
+arms = ['uniform', 'math', 'joint', 'joint_own', 'shuffled_probe', 'oracle']      # of ARMS
 jobs = 2                         # runs at the same time, of one thread each
 configure(globals(), verbose=False)
 
@@ -43,7 +43,7 @@ JOINT = {'code': 1.0, 'web': 1.0, 'math': 1.0}
 ARMS = {'uniform': dict(), 'oracle': dict(sources={**dict.fromkeys(SOURCES, 0.0), **dict.fromkeys(DOMAINS, 1.0)}),
         'math': dict(mixture='influence', probe={'math': 1.0}), 'joint': dict(mixture='influence', probe=JOINT),
         'shuffled_probe': dict(mixture='influence', probe={'shuffled': 1.0}),
-        'joint_faster': dict(mixture='influence', probe=JOINT, mixture_eta=0.43),           # ln(400) / number of re-weightings
+        'joint_own': dict(mixture='influence', probe=JOINT, influence_units='own'),
         'joint_all': dict(mixture='influence', probe=JOINT, influence_layers='all'),
         'math_all': dict(mixture='influence', probe={'math': 1.0}, influence_layers='all'),
         'math_adam': dict(mixture='influence', probe={'math': 1.0}, influence_layers='all', influence_scaling='adam'),

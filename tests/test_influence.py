@@ -70,13 +70,13 @@ def twice(parts):
     return parts + parts
 
 
-@pytest.mark.parametrize('layers', influence.LAYERS)
+@pytest.mark.parametrize('layers, units', [*zip(influence.LAYERS, ('loss', 'own') * 2), ('last', 'own'), ('all', 'loss')])
 @pytest.mark.parametrize('changes', SHAPES)
-def test_influence_equals_row_by_row_gradients(changes, layers):
+def test_influence_equals_row_by_row_gradients(changes, layers, units):
     model = tiny(**changes)
     probe = {'code': twice(batches(2, seed=1)), 'math': twice(batches(3, rows=3, seed=3))}
     sources = {'a': batches(4, seed=5), 'b': batches(5, rows=3, seed=6)}
-    direction = influence.probe_direction(model, probe, layers, {'code': 1.0, 'math': 3.0})
+    direction = influence.probe_direction(model, probe, layers, {'code': 1.0, 'math': 3.0}, units=units)
     r, se, loss = influence.group_influence(model, sources, direction)
     den, mean = {}, {}
     for domain, parts in probe.items():          # the mean product of different batches, by hand
@@ -89,7 +89,10 @@ def test_influence_equals_row_by_row_gradients(changes, layers):
         assert direction.reliability[domain] == pytest.approx(den[domain] / inner(mean[domain], mean[domain]), rel=1e-9)
     for name, parts in sources.items():
         g = brute_force(model, parts, layers)
-        expected = sum(share * inner(g, mean[domain]) / den[domain] for share, domain in ((0.25, 'code'), (0.75, 'math')))
+        shares = {'code': 0.25, 'math': 0.75}
+        if units == 'loss':                                      # of the mean loss: domains count by their gradients
+            shares = {d: share * den[d] / (0.25 * den['code'] + 0.75 * den['math']) for d, share in shares.items()}
+        expected = sum(share * inner(g, mean[domain]) / den[domain] for domain, share in shares.items())
         assert r[name] == pytest.approx(expected, rel=1e-9, abs=1e-12) and se[name] > 0
     assert all(p.grad is None for p in model.parameters())
     parts = sources['a']
@@ -576,7 +579,7 @@ def test_other_ways_to_measure_and_to_weigh_move_the_weights(probed_data, tmp_pa
 
 
 @pytest.mark.parametrize('changes, message', [
-    (dict(influence_scaling='adagrad'), 'none, adam, datainf'), (dict(influence_scaling='adam', optimizer='muon'), "AdamW's moments"),
+    (dict(influence_scaling='adagrad'), 'none, adam, datainf'), (dict(influence_units='both'), 'loss, own'), (dict(influence_scaling='adam', optimizer='muon'), "AdamW's moments"),
     (dict(influence_rule='greedy'), 'step, proportional'), (dict(select='all'), 'none, online, scores'), (dict(select='scores'), 'holds no scores'),
     (dict(select='online', mixture='fixed', probe_rows=300, mixture_interval=64), 'half as many again'), (dict(select_keep=0.0), 'select_keep'),
     (dict(max_epochs=0.0), 'max_epochs = 0.0'), (dict(seed=-1), 'seed = -1'), (dict(probe={'a/kind': 1.0}), 'without a /'),
@@ -592,7 +595,7 @@ def test_bad_settings(probed_data, tmp_path, changes, message):
 def test_every_rank_needs_rows():
     source = Source.__new__(Source)
     source.name, source.n_windows = 'a', 1000
-    config = dict(mixture='influence', select='none', influence_scaling='none', influence_rule='step', influence_layers='last', optimizer='adamw',
+    config = dict(mixture='influence', select='none', influence_scaling='none', influence_units='loss', influence_rule='step', influence_layers='last', optimizer='adamw',
                   probe={'a': 1.0}, influence_rows=16, probe_rows=16, mixture_min=0.0, mixture_max=1.0,
                   max_epochs=4.0)
     assert reweight.check(config, [source], [source], 1000, world_size=8)
