@@ -1,6 +1,6 @@
 """Does re-weighting help? train.py on real text with junk among the sources, arm by arm and seed by seed; the tables of RESULTS.md.
 
-    python tests/closed_loop.py --text=folder --tokenizer=folder/tokenizers/bpe8k            # about 15 minutes for a seed on two cores
+    python tests/closed_loop.py --text=folder --tokenizer=folder/tokenizers/bpe8k            # about 15 minutes for a seed on two idle cores
 
 A model of 4 layers and width 128 (vocabulary 8,192) trains for 400 steps of 24 rows of 128 tokens on six sources that have equal
 weights at first: code, web_edu, math and papers, math with the tokens of every document shuffled, and random tokens.
