@@ -342,7 +342,6 @@ def in_turns(jobs, warm_up=True):
 
 def bench_influence():
     """One measurement of sources, single rows against forward and backward, and memory."""
-    import torch
     from influence import ghost_sqnorm, probe_direction, row_influence, row_matrix, source_products
     print('influence: float32\n\n| parameters | tokens of a row | layers | a step of 32 rows, s | a measurement, s | share of 250 steps (range) |\n'
           '|---|---|---|---|---|---|')
