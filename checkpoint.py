@@ -27,6 +27,10 @@ from configurator import BadInput, RunFault
 
 warnings.filterwarnings('ignore', message='torch.distributed is disabled')      # DCP's remark on every run of one process
 
+# knobs that a run keeps to its end
+FIXED = ('seed', 'block_size', 'total_batch_tokens', 'packing', 'overlong', 'optimizer', 'mixture', 'presence', 'select', 'select_scores',
+         'select_margin', 'select_keep')
+
 
 def _remove(folder):
     """Deletes a checkpoint; renamed first, so that a kill half-way leaves nothing that looks complete."""
@@ -222,6 +226,21 @@ def check_same_model(checkpoint, saved, wanted):
     differing = [f'{key} {saved.get(key)!r} there, {wanted[key]!r} here' for key in wanted if saved.get(key) != wanted[key]]
     if differing:
         raise BadInput(f'checkpoint {checkpoint} holds another model: {"; ".join(differing)}.')
+
+
+def check_resumable(checkpoint, saved, config, saved_model, model, n_steps):
+    """BadInput when the run in a checkpoint (saved: its state.json) cannot go on with this config, model (dicts) and number of steps."""
+    if saved['config'] is None:
+        raise BadInput(f"'{config['out_dir']}' is an imported model, no run that could go on. Train it with --init_from={config['out_dir']} and "
+                       'another --out_dir.')
+    check_same_model(checkpoint, saved_model, model)
+    for name in FIXED:
+        if saved['config'][name] != config[name]:
+            raise BadInput(f"{name} was {saved['config'][name]!r} in {checkpoint}, it is {config[name]!r} now; a resumed run cannot "
+                           'change it. Put it back, or start a new run with init_from.')
+    if saved['step'] > n_steps:
+        raise BadInput(f"{checkpoint} is at step {saved['step']}, beyond the {n_steps} steps asked for: nothing is left to train. Raise "
+                       'max_steps (or max_tokens, or epochs).')
 
 
 def load_weights(checkpoint, model):

@@ -171,6 +171,16 @@ def run_config_file(path, values, knobs):
     return found
 
 
+def check_values(config, allowed, bounds):
+    """BadInput when a knob has a value that is not among those allowed (name -> tuple), or outside its bounds (name -> (low, high)); None passes."""
+    for name, values in allowed.items():
+        if config[name] not in values:
+            raise BadInput(f"{name} = '{config[name]}' must be one of {', '.join(values)}.")
+    for name, (low, high) in bounds.items():
+        if config[name] is not None and not low <= config[name] <= high:
+            raise BadInput(f'{name} = {config[name]} must be at least {low:g}' + (f' and at most {high:g}.' if high < float('inf') else '.'))
+
+
 def print_help(script, doc, knobs, defaults):
     """Prints the script's docstring and every knob with its default and its comment."""
     print((doc or '').strip(), '\n')

@@ -18,6 +18,7 @@ import os
 import numpy as np
 
 from configurator import BadInput, did_you_mean
+from packing import pack_documents
 
 HEADER_INTS = 256
 HEADER_BYTES = 4 * HEADER_INTS
@@ -65,6 +66,18 @@ def open_shard(path):
     return np.memmap(path, dtype=dtype, mode='r', offset=HEADER_BYTES, shape=(n_tokens,))
 
 
+@functools.lru_cache(maxsize=128)
+def open_mask(path):
+    """The loss mask beside a shard, (tokens,) uint8, None when there is none. BadInput when it has another length."""
+    mask_path, n_tokens = path.removesuffix('.bin') + '.mask', read_header(path)[0]
+    if not os.path.isfile(mask_path):
+        return None
+    if os.path.getsize(mask_path) != n_tokens:
+        raise BadInput(f'{mask_path} holds {os.path.getsize(mask_path):,} bytes, its shard {n_tokens:,} tokens: truncated or of another shard. '
+                       'Prepare the source again.')
+    return np.memmap(mask_path, dtype=np.uint8, mode='r')
+
+
 # -- permutation -------------------------------------------------------------------------------------------------------
 
 def _mix(x, key):
@@ -104,11 +117,14 @@ def permute(positions, n, keys):
 class Source:
     """One split of one source: its shards as a permuted, endless sequence of rows of block_size + 1 tokens.
 
-    Neighbouring windows of a shard share one token (the last target of one is the first input of the next); the tail of a
-    shard that fills no window is not used. `meta` is meta.json's content, or None for shards made elsewhere.
+    packing 'window': a row is a window of the stream; masks are not looked at. Neighbouring windows of a shard share one token
+    (the last target of one is the first input of the next); the tail of a shard that fills no window is not used.
+    packing 'document': a row holds whole documents and padding (packing.py); a token that the loss does not count as a target is
+    stored as ~id, so it is negative. overlong: documents longer than a row, truncate | drop.
+    `meta` is meta.json's content, or None for shards made elsewhere.
     """
 
-    def __init__(self, data_dir, name, split, block_size, seed=0, vocab_size=None):
+    def __init__(self, data_dir, name, split, block_size, seed=0, vocab_size=None, packing='window', overlong='truncate'):
         self.name, self.split, self.block_size, self.seed, self.vocab_size = name, split, block_size, seed, vocab_size
         folder = os.path.join(data_dir, name)
         if not os.path.isdir(folder):
@@ -126,7 +142,7 @@ class Source:
         self.first_window = np.concatenate(([0], np.cumsum([max(0, n - 1) // block_size for n in self.shard_tokens])))
         self.n_windows = int(self.first_window[-1])
         self.n_tokens = sum(self.shard_tokens)
-        if self.n_windows == 0:
+        if self.n_windows == 0 and packing == 'window':
             raise BadInput(f"source '{name}' ({split}): {self.n_tokens:,} tokens do not fill one window of block_size + 1 = "
                            f'{block_size + 1}. Lower block_size or prepare more.')
         meta_path = os.path.join(folder, 'meta.json')
@@ -139,6 +155,26 @@ class Source:
                                f'vocab_size is {vocab_size:,}. Set vocab_size, or prepare the source with its tokenizer.')
         self.kept = None               # window numbers that `keep_windows` left, ascending; None: all
         self._block_cache = {}
+        self.overlong, self.packs = overlong, None      # packs: packing.Packs with packing='document'
+        if packing == 'document':
+            self.pack()
+
+    def pack(self):
+        """Finds the documents and makes them the rows of this source. Reads every token once, a second for 500 million."""
+        if self.meta is None:
+            raise BadInput(f"source '{self.name}' has no meta.json that names the token which documents begin with; packing='document' needs it.")
+        masks = [open_mask(path) for path in self.paths]
+        if len({mask is None for mask in masks}) > 1:
+            without = [path for path, mask in zip(self.paths, masks) if mask is None]
+            raise BadInput(f"source '{self.name}' ({self.split}): {without[0]} and {len(without) - 1} more shards have no .mask, others have. "
+                           'Prepare the source again.')
+        self.pad_id = 1 if self.meta['tokenizer']['bos_id'] == 0 else 0       # any but BOS, so that padding begins no document
+        self.packs = pack_documents([*zip(map(open_shard, self.paths), masks)], self.meta['tokenizer']['bos_id'], self.block_size + 1,
+                                    self.overlong)
+        self.has_mask, self.n_windows = masks[0] is not None, self.packs.n_rows
+        if self.n_windows == 0:
+            raise BadInput(f"source '{self.name}' ({self.split}) has no document with a token that the loss counts within block_size + 1 = "
+                           f'{self.block_size + 1} tokens ({self.packs.n_overlong:,} are longer). Raise block_size, or look at its masks.')
 
     def keep_windows(self, keep):
         """Leaves out the windows where keep (n_windows,) bool is False, for good: epochs are of the rest."""
@@ -157,6 +193,9 @@ class Source:
             digest.update(tokens[:1024].tobytes() + tokens[-1024:].tobytes())
         if self.kept is not None:
             digest.update(self.kept.tobytes())
+        if self.packs is not None:
+            masked = sorted(s.get('mask_sha256', '') for s in self.meta['shards'])
+            digest.update(f'{self.block_size} {self.overlong} {self.n_windows} {masked}'.encode())
         return digest.hexdigest()[:16]
 
     def window(self, cursor):
@@ -174,10 +213,29 @@ class Source:
 
     def read(self, cursor, out):
         """Copies the cursor-th row into out (block_size + 1,)."""
-        window = self.window(cursor)
+        self.read_window(self.window(cursor), out)
+
+    def read_window(self, window, out):
+        """Copies a window, by its number in the shards' order, into out (block_size + 1,)."""
+        if self.packs is not None:
+            return self.read_pack(window, out)
         shard = int(np.searchsorted(self.first_window, window, side='right')) - 1
         start = (window - int(self.first_window[shard])) * self.block_size
         out[:] = open_shard(self.paths[shard])[start:start + self.block_size + 1]
+
+    def read_pack(self, row, out):
+        """Copies a row of documents into out, tokens that are not counted as ~id, then padding."""
+        at = 0
+        for i in range(self.packs.first[row], self.packs.first[row + 1]):
+            path, start, length = self.paths[self.packs.shard[i]], self.packs.start[i], self.packs.length[i]
+            part = out[at:at + length]
+            part[:] = open_shard(path)[start:start + length]
+            if self.has_mask:
+                np.invert(part, out=part, where=open_mask(path)[start:start + length] == 0)
+            else:
+                part[0] = ~part[0]
+            at += length
+        out[at:] = ~self.pad_id
 
     def rows(self, cursors):
         """(n, block_size + 1) int32 rows; BadInput when one holds a token id that the model's vocabulary lacks."""
@@ -189,6 +247,7 @@ class Source:
 
     def check_ids(self, rows):
         """Raises BadInput when a row of this source holds a token id outside the vocabulary."""
+        rows = rows if self.packs is None else token_ids(rows)
         if self.vocab_size is not None and not 0 <= int(rows.min()) <= int(rows.max()) < self.vocab_size:
             bad = int(rows.max()) if rows.min() >= 0 else int(rows.min()) % 2**32
             raise BadInput(f"source '{self.name}' ({os.path.dirname(self.paths[0])}) holds token id {bad}, the model's "
@@ -212,13 +271,13 @@ def common_tokenizer(sources):
 
 
 def peculiarities(rows, vocab_size):
-    """What is odd about a sample of rows (n, T) of ids below vocab_size, in words: list of str, [] for ordinary text.
+    """What is odd about a sample of a Source's rows (n, T) of ids below vocab_size, in words: list of str, [] for ordinary text.
 
     Random or shuffled tokens: neighbours form as many different pairs as they do in another order; random ones: their entropy is
     that of uniform ones, too. Repeated text: most runs of 8 tokens come more than once. (Words shuffled whole are not noticed.)
     """
     found, rng = [], np.random.default_rng(0)
-    tokens = rows.astype(np.int64)
+    tokens = token_ids(rows).astype(np.int64)
     uniform = rng.integers(vocab_size, size=tokens.size)
 
     def entropy(ids):
@@ -266,6 +325,32 @@ def shared_documents(probe, source, bos_id, rank=0, world_size=1):
         for i in np.flatnonzero(np.isin(here, known)):
             n += any(np.array_equal(document, tokens[starts[i]:starts[i] + len(document)]) for document in wanted[int(here[i])])
     return n
+
+
+def report_packing(sources):
+    """Prints of every source (packing='document') how many documents, rows and counted tokens it has, and what was cut or left out."""
+    for source in sources:
+        p = source.packs
+        print(f"{source.name} ({source.split}): {len(p.length):,} documents in {p.n_rows:,} rows of {p.capacity - 1:,} tokens, utilisation "
+              f'{p.utilisation:.1%}, {p.n_counted / max(1, p.length.sum()):.0%} of the tokens count' + ('' if source.has_mask else ' (no masks)')
+              + (f'; {p.n_overlong:,} longer than a row, {dict(truncate="truncated", drop="dropped")[source.overlong]}' if p.n_overlong else '')
+              + (f'; {p.n_unsupervised:,} left out, since no token of theirs counts' if p.n_unsupervised else ''))
+
+
+# -- from rows to batches ----------------------------------------------------------------------------------------------
+
+def token_ids(rows):
+    """A Source's rows without the sign that says what is not counted: int arrays or tensors of 32 bits."""
+    return rows ^ (rows >> 31)
+
+
+def batch_of(rows, bos_id=None):
+    """A Source's rows (n, T + 1), an int32 tensor -> inputs (n, T) int32, targets (n, T) int64 with -1 = not counted, document ids.
+
+    bos_id: the token that documents begin with; None: attention is not kept within documents, and there are no ids.
+    """
+    inputs = token_ids(rows)[:, :-1]
+    return inputs, rows[:, 1:].long().clamp(min=-1), None if bos_id is None else document_ids(inputs, bos_id)
 
 
 def document_ids(rows, bos_id):
@@ -400,7 +485,8 @@ class MixtureLoader:
         for i, (s, cursor) in enumerate(zip(index.tolist(), cursors.tolist())):
             sources[s].read(cursor, out[i])
         limit = min((s.vocab_size for s in sources if s.vocab_size is not None), default=2**31)
-        if len(out) and not 0 <= int(out.min()) <= int(out.max()) < limit:
+        ids = out if sources[0].packs is None else token_ids(out)
+        if len(out) and not 0 <= int(ids.min()) <= int(ids.max()) < limit:
             for s in np.unique(index):          # the error names the source
                 sources[s].check_ids(out[index == s])
         return out

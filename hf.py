@@ -243,7 +243,7 @@ def write_json(path, content):
 
 # -- models of any kind ------------------------------------------------------------------------------------------------
 
-def find_folder(name, revision=None):
+def find_folder(name, revision=None, weights=True):
     """A local folder as it is; a hub name (owner/name) is downloaded into Hugging Face's cache. Returns the folder."""
     if os.path.isdir(name):
         return name
@@ -257,18 +257,18 @@ def find_folder(name, revision=None):
     except HFValidationError:
         raise BadInput(f"'{name}' is neither a folder here nor a model of the hub (owner/name).") from None
     with reaching(name, kind='', or_local='Or give a downloaded folder.'):
-        return snapshot_download(name, revision=revision, allow_patterns=['*.safetensors', '*.safetensors.index.json', 'config.json',
-                                                                         *COMPANIONS])
+        return snapshot_download(name, revision=revision, allow_patterns=['config.json', *COMPANIONS] + (
+            ['*.safetensors', '*.safetensors.index.json'] if weights else []))
 
 
-def find_model(path, revision=None):
-    """What a run folder, a checkpoint, an imported folder, a Hugging Face folder or a hub name holds: a dict.
+def find_model(path, revision=None, weights=True):
+    """What a run folder, a checkpoint, an imported folder, a Hugging Face folder or a hub name holds: a dict. weights=False: none are downloaded.
 
     folder (where the tokenizer is), checkpoint (DCP folder) or None, hf (its config.json) or None, model (ModelConfig), context
     (tokens), tokenizer (Tokenizer, or the BadInput that says why there is none), fingerprint (of the tokenizer, None: unknown),
     add_bos (whether text begins with BOS), prefix_id (the token before a text without context).
     """
-    folder = find_folder(path, revision)
+    folder = find_folder(path, revision, weights)
     is_ours = os.path.isdir(os.path.join(folder, 'ckpt')) or os.path.isfile(os.path.join(folder, 'manifest.json'))
     found = checkpoint.find_checkpoint(folder) if is_ours else None
     if found is not None:

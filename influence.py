@@ -18,12 +18,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from common import all_reduce_sum
 from configurator import BadInput, RunFault, configure
 from model import RMSNorm, chunk_rows
+from parallel import reshard, whole
 
 LAYERS = ('last', 'all', 'first', 'embedding+head')
 MATRIX_BLOCK = 2**24        # elements of rows' gradients that `row_matrix` holds at once
@@ -56,18 +56,6 @@ def select(model, layers):
     last = len(model.blocks) - 1
     prefixes = {'last': (f'blocks.{last}.', 'norm.'), 'all': ('',), 'first': ('blocks.0.',), 'embedding+head': ('embed.', 'lm_head.')}[layers]
     return {n: p for n, p in model.named_parameters() if n.startswith(prefixes)}, last if layers == 'last' else 0
-
-
-def whole(tensor):
-    """A tensor that every rank holds all of; None stays None."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def reshard(model):
-    """Shards what FSDP2 left whole: after a forward without a backward (an evaluation) the root's parameters are."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
 
 
 def inner(a, b):

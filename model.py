@@ -9,6 +9,7 @@ rows in chunks, so the B x T x V logits never exist at once.
 
 Letters in shape comments: B rows, T tokens, C n_embd, H n_head, K n_kv_head, D head_dim, F ffn_dim, V vocab_size, N = B*T.
 """
+import functools
 import hashlib
 import inspect
 import math
@@ -179,7 +180,7 @@ class Attention(nn.Module):
         """x (B, T, C) -> (B, T, C).
 
         mask        (B or 1, 1, T, T_total) bool, True where a query may look; None: plain causal
-        cu_seqlens  (documents + 1,) int32, document boundaries in the B*T stream (CUDA's way to a document mask)
+        cu_seqlens  (documents + 1,) int32, document boundaries in the B*T stream: attention stays between them
         cache       (2, B, K, T_max, D): keys and values of the first `position` tokens, extended in place
         """
         B, T, _ = x.shape
@@ -194,7 +195,7 @@ class Attention(nn.Module):
             cache[1, :, :, position:position + T] = v
             k, v = cache[0, :, :, :position + T], cache[1, :, :, :position + T]
         if cu_seqlens is not None:
-            y = self.attend_documents(q, k, v, cu_seqlens)
+            y = (self.attend_documents if q.is_cuda else attend_one_by_one)(q, k, v, cu_seqlens)
         else:
             is_causal = mask is None and T > 1
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=True)
@@ -209,6 +210,16 @@ class Attention(nn.Module):
         causal = dict(window_size=(-1, 0)) if 'window_size' in inspect.signature(varlen_attn).parameters else dict(is_causal=True)
         y = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, T, T, **causal)      # the name of the option changed within torch 2.x
         return y.view(B, T, H, D).transpose(1, 2)
+
+
+@torch.compiler.disable         # every batch has other lengths: compiled code would be made anew for each
+def attend_one_by_one(q, k, v, cu_seqlens):
+    """The same document by document, for the CPU, in memory that grows with T and not with its square: (B, H, T, D)."""
+    B, H, T, D = q.shape
+    lengths = cu_seqlens.diff().tolist()
+    streams = (t.transpose(0, 1).reshape(-1, B * T, D).split(lengths, dim=1) for t in (q, k, v))      # (H or K, length, D) each
+    y = [F.scaled_dot_product_attention(*(t[None] for t in qkv), is_causal=True, enable_gqa=True)[0] for qkv in zip(*streams)]
+    return torch.cat(y, 1).view(H, B, T, D).transpose(0, 1)
 
 
 class FeedForward(nn.Module):
@@ -280,7 +291,7 @@ class GPT(nn.Module):
         cos, sin = torch.cat((cos, cos), -1).to(x.dtype), torch.cat((-sin, sin), -1).to(x.dtype)    # (T, D)
         mask, cu_seqlens = None, None
         if doc_ids is not None:
-            mask, cu_seqlens = document_boundaries(doc_ids) if x.is_cuda else document_mask(doc_ids)
+            cu_seqlens = document_boundaries(doc_ids)
         elif cache is not None and (first is not None or position > 0 and T > 1):
             mask = torch.ones(T, position + T, dtype=torch.bool, device=x.device).tril(position)[None, None]
             if first is not None:             # padding sees itself alone, for an empty softmax is NaN
@@ -294,17 +305,18 @@ class GPT(nn.Module):
                     application += 1
         return self.norm(x)
 
-    def loss(self, idx, targets, token_weights=None, doc_ids=None, grad_from=0):
+    def loss(self, idx, targets, token_weights=None, doc_ids=None, grad_from=0, objective=None):
         """Forward and loss in one call (under FSDP2 this is where the output weight is whole).
 
         targets (B, T) int64, -1 = not counted; token_weights (B, T) fp32 or None. Returns `linear_cross_entropy`'s three
         results: sum () fp32 with gradient; losses (B, T) and hits (B, T) without. grad_from: as in `forward`; above 0 the output
-        weight gets no gradient.
+        weight gets no gradient. objective: a function in the place of linear_cross_entropy (distillation), None: that.
         """
+        objective = objective or linear_cross_entropy
         h = self.forward(idx, doc_ids, grad_from=grad_from)
         flat_weights = None if token_weights is None else token_weights.flatten()
         weight = self.output_weight.detach() if grad_from else self.output_weight
-        total, losses, hits = linear_cross_entropy(h.flatten(0, 1), weight, targets.flatten(), flat_weights)
+        total, losses, hits = objective(h.flatten(0, 1), weight, targets.flatten(), flat_weights)
         return total, losses.view_as(targets), hits.view_as(targets)
 
     @torch.no_grad()
@@ -382,19 +394,21 @@ def sample_token(logits, temperature, top_k, top_p, generator):
     return torch.multinomial(probabilities, 1, generator=generator)
 
 
-def document_mask(doc_ids):
-    """doc_ids (B, T) -> ((B, 1, T, T) bool, None): causal and same document."""
-    T = doc_ids.shape[1]
-    same = doc_ids[:, :, None] == doc_ids[:, None, :]
-    return (same & torch.ones(T, T, dtype=torch.bool, device=doc_ids.device).tril())[:, None], None
-
-
 def document_boundaries(doc_ids):
-    """doc_ids (B, T) -> (None, cu_seqlens int32): starts of the documents in the B*T stream, and its end."""
+    """doc_ids (B, T) -> (documents + 1,) int32: starts of the documents in the B*T stream, and its end."""
     starts = torch.ones_like(doc_ids, dtype=torch.bool)
     starts[:, 1:] = doc_ids[:, 1:] != doc_ids[:, :-1]
     starts = starts.flatten().nonzero().flatten().int()
-    return None, F.pad(starts, (0, 1), value=doc_ids.numel())
+    return F.pad(starts, (0, 1), value=doc_ids.numel())
+
+
+def checkpoint_activations(model):
+    """From now on a block keeps its input alone and runs its forward again in the backward (Chen et al. 2016, arXiv:1604.06174).
+
+    Call it before blocks are compiled or sharded.
+    """
+    for block in model.blocks:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
 
 
 @torch.no_grad()
@@ -433,7 +447,7 @@ def chunk_rows(n_rows, vocab_size, device, dtype):
     return max(1, min(n_rows, (2**30 if device.type == 'cuda' else 2**28) // (vocab_size * dtype.itemsize)))
 
 
-def _loss_dtypes(h):
+def loss_dtypes(h):
     """(dtype of the products: autocast's where it is on, else the hidden states' own; dtype of everything summed)."""
     low = torch.get_autocast_dtype(h.device.type) if torch.is_autocast_enabled(h.device.type) else h.dtype
     return low, torch.promote_types(low, torch.float32)
@@ -447,7 +461,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, h, weight, targets, token_weights):
         N, V = h.shape[0], weight.shape[0]
         needs_h, needs_weight = ctx.needs_input_grad[:2]
-        dtype, high = _loss_dtypes(h)
+        dtype, high = loss_dtypes(h)
         h_low, weight_low = h.to(dtype), weight.to(dtype)
         counted = targets >= 0
         if token_weights is None:
@@ -527,7 +541,7 @@ def token_losses(h, weight, targets, reduction='none'):
     h (B, T, C), weight (V, C), targets (B, T) int64 with -1 = not counted. reduction 'none': (B, T) fp32 nats per token,
     0 where not counted; 'row': (B,) sums over tokens. A quarter more work than `linear_cross_entropy`.
     """
-    dtype, _ = _loss_dtypes(h)
+    dtype, _ = loss_dtypes(h)
     flat, flat_targets, weight = h.flatten(0, 1).to(dtype), targets.flatten(), weight.to(dtype)
     rows = chunk_rows(flat.shape[0], weight.shape[0], h.device, torch.float32)
     losses = torch.cat([checkpoint(_chunk_losses, flat[i:i + rows], weight, flat_targets[i:i + rows], use_reentrant=False)

@@ -12,7 +12,7 @@ from tqdm import tqdm
 import mixtures
 import selection
 from common import all_reduce_sum
-from configurator import BadInput
+from configurator import BadInput, check_values
 from data import Source, peculiarities, shared_documents
 from influence import Direction, adam_scale, check_layers, datainf, mean_and_error, probe_direction, source_products, unit
 
@@ -21,13 +21,13 @@ SCALINGS, RULES, SELECTIONS = ('none', 'adam', 'datainf'), ('step', 'proportiona
 SMALL = ('last', 'first')       # layers of which a direction for every domain takes little memory; of the others there is one for all
 
 
-def open_probe(data_dir, domain, block_size, vocab_size):
+def open_probe(data_dir, domain, block_size, vocab_size, packing='window', overlong='truncate'):
     """The probe set of a domain: data_dir/probe/<domain>, or else the split probe/ of the source of that name."""
     if '/' in domain:
         raise BadInput(f"probe: '{domain}' must be the name of a folder in {data_dir}/probe, without a /.")
     name = f'probe/{domain}' if os.path.isdir(os.path.join(data_dir, 'probe', domain)) or not os.path.isdir(
         os.path.join(data_dir, domain, 'probe')) else domain
-    return Source(data_dir, name, 'probe', block_size, 0, vocab_size)
+    return Source(data_dir, name, 'probe', block_size, 0, vocab_size, packing, overlong)
 
 
 def domain_of(probe):
@@ -44,9 +44,7 @@ def check(config, sources, probes, interval_rows, world_size):
 
     config: train.py's knobs; sources, probes: lists of Source; interval_rows: rows that are trained on between two measurements.
     """
-    for name, allowed in (('influence_scaling', SCALINGS), ('influence_units', UNITS), ('influence_rule', RULES), ('select', SELECTIONS)):
-        if config[name] not in allowed:
-            raise BadInput(f"{name} = '{config[name]}' must be one of {', '.join(allowed)}.")
+    check_values(config, dict(influence_scaling=SCALINGS, influence_units=UNITS, influence_rule=RULES, select=SELECTIONS), {})
     measures = config['mixture'] == 'influence' or config['select'] == 'online'
     if not measures:
         return False

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from common import all_reduce_sum
 from configurator import BadInput
+from data import token_ids
 from influence import row_influence
 
 PART_ROWS = 4096        # rows of a part; a killed scoring goes on at the first part that is not there
@@ -35,7 +36,7 @@ class Reference:
 
 def different_tokens(rows):
     """Share of different tokens in every row: (n, T) ints -> (n,) float64."""
-    ordered = np.sort(rows, axis=1)
+    ordered = np.sort(token_ids(rows), axis=1)
     return (1 + (ordered[:, 1:] != ordered[:, :-1]).sum(1)) / rows.shape[1]
 
 

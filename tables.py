@@ -16,7 +16,7 @@ import reweight
 import selection
 from common import pick_dtype, start_ranks, tune_malloc
 from configurator import BadInput
-from data import Source, common_tokenizer, document_ids
+from data import Source, batch_of, common_tokenizer
 from hf import open_model
 from influence import mean_and_error
 from validate import row_losses
@@ -30,8 +30,10 @@ def open_all(path, config, device, source_names):
     if not config['probe']:
         raise BadInput("--probe is missing: --probe=\"{'math': 1.0}\" with data_dir/probe/math.")
     reweight.check_probe(config['probe'])
-    sources = [Source(data_dir, name.strip(), 'train', length, 0, about['model'].vocab_size) for name in source_names]
-    probes = [reweight.open_probe(data_dir, domain, length, about['model'].vocab_size) for domain in config['probe']]
+    of_run = about['state']['config'] if about['checkpoint'] else None          # None for an imported model
+    packing = (of_run['packing'], of_run['overlong']) if of_run else ('window', 'truncate')
+    sources = [Source(data_dir, name.strip(), 'train', length, 0, about['model'].vocab_size, *packing) for name in source_names]
+    probes = [reweight.open_probe(data_dir, domain, length, about['model'].vocab_size, *packing) for domain in config['probe']]
     made_with = common_tokenizer(sources + probes)
     if made_with and about['fingerprint'] not in (None, made_with['fingerprint']):
         raise BadInput(f"the tokenizer of '{path}' ({about['fingerprint']}) is not that of the shards in {data_dir} ({made_with['fingerprint']}).")
@@ -40,13 +42,10 @@ def open_all(path, config, device, source_names):
             raise BadInput(f"{what} = {config[what]} must be at least 4 and at most what '{source.name}' has, {source.n_windows} windows of "
                            f'{length} tokens.')
 
-    of_run = about['state']['config'] if about['checkpoint'] else None          # None for an imported model
-    bos_id = made_with['bos_id'] if of_run and of_run['document_mask'] else None
+    bos_id = made_with['bos_id'] if of_run and (of_run['document_mask'] or of_run['packing'] == 'document') else None
 
     def to_device(ids):
-        ids = torch.from_numpy(ids).to(device)
-        inputs = ids[:, :-1]
-        return inputs, ids[:, 1:].long(), None if bos_id is None else document_ids(inputs, bos_id)
+        return batch_of(torch.from_numpy(ids).to(device), bos_id)
     if sources:
         reweight.check_texts(probes, sources, [], made_with and made_with['bos_id'], device)
     return model, about, sources, probes, to_device

@@ -13,7 +13,6 @@ import contextlib
 import json
 import math
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -22,20 +21,23 @@ from dataclasses import asdict, fields
 
 import torch
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from tqdm import tqdm
 
 import checkpoint
 import hf
+import kd
+import parallel
+import plan
 import presence as self_influence
 import reweight
+import teacher_cache
+import validate
 from common import (MetricsLog, all_reduce_sum, barrier, device_name, leave_ranks, peak_flops, pick_dtype, start_ranks,
                     tune_malloc)
-from configurator import BadInput, RunFault, configure
-from data import MixtureLoader, Source, common_tokenizer, document_ids, rows_of_rank
-from influence import whole
+from configurator import BadInput, RunFault, check_values, configure
+from data import MixtureLoader, Source, batch_of, common_tokenizer, report_packing, rows_of_rank
 from model import GPT, ModelConfig, count_parameters, flops_per_token, init_weights
-from validate import row_losses
+from packing import OVERLONG
 
 # -- input and output --
 out_dir = 'out/run'                     # folder of this run; must be new unless resume=True
@@ -62,7 +64,9 @@ prepare: str | None = None              # script that makes the sources when the
 block_size = 2048                       # tokens of a row
 batch_size = 16                         # rows per rank and micro-step
 total_batch_tokens = 524288             # tokens of an optimizer step over all ranks; gives grad_accum
-document_mask = False                   # attention stays within a document
+packing = 'window'                      # rows are windows of the stream | document: whole documents, with their loss masks (SFT)
+overlong = 'truncate'                   # packing='document': documents longer than a row: truncate | drop
+document_mask = False                   # packing='window': attention stays within a document
 # -- mixture --
 mixture = 'fixed'                       # how weights change while training: fixed | influence
 mixture_interval = 1000                 # steps between two re-weightings
@@ -82,6 +86,12 @@ select = 'none'                         # rows dropped for low influence: none |
 select_scores = 'scores'                # select='scores': folder in every source's, written by influence.py score
 select_margin = 0.1                     # rows below this share of the probe rows' median influence are dropped; 0: the paper's rule
 select_keep = 0.1                       # share of every source's rows that is kept in any case
+# -- distillation --
+teacher: str | None = None              # model to learn from: run, checkpoint, Hugging Face folder or hub name, of the same tokenizer
+kd_cache: str | None = None             # what it said, written by `kd.py cache --name=...`; the teacher itself is not loaded then
+kd_alpha = 1.0                          # share of the distillation loss; the rest is cross-entropy
+kd_temperature = 1.0                    # of both distributions; the loss is multiplied by its square
+kd_divergence = 'forward'               # forward KL(teacher || student) | reverse | js (Jensen-Shannon)
 # -- self-influence of micro-batches (PRESENCE) --
 presence = 'off'                        # weigh micro-batches by self-influence: off | store (exact) | stream (one buffer)
 presence_tau = 1.0                      # above 0: what is new to the model counts more; below 0: less
@@ -117,9 +127,11 @@ beta1 = 0.9                             # Adam
 beta2 = 0.95                            # Adam
 adam_eps = 1e-8                         # Adam
 grad_clip = 1.0                         # largest global gradient norm; 0: off
-max_steps: int | None = None            # optimizer steps; None: max_tokens decides
-max_tokens: int | None = None           # tokens; None: max_steps decides. The smaller of the two when both are set
+max_steps: int | None = None            # optimizer steps. Of these three the one that ends first
+max_tokens: int | None = None           # tokens
+epochs: float | None = None             # times the rows of all sources together
 warmup_steps = 2000                     # linear from 0
+warmup_frac: float | None = None        # share of the steps, in the place of warmup_steps
 schedule = 'linear'                     # after the warm-up: linear | cosine | wsd (linear over the last decay_frac) | constant
 decay_frac = 0.2                        # wsd: share of the steps that decay
 min_lr_frac = 0.1                       # learning rate at the end, as a share of the peak
@@ -127,6 +139,8 @@ min_lr_frac = 0.1                       # learning rate at the end, as a share o
 device = 'auto'                         # auto | cpu | cuda
 dtype = 'auto'                          # auto | float32 | bfloat16 (autocast over fp32 weights)
 compile: bool | None = None             # torch.compile every block; None: when the run is long enough to gain by it
+activation_checkpointing = 'none'       # full: blocks keep their input only and run again in the backward, a third more work
+dry_run = False                         # print what the run would cost, on paper, and stop; needs no data
 config = configure(globals())
 
 # -- derived values and checks -----------------------------------------------------------------------------------------
@@ -135,21 +149,17 @@ rank, world_size, device = start_ranks(config['device'])
 is_master = rank == 0
 torch.manual_seed(seed + rank)
 dtype, dtype_reason = pick_dtype(config['dtype'], device)
-for _name, _allowed in (('optimizer', ('adamw', 'muon')), ('schedule', ('linear', 'cosine', 'wsd', 'constant')),
-                        ('wandb_mode', ('online', 'offline', 'disabled')), ('mixture', reweight.MIXTURES)):
-    if config[_name] not in _allowed:
-        raise BadInput(f"{_name} = '{config[_name]}' must be one of {', '.join(_allowed)}.")
-_bounds = {**dict.fromkeys(('block_size', 'batch_size', 'total_batch_tokens', 'log_interval', 'eval_interval', 'eval_rows', 'eval_tasks_interval',
-                            'save_interval', 'mixture_interval'), (1, math.inf)),
-           **dict.fromkeys(('keep_last', 'warmup_steps', 'weight_decay', 'adam_eps', 'grad_clip', 'learning_rate', 'sample_tokens'), (0, math.inf)),
-           'seed': (0, math.inf), 'beta1': (0, 0.9999), 'beta2': (0, 0.999999), 'min_lr_frac': (0, 1), 'decay_frac': (1e-9, 1), 'select_keep': (0.01, 1)}
-for _name, (_low, _high) in _bounds.items():
-    if not _low <= config[_name] <= _high:
-        raise BadInput(f'{_name} = {config[_name]} must be at least {_low:g}' + (f' and at most {_high:g}.' if math.isfinite(_high) else '.'))
+check_values(config, dict(optimizer=('adamw', 'muon'), schedule=('linear', 'cosine', 'wsd', 'constant'), mixture=reweight.MIXTURES, overlong=OVERLONG,
+                          packing=('window', 'document'), wandb_mode=('online', 'offline', 'disabled'), activation_checkpointing=('none', 'full')),
+             {**dict.fromkeys(('block_size', 'batch_size', 'total_batch_tokens', 'log_interval', 'eval_interval', 'eval_rows', 'eval_tasks_interval',
+                               'save_interval', 'mixture_interval'), (1, math.inf)),
+              **dict.fromkeys(('keep_last', 'warmup_steps', 'weight_decay', 'adam_eps', 'grad_clip', 'learning_rate', 'sample_tokens', 'seed'), (0, math.inf)),
+              **dict.fromkeys(('min_lr_frac', 'warmup_frac'), (0, 1)), 'beta1': (0, 0.9999), 'beta2': (0, 0.999999), 'decay_frac': (1e-9, 1),
+              'select_keep': (0.01, 1)})
 if not sources:
     raise BadInput("sources is empty. Give a config file, or --sources=\"{'name': weight}\" with folders of data_dir.")
-if max_steps is None and max_tokens is None:
-    raise BadInput('neither max_steps nor max_tokens says how long to train. Set one.')
+if max_steps is None and max_tokens is None and epochs is None:
+    raise BadInput('neither max_steps nor max_tokens nor epochs says how long to train. Set one.')
 micro_tokens = batch_size * block_size * world_size            # tokens of a micro-step over all ranks
 if total_batch_tokens % micro_tokens:
     raise BadInput(f'total_batch_tokens = {total_batch_tokens:,} is not a multiple of batch_size * block_size * world_size = '
@@ -157,18 +167,22 @@ if total_batch_tokens % micro_tokens:
                    f'Try {max(1, round(total_batch_tokens / micro_tokens)) * micro_tokens}.')
 grad_accum = total_batch_tokens // micro_tokens
 batch_rows = total_batch_tokens // block_size                  # rows of a global batch
-n_steps = min(n for n in (max_steps, max_tokens and -(-max_tokens // total_batch_tokens)) if n is not None)
-if n_steps < 1:
-    raise BadInput(f'max_steps = {max_steps}, max_tokens = {max_tokens} give {n_steps} steps; at least 1 is needed.')
 self_influence.check(presence, presence_schedule, presence_layers, grad_accum)
+distils = kd.check(config)
 model_config = ModelConfig(**{f.name: config[f.name] for f in fields(ModelConfig)})
+
+
+def count_steps(n_rows):
+    """Optimizer steps of the run, the fewest that a knob asks for. n_rows: of all sources, None: not known (and epochs do not count)."""
+    asked = (max_steps, max_tokens and -(-max_tokens // total_batch_tokens), epochs and n_rows and math.ceil(epochs * n_rows / batch_rows))
+    return min((n for n in asked if n is not None), default=None)
 
 
 def get_lr(step):
     """Learning rate of a step: linear warm-up, then the schedule down to min_lr_frac * learning_rate at n_steps."""
-    if step < warmup_steps:
-        return learning_rate * (step + 1) / warmup_steps
-    done = (step - warmup_steps) / max(1, n_steps - warmup_steps)
+    if step < n_warmup:
+        return learning_rate * (step + 1) / n_warmup
+    done = (step - n_warmup) / max(1, n_steps - n_warmup)
     if schedule == 'linear':
         share = 1 - done
     elif schedule == 'cosine':
@@ -179,6 +193,11 @@ def get_lr(step):
         return learning_rate
     return learning_rate * (min_lr_frac + (1 - min_lr_frac) * share)
 
+
+if dry_run:
+    plan.print_plan(model_config, config, world_size, dtype, device, count_steps(None),
+                    hf.find_model(teacher, weights=False)['model'] if teacher and not kd_cache else None)
+    leave_ranks(0)
 
 # -- the run folder ----------------------------------------------------------------------------------------------------
 found = checkpoint.find_checkpoint(out_dir) if resume and os.path.isdir(out_dir) else None
@@ -196,12 +215,20 @@ if prepare is not None and any(not os.path.isfile(os.path.join(data_dir, name, '
         if subprocess.run([sys.executable, prepare, f'--out={data_dir}']).returncode:
             raise BadInput(f'{prepare} failed; its message stands above.')
     barrier()
-train_sources = [Source(data_dir, name, 'train', block_size, seed, vocab_size) for name in sources]
-val_sources = [Source(data_dir, name, 'val', block_size, 0, vocab_size) for name in sources]
+train_sources = [Source(data_dir, name, 'train', block_size, seed, vocab_size, packing, overlong) for name in sources]
+val_sources = [Source(data_dir, name, 'val', block_size, 0, vocab_size, packing, overlong) for name in sources]
 active = [s for s in train_sources if sources[s.name] > 0]
-probes = [reweight.open_probe(data_dir, domain, block_size, vocab_size) for domain in probe]
-kept_shares = reweight.keep_scored(data_dir, active, config) if select == 'scores' else {}
+probes = [reweight.open_probe(data_dir, domain, block_size, vocab_size, packing, overlong) for domain in probe]
+if packing == 'document' and is_master:
+    report_packing(train_sources + val_sources)
 shards_tokenizer = common_tokenizer(train_sources + val_sources + probes)
+about_teacher = kd.find_teacher(teacher, vocab_size, shards_tokenizer) if teacher else None
+caches = teacher_cache.open_caches(config, active, about_teacher, vocab_size) if kd_cache else {}
+kept_shares = reweight.keep_scored(data_dir, active, config) if select == 'scores' else {}
+n_steps = count_steps(sum(s.n_windows for s in active))
+n_warmup = warmup_steps if warmup_frac is None else round(warmup_frac * n_steps)
+if n_steps < 1:
+    raise BadInput(f'max_steps = {max_steps}, max_tokens = {max_tokens}, epochs = {epochs} give {n_steps} steps; at least 1 is needed.')
 loader = MixtureLoader(train_sources, sources, seed)
 for _source in train_sources + val_sources + probes:
     _source.rows([0])                                          # shards of another tokenizer show here, before anything is written
@@ -214,8 +241,9 @@ if measures and found is None:
     reweight.check_texts(probes, active, val_sources, shards_tokenizer and shards_tokenizer['bos_id'], device, rank, world_size)
 if document_mask and shards_tokenizer is None:
     raise BadInput('document_mask needs the beginning-of-document token, and these sources have no meta.json that names it.')
-if document_mask and device.type == 'cuda' and dtype != torch.bfloat16:
-    raise BadInput('document_mask on CUDA works in bfloat16 only (variable-length flash attention). Set dtype=bfloat16.')
+bos_id = shards_tokenizer['bos_id'] if document_mask or packing == 'document' else None
+if bos_id is not None and device.type == 'cuda' and dtype != torch.bfloat16:
+    raise BadInput('document_mask and packing=document work in bfloat16 only on CUDA (variable-length flash attention). Set dtype=bfloat16.')
 tokenizer, token_bytes = None, None
 if shards_tokenizer is not None:
     from tokenizer import load_tokenizer, save_tokenizer
@@ -231,12 +259,9 @@ if benchmarks:
 
 
 def to_device(rows):
-    """(n, T + 1) int32 numpy -> inputs (n, T) int32, targets (n, T) int64, document ids or None, on the device."""
+    """(n, T + 1) int32 numpy -> inputs (n, T) int32, targets (n, T) int64 with -1 = not counted, document ids or None, on the device."""
     rows = torch.from_numpy(rows)
-    if device.type == 'cuda':
-        rows = rows.pin_memory().to(device, non_blocking=True)
-    inputs = rows[:, :-1]
-    return inputs, rows[:, 1:].long(), document_ids(inputs, shards_tokenizer['bos_id']) if document_mask else None
+    return batch_of(rows.pin_memory().to(device, non_blocking=True) if device.type == 'cuda' else rows, bos_id)
 
 
 # -- model: on the meta device, sharded, then memory, then values ------------------------------------------------------
@@ -244,25 +269,9 @@ with torch.device('meta'):
     model = GPT(model_config)
 peak = peak_flops(device)
 token_flops = flops_per_token(model_config, block_size)
-if compile is None:         # compiling costs about a minute; on a CPU it gained 0 to 16 %
-    _speed = 0.3 * peak * world_size if peak else 1e11         # FLOP/s that a run may reach without it
-    _minutes = n_steps * total_batch_tokens * token_flops / _speed / 60
-    _compiler = device.type == 'cuda' or shutil.which(os.environ.get('CXX', 'g++')) is not None
-    compile = _minutes > 20 and _compiler
-    _reason = f'about {_minutes:,.0f} minutes of work' + ('' if _compiler else ', no C++ compiler')
-else:
-    _reason = 'as asked'
-if compile:
-    for block in model.blocks:
-        block.compile()
-if world_size > 1:
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32) if dtype != torch.float32 else MixedPrecisionPolicy()
-    mesh = init_device_mesh(device.type, (world_size,))
-    for block in model.blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)            # the rest: embeddings, final norm, output layer
-    for method in ('loss', 'logits', 'score'):
-        register_fsdp_forward_method(model, method)
+compile, _reason = plan.choose_compile(compile, n_steps * total_batch_tokens * token_flops, peak, world_size, device)
+mesh = init_device_mesh(device.type, (world_size,)) if world_size > 1 else None
+parallel.spread(model, mesh, dtype, compile, activation_checkpointing)
 model.to_empty(device=device)
 counts = count_parameters(model_config)
 if is_master:
@@ -270,6 +279,9 @@ if is_master:
           f'{token_flops / 1e6:,.1f} MFLOP per token')
     print(f'device: {world_size} x {device_name(device)}, {dtype} ({dtype_reason}), compile={compile} ({_reason})')
     print(f'batch: {batch_rows} rows of {block_size} = {total_batch_tokens:,} tokens, {grad_accum} micro-steps; {n_steps} steps')
+distiller = None
+if distils:
+    distiller = kd.Distiller(config, None if kd_cache else kd.open_teacher(about_teacher, device, dtype, mesh, compile), caches, train_sources, device)
 autocast = (torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext())
 
 # -- optimizer ---------------------------------------------------------------------------------------------------------
@@ -287,16 +299,7 @@ if optimizer == 'muon':     # the update is scaled to AdamW's RMS, so one learni
 first_step, mixture_state, presence_state = 0, {}, None
 if found is not None:
     saved = checkpoint.read_state(found)
-    if saved['config'] is None:
-        raise BadInput(f"'{out_dir}' is an imported model, no run that could go on. Train it with --init_from={out_dir} and another --out_dir.")
-    checkpoint.check_same_model(found, asdict(ModelConfig(**saved['model'])), asdict(model_config))
-    for _name in ('seed', 'block_size', 'total_batch_tokens', 'optimizer', 'mixture', 'presence', 'select', 'select_scores', 'select_margin', 'select_keep'):
-        if saved['config'][_name] != config[_name]:
-            raise BadInput(f"{_name} was {saved['config'][_name]!r} in {found}, it is {config[_name]!r} now; a resumed run cannot "
-                           'change it. Put it back, or start a new run with init_from.')
-    if saved['step'] > n_steps:
-        raise BadInput(f"{found} is at step {saved['step']}, beyond the {n_steps} steps asked for: nothing is left to train. Raise "
-                       'max_steps (or max_tokens).')
+    checkpoint.check_resumable(found, saved, config, asdict(ModelConfig(**saved['model'])), asdict(model_config), n_steps)
     loader.load_state_dict(saved['loader'])
     if saved['config']['sources'] != sources:                  # other start weights were asked for: they are in force from here
         loader.set_weights(sources)
@@ -334,18 +337,8 @@ barrier()
 # -- evaluate, save ----------------------------------------------------------------------------------------------------
 def evaluate():
     """Loss and bits per byte of every source on its first eval_rows validation rows, and of the probe sets on theirs: metrics to log."""
-    metrics, mean = {}, 0.0
-    for source in val_sources + probes:
-        with autocast:
-            nats, counted, n_bytes = row_losses(model, source, eval_rows, batch_size, to_device, token_bytes, rank, world_size).sum(1)
-        if source in probes:
-            metrics[f'probe/loss_{reweight.domain_of(source)}'] = nats / counted
-            continue
-        metrics[f'val/loss_{source.name}'] = nats / counted
-        if n_bytes:
-            metrics[f'val/bpb_{source.name}'] = nats / n_bytes / math.log(2)
-        mean += nats / counted * loader.weights[source.name]
-    return {'val/loss': mean, **metrics}             # the mean is weighted as the mixture is
+    with autocast:
+        return validate.evaluate(model, val_sources, probes, loader.weights, eval_rows, batch_size, to_device, token_bytes, rank, world_size)
 
 
 def run_benchmarks():
@@ -382,8 +375,8 @@ for _number in (signal.SIGTERM, signal.SIGINT):
 # -- the loop ----------------------------------------------------------------------------------------------------------
 parameters = list(model.parameters())
 micro = self_influence.MicroBatches(model, presence_layers, presence, grad_accum, presence_state) if presence != 'off' else None
-my_rows = rows_of_rank(batch_rows, batch_size, rank, world_size)
-first_reweighting = max(1, max(warmup_steps, n_steps // 20) if mixture_warmup is None else mixture_warmup)
+my_rows = rows_of_rank(batch_rows, batch_size, rank, world_size).reshape(grad_accum, batch_size)
+first_reweighting = max(1, max(n_warmup, n_steps // 20) if mixture_warmup is None else mixture_warmup)
 last_saved, drawn_before = first_step if found else None, loader.drawn()
 window_start, window_steps, data_s = time.perf_counter(), 0, 0.0
 bar = tqdm(total=n_steps, initial=first_step, disable=not is_master, unit='step', dynamic_ncols=True)
@@ -420,11 +413,12 @@ for step in range(first_step, n_steps + 1):
     # this rank's rows of the global batch; the number of valid tokens over all ranks is known before the first backward
     t0 = time.perf_counter()
     source_index, cursors = loader.next_batch(batch_rows)
-    micro_batches = [to_device(part) for part in
-                     loader.read(source_index[my_rows], cursors[my_rows]).reshape(grad_accum, batch_size, block_size + 1)]
+    micro_batches = [to_device(loader.read(source_index[part], cursors[part])) for part in my_rows]
     data_s += time.perf_counter() - t0
     n_tokens = all_reduce_sum([(targets >= 0).sum().item() for _, targets, _ in micro_batches], device)
     n_valid = sum(n_tokens)
+    if not n_valid:
+        raise RunFault(f'the batch of step {step} has no token that the loss counts. Raise total_batch_tokens, or look at the masks of the sources.')
     if micro:
         micro.begin(self_influence.tau_at(step, n_steps, presence_tau, presence_schedule, presence_switch))
     loss_sum, n_hits = torch.zeros(2, device=device, dtype=torch.float64)
@@ -432,15 +426,17 @@ for step in range(first_step, n_steps + 1):
         if world_size > 1:                                     # gradients cross the network once, after the last micro-step
             model.set_requires_gradient_sync(bool(micro) or micro_step == grad_accum - 1)
         with autocast:
-            loss, _, hits = model.loss(inputs, targets, doc_ids=doc_ids)
+            part = my_rows[micro_step]
+            objective = distiller and distiller.objective(inputs, doc_ids, source_index[part], cursors[part])
+            loss, losses, hits = model.loss(inputs, targets, doc_ids=doc_ids, objective=objective)
         (loss * (world_size / n_valid)).backward()             # FSDP averages over ranks; the loss is a sum over all of them
-        loss_sum += loss.detach()
+        loss_sum += losses.sum()                               # cross-entropy, also where the loss is another
         n_hits += hits.sum()
         if micro:                                              # takes the gradient away; `finish` puts the weighted sum in its place
             micro.add(n_tokens[micro_step] / n_valid)
     presence_metrics = micro.finish() if micro else {}
-    grad_norm = whole(torch.nn.utils.get_total_norm([p.grad for p in parameters], foreach=True))
-    loss_sum, n_hits = all_reduce_sum((loss_sum, n_hits), device)
+    grad_norm = parallel.whole(torch.nn.utils.get_total_norm([p.grad for p in parameters], foreach=True))
+    loss_sum, n_hits, *kd_sums = all_reduce_sum((loss_sum, n_hits, *(distiller.take() if distiller else ())), device)
     if not math.isfinite(loss_sum) or not math.isfinite(grad_norm.item()):
         rows = {name: int((source_index == i).sum()) for i, name in enumerate(loader.names)}
         checkpointer.finish()
@@ -471,7 +467,7 @@ for step in range(first_step, n_steps + 1):
             **{f'mixture/weight_{name}': weight for name, weight in loader.weights.items()},
             **{f'mixture/drawn_{name}': n / sum(drawn.values()) for name, n in drawn.items()},
             **{f'mixture/epochs_{name}': n for name, n in loader.epochs().items()},
-            **presence_metrics})
+            **(kd.metrics(kd_sums, n_valid) if distiller else {}), **presence_metrics})
         bar.set_postfix_str(f'loss {train_loss:.3f}, {tokens_per_second:,.0f} tokens/s')
         drawn_before = loader.drawn()
         window_start, window_steps, data_s = time.perf_counter(), 0, 0.0

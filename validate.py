@@ -1,8 +1,11 @@
 """The loss of a model on fixed rows of a source, row by row: train.py's evaluation, and influence.py's comparison of runs."""
+import math
+
 import numpy as np
 import torch
 
 from common import all_reduce_sum
+from reweight import domain_of
 
 
 @torch.no_grad()
@@ -23,3 +26,21 @@ def row_losses(model, source, n_rows, batch_size, to_device, token_bytes=None, r
         here = [i for i in mine if i < n_rows]
         found[:, here] = torch.stack([t.double().sum(1) for t in (losses, counted, n_bytes)]).cpu().numpy()[:, :len(here)]
     return np.array(all_reduce_sum(found.flatten(), next(model.parameters()).device)).reshape(3, n_rows)
+
+
+def evaluate(model, sources, probes, weights, n_rows, batch_size, to_device, token_bytes, rank, world_size):
+    """Loss and bits per byte of every source, and loss of every probe set, on their first n_rows rows: train.py's metrics.
+
+    weights: source -> share, that 'val/loss' is the mean by; the rest as in `row_losses`.
+    """
+    metrics, mean = {}, 0.0
+    for source in sources + probes:
+        nats, counted, n_bytes = row_losses(model, source, n_rows, batch_size, to_device, token_bytes, rank, world_size).sum(1)
+        if source in probes:
+            metrics[f'probe/loss_{domain_of(source)}'] = nats / counted
+            continue
+        metrics[f'val/loss_{source.name}'] = nats / counted
+        if n_bytes:
+            metrics[f'val/bpb_{source.name}'] = nats / n_bytes / math.log(2)
+        mean += nats / counted * weights[source.name]
+    return {'val/loss': mean, **metrics}

@@ -1,4 +1,4 @@
-"""The demo's data: real text that every Python installation has, nothing downloaded -> data/demo/{code,docs,math,noise}/.
+"""The demo's data: real text that every Python installation has, nothing downloaded -> data/demo/{code,docs,math,noise,chat,reasoning}/.
 
     python prepare/demo.py          # `python train.py config/demo.py` does it on first use; about 20 seconds
 
@@ -7,9 +7,11 @@ docs    Python's documentation topics, those docstrings, and the READMEs in inst
 math    numpy's docstrings with numeric examples, and arithmetic and algebra problems with worked solutions (generated)
 noise   documents of the other three, in no other source, with their tokens shuffled: a control that teaches nothing but
         token frequencies, and that a good re-weighting must learn to avoid
+chat    conversations of one to four questions of that kind with short answers (generated), with loss masks
+reasoning  the same, a few problems at once and the way to their answers between <think> and </think>
 
 Documents are deduplicated, and split by their hash into train, val (5 %) and probe (3 %; not for noise). The tokenizer is a
-byte-level BPE of 4,096 tokens trained on the training text. The same installation gives the same bytes; another Python or
+byte-level BPE of 4,096 tokens, ChatML's among them, trained on the training text. The same installation gives the same bytes; another Python or
 numpy version gives slightly other text.
 """
 import ast
@@ -28,6 +30,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))       # the project's own folder
 
+from chat import encode_chat
 from configurator import configure
 from prepare.common import check_space
 from prepare.shards import PartWriter, finish_source, open_source, print_table
@@ -37,11 +40,13 @@ from tokenizer import LLAMA3_PATTERN, make_tokenizer
 out = 'data/demo'                # folder of the demo's sources
 vocab_size = 4096                # of the tokenizer, end-of-text token included
 n_problems = 9000                # generated mathematics problems
+n_chats = 3000                   # generated conversations, of each kind
 seed = 1337                      # of the problems and the shuffling
 
 SKIPPED = {'test', 'tests', 'idlelib', 'lib2to3', 'site-packages', 'dist-packages', 'pydoc_data', 'encodings', '__pycache__'}
 MAX_CHARACTERS = {'code': 6_000_000, 'docs': 3_500_000, 'math': 3_500_000}
 END = '<|endoftext|>'
+SPECIAL = (END, '<|im_start|>', '<|im_end|>')
 PATTERN = LLAMA3_PATTERN.replace(r'\p{N}{1,3}', r'\p{N}')       # digits one by one: arithmetic is learnt sooner
 
 
@@ -173,12 +178,42 @@ def split_documents(documents):
     return splits
 
 
+def conversation(rng, with_thoughts):
+    """Messages: one to four problems of `math_problem`, each asked and answered in turn, or all at once with the way to the answers."""
+    problems = []
+    for _ in range(rng.choice([1, 1, 1, 2, 2, 3, 4])):
+        question, rest = math_problem(rng).removeprefix('Problem: ').split('\nSolution: ')
+        problems.append((question, *rest.split('\nAnswer: ')))
+    if not with_thoughts:
+        return [dict(role=role, content=content) for question, _, answer in problems
+                for role, content in (('user', question), ('assistant', f'The answer is {answer}.'))]
+    thoughts = '\n\n'.join(way for _, way, _ in problems)
+    return [dict(role='user', content='\n'.join(question for question, _, _ in problems)),
+            dict(role='assistant', content=f'<think>\n{thoughts}\n</think>\n\n' + '\n'.join(f'The answer is {a}.' for _, _, a in problems))]
+
+
+def chats(domain):
+    """split -> conversations, the hash of one decides where it goes."""
+    rng, splits = random.Random(f'{seed} {domain}'), {'train': [], 'val': []}
+    for _ in range(n_chats):
+        messages = conversation(rng, domain == 'reasoning')
+        digest = hashlib.sha256(repr(messages).encode()).digest()
+        splits['val' if digest[0] < 13 else 'train'].append(messages)
+    return splits
+
+
 def train_tokenizer(texts):
-    """A byte-level BPE of `vocab_size` tokens, the last of them end-of-text."""
+    """A byte-level BPE of `vocab_size` tokens, the last of them special."""
     bpe = rustbpe.Tokenizer()
-    bpe.train_from_iterator(iter(texts), vocab_size - 1, pattern=PATTERN)
+    bpe.train_from_iterator(iter(texts), vocab_size - len(SPECIAL), pattern=PATTERN)
     ranks = {bytes(token): rank for token, rank in bpe.get_mergeable_ranks()}
-    return make_tokenizer('demo', ranks, PATTERN, {END: len(ranks)}, END)
+    return make_tokenizer('demo', ranks, PATTERN, {name: len(ranks) + i for i, name in enumerate(SPECIAL)}, END)
+
+
+def encode_conversation(tokenizer, messages):
+    """(ids, bytes of text, mask) for PartWriter.add."""
+    ids, mask = encode_chat(tokenizer, messages, 'chatml')
+    return ids, sum(len(m['content'].encode()) for m in messages), mask
 
 
 def main():
@@ -187,7 +222,8 @@ def main():
     check_space(out, sum(len(text) for parts in splits.values() for texts in parts.values() for text in texts))
     tokenizer = train_tokenizer([text for domain in MAX_CHARACTERS for text in splits[domain]['train']])
     settings = dict(dataset='python standard library', revision=sys.version.split()[0], numpy=np.__version__,
-                    vocab_size=vocab_size, n_problems=n_problems, seed=seed, tokenizer=tokenizer.fingerprint)
+                    vocab_size=vocab_size, n_problems=n_problems, n_chats=n_chats, seed=seed, tokenizer=tokenizer.fingerprint)
+    splits |= {domain: chats(domain) for domain in ('chat', 'reasoning')}
     shuffler = np.random.default_rng(seed)
     metas = {}
     for domain in tqdm(splits, desc='demo data', unit='source'):
@@ -199,6 +235,9 @@ def main():
         writer = PartWriter(folder, 0, tokenizer.vocab_size)
         for split, texts in splits[domain].items():
             for text in texts:
+                if isinstance(text, list):
+                    writer.add(split, *encode_conversation(tokenizer, text))
+                    continue
                 ids = tokenizer.encode_document(text)
                 if domain == 'noise':
                     ids = shuffler.permutation(ids)

@@ -212,7 +212,7 @@ def test_document_mask_equals_documents_alone():
 
 
 def test_document_boundaries_of_a_stream():
-    _, starts = model_module.document_boundaries(torch.tensor([[0, 0, 1, 1], [0, 0, 0, 0]]))
+    starts = model_module.document_boundaries(torch.tensor([[0, 0, 1, 1], [0, 0, 0, 0]]))
     assert starts.tolist() == [0, 2, 4, 8] and starts.dtype == torch.int32
 
 

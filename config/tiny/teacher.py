@@ -1,0 +1,8 @@
+# A teacher for stage 3 in small, of 2.5M parameters, trained on the spot: python train.py config/tiny/model.py config/tiny/teacher.py
+out_dir = 'out/tiny/teacher'
+sources = {'code': 0.3, 'docs': 0.3, 'math': 0.4}
+n_layer = 6
+n_embd = 160
+ffn_dim = 448
+max_steps = 250
+learning_rate = 3e-3

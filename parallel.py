@@ -1,0 +1,38 @@
+"""How a model is compiled and spread over ranks (FSDP2 per block), and what its sharded tensors need."""
+import torch
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+
+from model import checkpoint_activations
+
+
+def spread(model, mesh, dtype, compile_blocks=False, checkpointing='none'):
+    """Prepares a GPT on the meta device: activation checkpointing (none | full), compiled blocks, and shards over the mesh (None: one process).
+
+    Sharded block by block; products in dtype, reductions in fp32.
+    """
+    if checkpointing == 'full':
+        checkpoint_activations(model)
+    if compile_blocks:
+        for block in model.blocks:
+            block.compile()
+    if mesh is None:
+        return
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32) if dtype != torch.float32 else MixedPrecisionPolicy()
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)            # the rest: embeddings, final norm, output layer
+    for method in ('loss', 'logits', 'score'):
+        register_fsdp_forward_method(model, method)
+
+
+def whole(tensor):
+    """A tensor that every rank holds all of; None stays None."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def reshard(model):
+    """Shards what FSDP2 left whole: after a forward without a backward (an evaluation) the root's parameters are."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

@@ -1,0 +1,320 @@
+"""kd.py: the loss against full logits in fp64, what a cache holds, what is refused, a run that distils."""
+import math
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import kd
+import teacher_cache
+from configurator import BadInput
+from conftest import make_source, run_here, train, train_command
+
+N, C, V = 37, 24, 211
+
+
+def problem(seed=0, n=N, c=C, v=V, c_teacher=40):
+    """Hidden states and weights of a student and a teacher, targets with ignored ones, token weights; fp64."""
+    g = torch.Generator().manual_seed(seed)
+    h, w = torch.randn(n, c, generator=g, dtype=torch.float64), torch.randn(v, c, generator=g, dtype=torch.float64) / c**0.5 * 1.5
+    th, tw = torch.randn(n, c_teacher, generator=g, dtype=torch.float64), torch.randn(v, c_teacher, generator=g, dtype=torch.float64) / c_teacher**0.5 * 2
+    targets = torch.randint(0, v, (n,), generator=g)
+    targets[::5] = -1
+    return h, w, th, tw, targets, torch.rand(n, generator=g, dtype=torch.float64) + 0.5
+
+
+def reference(h, w, q, targets, weights, alpha, T, kind, teacher_log=None):
+    """The loss with whole logits: (sum, D (n,)). q (n, V): the teacher's probabilities at temperature T."""
+    z = h @ w.T
+    p = (z / T).softmax(1)
+    if kind == 'forward':
+        d = F.kl_div(p.log(), q, reduction='none').sum(1)
+    elif kind == 'reverse':
+        d = F.kl_div(q.log(), p, reduction='none').sum(1)
+    else:
+        m = (p + q) / 2
+        d = 0.5 * (F.kl_div(m.log(), q, reduction='none') + F.kl_div(m.log(), p, reduction='none')).sum(1)
+    ce = F.cross_entropy(z, targets, ignore_index=-1, reduction='none')
+    return ((alpha * T * T * d + (1 - alpha) * ce) * (targets >= 0) * weights).sum(), d
+
+
+def close(found, exact, tolerance=1e-5):
+    return (found.double() - exact).norm() <= tolerance * exact.norm()
+
+
+@pytest.mark.parametrize('kind', kd.DIVERGENCES)
+@pytest.mark.parametrize('T', [0.5, 1.0, 2.0, 4.0])
+@pytest.mark.parametrize('alpha', [0.0, 0.3, 1.0])
+def test_loss_and_gradient_equal_whole_logits_in_fp64(monkeypatch, kind, T, alpha):
+    monkeypatch.setattr(kd, 'kd_chunk_rows', lambda *_: 16)                       # several chunks, the last one ragged
+    h, w, th, tw, targets, weights = problem()
+    h, w = h.requires_grad_(), w.requires_grad_()
+    exact, d = reference(h, w, (th @ tw.T / T).softmax(1), targets, weights, alpha, T, kind)
+    (0.37 * exact).backward()
+    hf, wf = h.detach().float().requires_grad_(), w.detach().float().requires_grad_()
+    total, found = kd.distillation_loss(hf, wf, targets, weights.float(), teacher=(th.float(), tw.float()), alpha=alpha, temperature=T, kind=kind)
+    (0.37 * total).backward()
+    counted = targets >= 0
+    assert close(total.detach(), exact.detach()) and close(hf.grad, h.grad) and close(wf.grad, w.grad)
+    assert close(found[0][counted], d.detach()[counted])
+    assert (hf.grad[~counted] == 0).all() and (found[:, ~counted] == 0).all()
+    z, y = h.detach() @ w.detach().T, th @ tw.T
+    assert close(found[1][counted], F.cross_entropy(z, targets, ignore_index=-1, reduction='none')[counted])
+    assert close(found[3][counted], F.cross_entropy(y, targets, ignore_index=-1, reduction='none')[counted])
+    assert torch.equal(found[2].bool(), (z.argmax(1) == targets) & counted)
+    assert torch.equal(found[4].bool(), (z.argmax(1) == y.argmax(1)) & counted)
+
+
+def cached(y, targets, method, k, T, dtype=None, seed=0):
+    """What a cache would hold of logits y (n, V), by way of its records."""
+    v = y.shape[1]
+    records = teacher_cache.records_of(y.float(), torch.eye(v), targets, dtype or teacher_cache.record_dtype(v, k), method, k, T,
+                                  torch.Generator().manual_seed(seed))
+    return kd.read_cached([records], 'cpu')
+
+
+@pytest.mark.parametrize('kind', kd.DIVERGENCES)
+@pytest.mark.parametrize('T', [0.5, 2.0])
+def test_top_k_is_the_divergence_over_the_k_and_one_outcome_for_the_rest(kind, T):
+    h, w, th, tw, targets, weights = problem(1)
+    h, w, y = h.requires_grad_(), w.requires_grad_(), th @ tw.T
+    c = cached(y, targets, 'top_k', 13, T)
+    # the same divergence on whole logits: the teacher's rest is spread as the student's is
+    p = (h @ w.T / T).softmax(1)
+    lq = torch.log_softmax(torch.cat((c.logq, c.tail[:, None]), 1).double(), 1)
+    rest = p.scatter(1, c.ids, 0)
+    q = (rest / rest.sum(1, keepdim=True) * lq[:, -1:].exp()).scatter(1, c.ids, lq[:, :-1].exp())
+    grouped = (torch.cat((p.gather(1, c.ids), rest.sum(1, keepdim=True)), 1))
+    if kind == 'forward':
+        d = F.kl_div(grouped.log(), lq.exp(), reduction='none').sum(1)
+    elif kind == 'reverse':
+        d = F.kl_div(lq, grouped, reduction='none').sum(1)
+    else:
+        m = (grouped + lq.exp()) / 2
+        d = 0.5 * (F.kl_div(m.log(), lq.exp(), reduction='none') + F.kl_div(m.log(), grouped, reduction='none')).sum(1)
+    exact = (T * T * d * (targets >= 0)).sum()
+    exact.backward()
+    assert close(reference(h, w, q, targets, torch.ones(N), 1.0, T, kind)[1].detach(), d.detach())      # and that is its meaning
+    hf, wf = h.detach().float().requires_grad_(), w.detach().float().requires_grad_()
+    total, found = kd.distillation_loss(hf, wf, targets, teacher=c, alpha=1.0, temperature=T, kind=kind)
+    total.backward()
+    assert close(total.detach(), exact.detach()) and close(hf.grad, h.grad) and close(wf.grad, w.grad)
+    full, whole_d = reference(h.detach(), w.detach(), (y / T).softmax(1), targets, torch.ones(N), 1.0, T, kind)
+    counted = targets >= 0
+    assert (found[0] <= whole_d + 2e-3)[counted].all() and found[0].sum() < whole_d[counted].sum()       # never more, up to fp16
+    assert close(found[3][counted], F.cross_entropy(y, targets, ignore_index=-1, reduction='none')[counted], 1e-3)
+    assert torch.equal(found[4].bool(), ((h @ w.T).argmax(1) == y.argmax(1)) & counted)
+
+
+def test_all_ids_in_the_cache_are_the_teacher_itself():
+    h, w, th, tw, targets, weights = problem(2)
+    y = th @ tw.T
+    exact, _ = reference(h, w, y.softmax(1), targets, weights, 1.0, 1.0, 'forward')
+    total, _ = kd.distillation_loss(h.float(), w.float(), targets, weights.float(), teacher=cached(y, targets, 'top_k', V, 1.0))
+    assert total == pytest.approx(exact.item(), rel=1e-3)            # fp16
+
+
+def test_samples_are_right_on_average_where_top_k_is_not():
+    """Mean of 400 sampled caches against the whole divergence: value and gradient; top-k of as many ids is off by far more."""
+    h, w, th, tw, targets, _ = problem(3)
+    y = th @ tw.T / 2                                                   # a broad teacher: much in the tail
+    hx = h.clone().requires_grad_()
+    exact, _ = reference(hx, w, y.softmax(1), targets, torch.ones(N), 1.0, 1.0, 'forward')
+    exact.backward()
+    values, gradients = [], []
+    for seed in range(400):
+        hs = h.float().requires_grad_()
+        total, found = kd.distillation_loss(hs, w.float(), targets, teacher=cached(y, targets, 'sample', 8, 1.0, seed=seed))
+        total.backward()
+        values.append(total.item())
+        gradients.append(hs.grad.double())
+    mean, error = np.mean(values), np.std(values) / 20
+    assert abs(mean - exact.item()) < 4 * error and error < 0.01 * exact.item()
+    g = torch.stack(gradients)
+    assert ((g.mean(0) - hx.grad).norm() / hx.grad.norm()) < 2 * (g.std(0).norm() / 20 / hx.grad.norm())
+    hs = h.float().requires_grad_()
+    total, _ = kd.distillation_loss(hs, w.float(), targets, teacher=cached(y, targets, 'top_k', 8, 1.0))
+    total.backward()
+    assert total.item() < 0.8 * exact.item() and (hs.grad - hx.grad).norm() > 4 * (g.mean(0) - hx.grad).norm()
+
+
+def test_a_certain_student_and_teacher_give_no_nan():
+    z = torch.tensor([[200.0, 0, 0, 0, -200]])
+    for y in (z, -z):
+        for kind in kd.DIVERGENCES:
+            for teacher in ((y, torch.eye(5)), cached(y, torch.tensor([0]), 'top_k', 2, 1.0)):
+                h = z.clone().requires_grad_()
+                total, _ = kd.distillation_loss(h, torch.eye(5), torch.tensor([0]), teacher=teacher, kind=kind)
+                total.backward()
+                assert math.isfinite(total.item()) and h.grad.isfinite().all(), (kind, y)
+
+
+def test_bf16_autocast_stays_near_fp32():
+    h, w, th, tw, targets, _ = problem(4)
+    losses, gradients = [], []
+    for low in (False, True):
+        x = h.float().requires_grad_()
+        with torch.autocast('cpu', torch.bfloat16, enabled=low):
+            teacher = (th.bfloat16(), tw.bfloat16()) if low else (th.float(), tw.float())
+            total, _ = kd.distillation_loss(x, w.float(), targets, teacher=teacher)
+        total.backward()
+        losses.append(total.item())
+        gradients.append(x.grad)
+    assert losses[1] == pytest.approx(losses[0], rel=0.02) and (gradients[1] - gradients[0]).norm() < 0.03 * gradients[0].norm()
+
+
+# -- runs --------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope='module')
+def taught(tmp_path_factory):
+    """(data folder of two sources, run of a teacher wider than TINY, trained longer)."""
+    folder = tmp_path_factory.mktemp('taught')
+    for name in 'ab':
+        make_source(folder / 'data', name)
+    train(folder / 'teacher', folder / 'data', n_embd=48, ffn_dim=96, max_steps=150, eval_interval=150, save_interval=150, total_batch_tokens=128)
+    return folder / 'data', folder / 'teacher'
+
+
+def cache(data_dir, teacher_dir, name, **knobs):
+    """`kd.py cache` in this process, on both sources."""
+    values = dict(source='a,b', block_size=16, dtype='float32', **knobs)
+    run_here([sys.executable, 'kd.py', 'cache', f'--data_dir={data_dir}', f'--teacher={teacher_dir}', f'--name={name}',
+                     *(f'--{k}={v}' for k, v in values.items())])
+
+
+def test_a_distilled_student_learns_faster_and_resumes_bit_for_bit(tmp_path, taught):
+    data, teacher = taught
+    knobs = dict(max_steps=60, eval_interval=60, save_interval=30, teacher=teacher)
+    plain = train(tmp_path / 'plain', data, **{**knobs, 'teacher': None})
+    m = train(tmp_path / 'kd', data, **knobs)
+    assert m[59]['kd/loss'] < 0.5 * m[0]['kd/loss'] and m[60]['val/loss'] < plain[60]['val/loss'] - 0.05
+    assert m[0]['kd/teacher_loss'] < 1.5 and m[0]['kd/teacher_agreement'] < 0.2 < 0.5 < m[59]['kd/teacher_agreement']
+    assert m[0]['train/loss'] == pytest.approx(plain[0]['train/loss'], rel=1e-6)               # cross-entropy in both
+    shutil.copytree(tmp_path / 'kd', tmp_path / 'again')
+    shutil.rmtree(tmp_path / 'again/ckpt/step_000060')
+    (tmp_path / 'again/ckpt/latest').write_text('step_000030')
+    again = train(tmp_path / 'again', data, resume=True, **knobs)
+    for step in range(30, 60):
+        assert all(again[step][key] == m[step][key] for key in m[step] if key.startswith(('kd/', 'train/loss', 'train/grad_norm')))
+    assert again[60]['val/loss'] == m[60]['val/loss']
+
+
+def test_alpha_zero_is_plain_training(tmp_path, taught):
+    data, teacher = taught
+    plain, kd_run = train(tmp_path / 'plain', data), train(tmp_path / 'kd', data, teacher=teacher, kd_alpha=0.0)
+    for step in range(12):
+        assert kd_run[step]['train/loss'] == pytest.approx(plain[step]['train/loss'], rel=1e-5)
+
+
+def test_a_cache_teaches_what_its_teacher_does_also_while_weights_move(tmp_path, taught):
+    data, teacher = taught
+    cache(data, teacher, 'all', k=64)
+    cache(data, teacher, 'few', k=6)
+    online = train(tmp_path / 'online', data, teacher=teacher)
+    for name, tolerance in (('all', 2e-3), ('few', 0.1)):
+        m = train(tmp_path / name, data, kd_cache=name, teacher=teacher)
+        for step in range(12):
+            for key, far in (('kd/loss', tolerance), ('kd/teacher_loss', 2e-3), ('train/loss', tolerance)):
+                assert m[step][key] == pytest.approx(online[step][key], rel=far), (name, step, key)
+            assert m[step]['kd/teacher_agreement'] == pytest.approx(online[step]['kd/teacher_agreement'], abs=0.06)
+    make_source(tmp_path, 'a', n_tokens=4001, seed=5)
+    shutil.copytree(tmp_path / 'a/val', data / 'probe/a/probe', dirs_exist_ok=True)
+    moved = dict(mixture='influence', mixture_interval=4, mixture_warmup=2, probe={'a': 1.0}, probe_rows=8, influence_rows=4, mixture_max=0.95)
+    cached, alive = (train(tmp_path / f'moved{i}', data, **moved, **how) for i, how in enumerate((dict(kd_cache='all'), dict(teacher=teacher))))
+    assert cached[11]['mixture/weight_a'] != 0.75 and cached[11]['mixture/weight_a'] == pytest.approx(alive[11]['mixture/weight_a'], abs=1e-3)
+    assert cached[11]['kd/loss'] == pytest.approx(alive[11]['kd/loss'], rel=5e-3)
+
+
+def test_presence_and_samples_go_with_distillation(tmp_path, taught):
+    data, teacher = taught
+    cache(data, teacher, 'drawn', k=12, method='sample')
+    m = train(tmp_path / 'run', data, kd_cache='drawn', presence='store', max_steps=30)
+    assert m[29]['kd/loss'] < 0.6 * m[0]['kd/loss'] and m[29]['presence/effective_micro_batches'] > 1
+    with pytest.raises(BadInput, match="holds samples, from which kd_divergence = 'js' cannot be told"):
+        run_here(train_command(tmp_path / 'js', data, kd_cache='drawn', kd_divergence='js'))
+
+
+def test_two_ranks_share_the_teacher_and_equal_one(tmp_path, taught):
+    data, teacher = taught
+    one, two = (train(tmp_path / str(n), data, ranks=n, teacher=teacher, batch_size=4 // n, kd_alpha=0.5, kd_temperature=2.0, max_steps=6,
+                      eval_interval=6) for n in (1, 2))
+    for step in range(6):
+        for key in ('kd/loss', 'kd/teacher_loss', 'kd/teacher_agreement', 'train/loss', 'train/grad_norm'):
+            assert two[step][key] == pytest.approx(one[step][key], rel=2e-5), (step, key)
+
+
+def test_a_cut_off_cache_goes_on_and_two_ranks_make_the_same_bytes(tmp_path, taught, monkeypatch):
+    data, teacher = tmp_path / 'data', taught[1]
+    for name in 'ab':
+        make_source(data, name)
+    monkeypatch.setattr(teacher_cache, 'PART_TOKENS', 40 * 16)
+    cache(data, teacher, 'whole', k=8)
+
+    class Cut(Exception):
+        pass
+    calls, records_of = [], teacher_cache.records_of
+
+    def fails(*arguments):
+        calls.append(0)
+        if len(calls) == 25:
+            raise Cut
+        return records_of(*arguments)
+    monkeypatch.setattr(teacher_cache, 'records_of', fails)
+    with pytest.raises(Cut):
+        cache(data, teacher, 'parts', k=8)
+    parts = sorted((data / 'a/kd/parts').glob('*.kd'))
+    assert 0 < len(parts) < len(list((data / 'a/kd/whole').glob('*.kd'))) and (data / 'a/kd/parts/part_000002.kd.tmp').exists()
+    with pytest.raises(BadInput, match='part_000002.kd is missing, the cache is half made'):
+        run_here(train_command(tmp_path / 'early', data, kd_cache='parts', sources={'a': 1.0}))
+    before = parts[0].stat().st_mtime_ns
+    for rank in range(2):
+        monkeypatch.setenv('RANK', str(rank))
+        monkeypatch.setenv('WORLD_SIZE', '2')
+        cache(data, teacher, 'parts', k=8)
+    assert parts[0].stat().st_mtime_ns == before
+    for path in (data / 'a/kd/whole').iterdir():
+        assert (data / 'a/kd/parts' / path.name).read_bytes() == path.read_bytes(), path
+
+
+# -- mistakes ----------------------------------------------------------------------------------------------------------
+
+def test_mistakes_are_one_sentence(tmp_path, taught, trained):
+    data, teacher = tmp_path / 'data', taught[1]
+    for name in 'ab':
+        make_source(data, name)
+    cache(data, teacher, 'x', k=4)
+
+    def refused(words, **knobs):
+        with pytest.raises(BadInput, match=words):
+            run_here(train_command(tmp_path / 'run', data, **{'sources': {'a': 1.0}, **knobs}))
+    refused('vocabulary of 265 rows, the student of 64. Set vocab_size = 265', teacher=trained)
+    refused('kd_divergence = .* must be one of forward, reverse, js', teacher=teacher, kd_divergence='kl')
+    refused('kd_alpha = 1.5 must be at least 0 and at most 1', teacher=teacher, kd_alpha=1.5)
+    refused('holds no cache of a teacher. Run `kd.py cache --source=a --name=y`', kd_cache='y')
+    refused('was made for temperature = 1.0, this run has 2.0', kd_cache='x', kd_temperature=2.0)
+    refused('was made for block_size = 16, this run has 32', kd_cache='x', block_size=32)
+    train(tmp_path / 'other', data, n_embd=48, ffn_dim=96, max_steps=1)
+    refused('was made by another teacher .* than teacher = .*other', kd_cache='x', teacher=tmp_path / 'other')
+    with pytest.raises(BadInput, match='holds a cache that was made otherwise .k: 4, now 5'):
+        cache(data, teacher, 'x', k=5)
+    part = data / 'a/kd/x/part_000000.kd'
+    part.write_bytes(part.read_bytes()[:-7])
+    refused('cut off or damaged. Delete it. Run `kd.py cache', kd_cache='x')
+    make_source(data, 'a', seed=1)
+    refused('was made for shards = ', kd_cache='x')
+
+
+def test_a_teacher_of_another_tokenizer_is_refused_by_both_names(tmp_path, trained):
+    """`trained` is a model of 265 tokens; other shards of as many, of another tokenizer."""
+    from tokenizer import DIGITS_PATTERN, make_tokenizer
+    from test_sft import write_chats
+    ranks = {bytes([b]): 3 + b for b in range(256)} | {x: 259 + i for i, x in enumerate((b'ab', b'cd', b'ef', b'gh', b'ij', b'kl'))}
+    other = make_tokenizer('others', ranks, DIGITS_PATTERN, {'<|endoftext|>': 0, '<|im_start|>': 1, '<|im_end|>': 2}, '<|endoftext|>')
+    chats = [[dict(role='user', content='abc'), dict(role='assistant', content='words ' * n)] for n in range(2, 30)]
+    write_chats(tmp_path / 'data', 'chat', chats, tokenizer=other)
+    with pytest.raises(BadInput, match=r'has the tokenizer .*trained.* \(\w{16}\), the shards have others \(\w{16}\): a teacher and its student'):
+        run_here(train_command(tmp_path / 'run', tmp_path / 'data', sources={'chat': 1.0}, vocab_size=265, packing='document', block_size=64,
+                               total_batch_tokens=128, teacher=trained))

@@ -1,0 +1,270 @@
+"""Whole conversations in rows: packing, masks, documents apart from each other, and runs on them."""
+import json
+import os
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from chat import encode_chat, marked
+from configurator import BadInput
+from conftest import metrics, run, run_here, train, train_command
+from data import MixtureLoader, Source, batch_of, open_mask, open_shard, token_ids
+from model import GPT, ModelConfig, checkpoint_activations, init_weights
+from packing import best_fit, pack_documents
+from prepare.shards import PartWriter, finish_source
+from tokenizer import DIGITS_PATTERN, make_tokenizer
+
+BYTES = {bytes([b]): 3 + b for b in range(256)}
+TOKENIZER = make_tokenizer('bytes', BYTES, DIGITS_PATTERN, {'<|endoftext|>': 0, '<|im_start|>': 1, '<|im_end|>': 2}, '<|endoftext|>')
+
+
+def conversations(n, seed=0, longest=30):
+    """Messages of n conversations of one or two turns and different lengths."""
+    rng = np.random.default_rng(seed)
+    words = ['sun', 'river', 'seven', 'apple', 'walks', 'blue', 'and', 'not', 'the', 'a']
+
+    def text():
+        return ' '.join(rng.choice(words, rng.integers(1, longest // 5)))
+    return [[m for _ in range(rng.integers(1, 3)) for m in (dict(role='user', content=text()), dict(role='assistant', content=text()))]
+            for _ in range(n)]
+
+
+def write_chats(data_dir, name, chats, splits=('train', 'val'), tokenizer=TOKENIZER, masks=True):
+    """A source of conversations in two shards of each split."""
+    folder = str(data_dir / name)
+    os.makedirs(f'{folder}/progress')
+    writer = PartWriter(folder, 0, tokenizer.vocab_size)
+    for half in range(2):
+        for split in splits:
+            for messages in chats[half::2]:
+                ids, mask = encode_chat(tokenizer, messages, 'chatml')
+                writer.add(split, ids, len(ids), mask if masks else None)
+        writer.commit(0, 0)
+    open_shard.cache_clear()
+    open_mask.cache_clear()
+    return finish_source(folder, tokenizer, dict(test=True), [writer.state])
+
+
+@pytest.fixture
+def chat_data(tmp_path):
+    write_chats(tmp_path / 'data', 'chat', conversations(300))
+    return tmp_path / 'data'
+
+
+SFT = dict(sources={'chat': 1.0}, vocab_size=259, packing='document', block_size=160, batch_size=4, total_batch_tokens=1280, max_steps=8,
+           learning_rate=1e-2, eval_interval=8)
+
+
+@pytest.mark.parametrize('seed', range(4))
+def test_best_fit_is_best_fit_decreasing(seed):
+    rng = np.random.default_rng(seed)
+    capacity = int(rng.integers(5, 60))
+    lengths = rng.integers(1, capacity + 1, 400) if seed % 2 else np.minimum(rng.geometric(0.2, 400), capacity)
+    order, first = best_fit(lengths, capacity)
+    bins = [lengths[order[a:b]] for a, b in zip(first[:-1], first[1:])]
+    assert sorted(order.tolist()) == list(range(400)) and all(0 < b.sum() <= capacity for b in bins)
+    rooms = []                                   # the textbook's: one item after the other
+    for length in sorted(lengths.tolist(), reverse=True):
+        fits = [i for i, room in enumerate(rooms) if room >= length]
+        if not fits:
+            rooms.append(capacity)
+            fits = [len(rooms) - 1]
+        rooms[min(fits, key=lambda i: rooms[i])] -= length
+    assert sorted(capacity - b.sum() for b in bins) == sorted(rooms)
+    assert [x.tolist() for x in best_fit([], 7)] == [[], [0]]
+
+
+def test_rows_hold_every_conversation_once_with_its_mask(chat_data):
+    source = Source(chat_data, 'chat', 'train', 160, 7, 259, 'document')
+    expected = sorted((ids[:161].tobytes(), mask[:161].tobytes()) for ids, mask in (encode_chat(TOKENIZER, c, 'chatml') for c in conversations(300)))
+    found = []
+    for row in source.rows(range(source.n_windows)):
+        ids, counted = token_ids(row), row >= 0
+        starts = np.flatnonzero(ids == 0).tolist()
+        assert starts[0] == 0
+        end = len(row) - int((row[::-1] != ~1).argmax())                   # what follows is padding, ~1
+        for a, b in zip(starts, [*starts[1:], end]):
+            found.append((ids[a:b].astype(np.uint32).tobytes(), counted[a:b].astype(np.uint8).tobytes()))
+    assert sorted(found) == expected
+    assert source.packs.utilisation > 0.95 and source.packs.n_overlong == 0
+    first = encode_chat(TOKENIZER, conversations(1)[0], 'chatml')
+    said = [m['content'] for m in conversations(1)[0] if m['role'] == 'assistant']
+    assert marked(TOKENIZER, *first).count('[[') == len(said) and f'[[{said[0]}<|im_end|>]]' in marked(TOKENIZER, *first)
+
+
+@pytest.mark.parametrize('checkpointing', [False, True])
+def test_a_packed_row_equals_its_conversations_run_alone(chat_data, checkpointing):
+    model = GPT(ModelConfig(vocab_size=259, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, ffn_dim=48)).double()
+    init_weights(model, 3)
+    if checkpointing:
+        checkpoint_activations(model)
+    rows = torch.from_numpy(Source(chat_data, 'chat', 'train', 160, 7, 259, 'document').rows(range(3)))
+    inputs, targets, doc_ids = batch_of(rows, 0)
+    assert doc_ids.max() >= 3 and (targets >= 0).sum() == (rows[:, 1:] >= 0).sum()
+    loss, _, _ = model.loss(inputs, targets, doc_ids=doc_ids)
+    loss.backward()
+    together = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    alone = 0.0
+    for row, ids in zip(rows, doc_ids):
+        ids = torch.cat((ids, ids[-1:]))
+        ids[-1] += token_ids(row)[-1] == 0
+        for d in range(1, int(ids.max()) + 1):
+            tokens = row[ids == d][None]
+            if tokens.shape[1] > 1:
+                x, y, _ = batch_of(tokens)
+                part, _, _ = model.loss(x, y)
+                part.backward()
+                alone += part.item()
+    assert loss.item() == pytest.approx(alone, rel=1e-7)               # the rotary angles are fp32
+    for p, g in zip(model.parameters(), together):
+        assert (p.grad - g).abs().max() < 1e-7 * g.abs().max()
+
+
+def test_long_conversations_are_cut_or_dropped_and_counted(tmp_path):
+    chats = conversations(40) + [[dict(role='user', content='u' * 200), dict(role='assistant', content='never seen')],
+                                 [dict(role='user', content='u'), dict(role='assistant', content='s' * 300)]]
+    write_chats(tmp_path, 'chat', chats)
+    rows = {overlong: Source(tmp_path, 'chat', 'train', 160, 0, 259, 'document', overlong) for overlong in ('truncate', 'drop')}
+    assert {k: (s.packs.n_overlong, s.packs.n_unsupervised, len(s.packs.length)) for k, s in rows.items()} == {
+        'truncate': (2, 1, 41), 'drop': (2, 0, 40)}
+    cut = [row for row in rows['truncate'].rows(range(rows['truncate'].n_windows)) if (token_ids(row) == 3 + ord('s')).sum() > 100]
+    assert len(cut) == 1 and len(np.flatnonzero(token_ids(cut[0]) == 0)) == 1 and cut[0][-1] == 3 + ord('s')      # a row of its own, to its end
+    assert rows['drop'].fingerprint() != rows['truncate'].fingerprint()
+
+
+def test_documents_without_masks_count_whole(tmp_path):
+    write_chats(tmp_path, 'text', conversations(30), masks=False)
+    source = Source(tmp_path, 'text', 'train', 160, 0, 259, 'document')
+    rows = source.rows(range(source.n_windows))
+    assert (rows >= 0).sum() == source.packs.n_counted == source.packs.length.sum() - 30
+
+
+def test_loader_resumes_within_packed_rows(chat_data):
+    def loader():
+        return MixtureLoader([Source(chat_data, 'chat', 'train', 160, 7, 259, 'document')], {'chat': 1.0}, 7)
+    whole, parts = loader(), loader()
+    batches = [whole.read(*whole.next_batch(5)) for _ in range(6)]
+    for batch in batches[:3]:
+        assert np.array_equal(parts.read(*parts.next_batch(5)), batch)
+    again = loader()
+    again.load_state_dict(json.loads(json.dumps(parts.state_dict())))
+    for batch in batches[3:]:
+        assert np.array_equal(again.read(*again.next_batch(5)), batch)
+
+
+# -- runs --------------------------------------------------------------------------------------------------------------
+
+def test_sft_run_learns_epochs_end_it_and_it_resumes(tmp_path, chat_data, capsys):
+    knobs = {**SFT, 'max_steps': None, 'epochs': 2.0, 'warmup_frac': 0.1, 'activation_checkpointing': 'full', 'save_interval': 5}
+    m = train(tmp_path / 'whole', chat_data, **knobs)
+    out = capsys.readouterr().out
+    n_rows = Source(chat_data, 'chat', 'train', 160, 0, 259, 'document').n_windows
+    steps = -(-2 * n_rows // 8)
+    assert max(m) == steps and m[steps - 1]['mixture/epochs_chat'] == pytest.approx(2.0, abs=8 / n_rows)
+    assert f'300 documents in {n_rows} rows of 160 tokens, utilisation 9' in out
+    assert m[0]['val/loss'] == pytest.approx(np.log(259), rel=0.02) and m[steps]['val/loss'] < 3.6
+    assert m[0]['train/learning_rate'] == pytest.approx(1e-2 / round(0.1 * steps)) and m[steps - 1]['train/learning_rate'] < 1.5e-3
+    shutil.copytree(tmp_path / 'whole', tmp_path / 'again')
+    earlier = steps // 5 * 5 - 0
+    for name in os.listdir(tmp_path / 'again/ckpt'):
+        if name not in ('latest', f'step_{earlier:06d}'):
+            shutil.rmtree(tmp_path / 'again/ckpt' / name)
+    (tmp_path / 'again/ckpt/latest').write_text(f'step_{earlier:06d}')
+    again = train(tmp_path / 'again', chat_data, resume=True, **knobs)
+    assert {s: r['train/loss'] for s, r in again.items() if 'train/loss' in r} == {s: r['train/loss'] for s, r in m.items() if 'train/loss' in r}
+    assert again[steps]['val/loss'] == m[steps]['val/loss']
+
+
+def test_the_mean_is_over_the_counted_tokens_of_all_micro_batches(tmp_path, chat_data):
+    """1 x 8 rows equals 4 x 2, though the numbers of counted tokens differ; and activation checkpointing changes nothing."""
+    runs = [train(tmp_path / str(i), chat_data, **{**SFT, **changes}) for i, changes in enumerate(
+        (dict(batch_size=8), dict(batch_size=2), dict(batch_size=2, activation_checkpointing='full')))]
+    for step in range(8):
+        one, four, full = (r[step]['train/loss'] for r in runs)
+        assert four == pytest.approx(one, rel=1e-5) and full == four
+
+
+def test_influence_reweights_conversations(tmp_path, chat_data):
+    """Among three sources of chat rows, one has its answers shuffled: it loses weight on a probe of chats."""
+    rng = np.random.default_rng(1)
+    noise = [[{**m, 'content': ''.join(rng.permutation(list(m['content'])))} for m in c] for c in conversations(300, 1)]
+    write_chats(chat_data, 'noise', noise)
+    write_chats(chat_data, 'more', conversations(300, 2))
+    asked = [[dict(role='user', content='please'), *c] for c in conversations(150, 5)]            # in no source
+    write_chats(chat_data / 'probe', 'talk', asked, splits=('probe',))
+    m = train(tmp_path / 'run', chat_data, **{**SFT, 'sources': {'chat': 1.0, 'noise': 1.0, 'more': 1.0}, 'max_steps': 40, 'mixture': 'influence',
+              'mixture_interval': 8, 'mixture_warmup': 8, 'mixture_eta': 1.0, 'probe': {'talk': 1.0}, 'probe_rows': 40, 'influence_rows': 8,
+              'max_epochs': None, 'mixture_max': 0.9})
+    assert m[39]['mixture/weight_noise'] < 0.25 < m[39]['mixture/weight_chat'] + m[39]['mixture/weight_more']
+    assert sum(m[s]['mixture/drawn_noise'] for s in range(34, 40)) / 6 < 0.28
+
+
+def test_a_step_of_32768_tokens_fits_into_little_memory(tmp_path):
+    """Attention of long documents without T x T anything, activations recomputed: the process stays below 1.3 GiB."""
+    rng = np.random.default_rng(0)
+    chats = [[dict(role='user', content='go'), dict(role='assistant', content=''.join(map(chr, 97 + rng.integers(0, 26, 34_000))))] for _ in range(2)]
+    write_chats(tmp_path / 'data', 'long', chats)
+    command = train_command(tmp_path / 'run', tmp_path / 'data', **{**SFT, 'sources': {'long': 1.0}, 'block_size': 32768, 'batch_size': 1,
+                            'total_batch_tokens': 32768, 'max_steps': 1, 'activation_checkpointing': 'full', 'n_layer': 3, 'n_head': 1, 'n_kv_head': 1,
+                            'n_embd': 16, 'ffn_dim': 32, 'eval_rows': 1, 'warmup_steps': 0})
+    code = ('import resource, runpy, sys; sys.argv = sys.argv[1:]\ntry: runpy.run_path(sys.argv[0], run_name="__main__")\n'
+            'except SystemExit as e: assert not e.code\nprint("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)')
+    done = run([sys.executable, '-c', code, *command[1:]])
+    assert done.returncode == 0, done.stderr
+    assert metrics(tmp_path / 'run')[0]['train/loss'] == pytest.approx(np.log(259), rel=0.02)
+    assert int(done.stdout.split('peak ')[1]) / 2**20 < 1.3
+
+
+def test_dry_run_needs_no_data_and_its_activations_are_what_autograd_saves(tmp_path, capsys):
+    command = [sys.executable, 'train.py', 'config/model/mobilellm_140m.py', 'config/stage5.py', '--dry_run=True', f'--out_dir={tmp_path}/x']
+    assert run_here(command) == 0
+    out = capsys.readouterr().out
+    assert '140.2M parameters' in out and 'activation_checkpointing=full' in out and 'fits into 80 GiB' in out and not (tmp_path / 'x').exists()
+    assert run_here([*command, '--activation_checkpointing=none']) == 0
+    assert 'does not fit into 80 GiB' in capsys.readouterr().out
+    from plan import saved_bytes_per_token
+
+    def saved(n_layer):
+        model, kept = GPT(ModelConfig(vocab_size=50, n_layer=n_layer, n_head=8, n_kv_head=4, n_embd=96, ffn_dim=200, head_dim=16, qk_norm=True,
+                                      qk_norm_weight=False)), {}
+        init_weights(model, 0)
+        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+        def pack(t):
+            if t.untyped_storage().data_ptr() not in own:
+                kept[t.untyped_storage().data_ptr()] = t
+            return t
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            model(torch.zeros(2, 64, dtype=torch.long))
+        return sum(t.untyped_storage().nbytes() for t in kept.values()) / 128, model.config
+    (one, _), (two, config) = saved(1), saved(2)
+    assert two - one == saved_bytes_per_token(config, 4, False)[0]
+
+
+# -- mistakes ----------------------------------------------------------------------------------------------------------
+
+def test_mistakes_are_one_sentence(tmp_path, chat_data, tiny_data):
+    mask = next((chat_data / 'chat/train').glob('*.mask'))
+    whole = mask.read_bytes()
+    for content, words in ((whole[:-3], 'truncated or of another shard'), (None, 'have no .mask, others have')):
+        mask.unlink() if content is None else mask.write_bytes(content)
+        open_mask.cache_clear()
+        with pytest.raises(BadInput, match=words):
+            Source(chat_data, 'chat', 'train', 160, 0, 259, 'document')
+    mask.write_bytes(whole)
+    for path in (chat_data / 'chat/train').glob('*.mask'):
+        path.write_bytes(bytes(len(path.read_bytes())))
+    open_mask.cache_clear()
+    with pytest.raises(BadInput, match='no document with a token that the loss counts'):
+        Source(chat_data, 'chat', 'train', 160, 0, 259, 'document')
+    with pytest.raises(BadInput, match='has no meta.json'):
+        Source(tiny_data, 'a', 'train', 16, packing='document')
+    assert pack_documents([(np.array([5, 5]), None)], 0, 8).n_rows == 0
+    for changes, words in ((dict(packing='documents'), 'packing = .* must be one of window, document'), (dict(warmup_frac=2.0), 'warmup_frac .*at most 1'),
+                           (dict(overlong='cut'), 'overlong = .* must be one of truncate, drop'), (dict(max_steps=None), 'nor max_tokens nor epochs')):
+        with pytest.raises(BadInput, match=words):
+            run_here(train_command(tmp_path / 'run', tiny_data, **changes))
