@@ -13,6 +13,8 @@ evaluate log-likelihoods by evaluate.py and by lm-eval's own `hf` model on the s
 influence  one measurement (200 rows of three probe sets, 5 x 32 of sources) against the 250 steps of 32 rows that it comes after;
          single rows, their norms, whole matrices against a forward and backward of the same rows; memory in units of the gradient
 presence a step of 8 micro-batches weighed by self-influence against a plain one
+kd       a step of distillation, from a teacher that runs along and from a cache of top 64, against a plain one; memory of the loss with
+         a vocabulary of 128,256
 Floors: a step cannot be faster than its matrix products, 6 FLOP per weight and token; reading a row is one copy.
 """
 import os
@@ -26,7 +28,7 @@ import time
 from configurator import BadInput, configure
 
 # -- knobs --
-parts = ['step', 'data', 'prepare', 'evaluate', 'influence', 'presence']      # what to measure
+parts = ['step', 'data', 'prepare', 'evaluate', 'influence', 'presence', 'kd']      # what to measure
 compiled = [False, True]         # eager, compiled or both
 dtypes = ['float32', 'bfloat16']     # float32, and bfloat16 autocast over fp32 weights
 rounds = 3                       # alternating rounds
@@ -298,7 +300,7 @@ def small_model(length=256, **changes):
     import torch
     from common import tune_malloc
     from model import GPT, ModelConfig, init_weights
-    if peer != 'memory':
+    if 'memory' not in peer:
         tune_malloc()
     c = ModelConfig(**{**dict(vocab_size=8192, n_layer=6, n_head=6, n_kv_head=2, n_embd=384, ffn_dim=1024), **changes})
     model = GPT(c)
@@ -388,6 +390,20 @@ def bench_influence():
                                 env={**os.environ, 'OMP_NUM_THREADS': '1', 'MALLOC_MMAP_THRESHOLD_': '65536'}).stdout)     # freed is freed
 
 
+def peak(work):
+    """Bytes of resident memory that work() needs at its fullest beyond what there was."""
+    def resident(key):
+        with open('/proc/self/status', encoding='ascii') as f:
+            return next(int(line.split()[1]) * 1024 for line in f if line.startswith(key))
+    with open('/proc/self/clear_refs', 'w', encoding='ascii') as f:
+        f.write('5')                                       # the peak begins anew
+    before = resident('VmRSS')
+    kept = work()
+    used = resident('VmHWM') - before
+    del kept
+    return used
+
+
 def measure_memory():
     """Peaks of resident memory, in a process of its own with malloc as it is: SmolLM2-135M's shape, where tiny rows leave parameters alone."""
     from influence import probe_direction, source_products
@@ -395,26 +411,15 @@ def measure_memory():
     gradient = sum(p.numel() * p.element_size() for p in model.parameters())
     batch = rows(2, 8)
 
-    def resident(key):
-        with open('/proc/self/status', encoding='ascii') as f:
-            return next(int(line.split()[1]) * 1024 for line in f if line.startswith(key))
-
-    def peak(work):
-        with open('/proc/self/clear_refs', 'w', encoding='ascii') as f:
-            f.write('5')                                       # the peak begins anew
-        before = resident('VmRSS')
-        kept = work()
-        return (resident('VmHWM') - before) / gradient, kept
-
     def accumulate():
         for _ in range(2):
             model.loss(batch[0], batch[1])[0].backward()
         model.zero_grad(set_to_none=True)
     accumulate()
-    plain, one, three = (peak(work)[0] for work in (accumulate, *(lambda d=d: probe_direction(model, {i: [batch] * 4 for i in range(d)}, 'all')
-                                                                  for d in (1, 3))))
+    plain, one, three = (peak(work) / gradient for work in (accumulate, *(lambda d=d: probe_direction(model, {i: [batch] * 4 for i in range(d)}, 'all')
+                                                                          for d in (1, 3))))
     direction = probe_direction(model, {'x': [batch] * 4}, 'all')
-    sources = peak(lambda: source_products(model, [batch] * 4, [direction]))[0] + 1      # the direction was there before
+    sources = peak(lambda: source_products(model, [batch] * 4, [direction])) / gradient + 1      # the direction was there before
     print(f'memory beyond parameters, in gradients ({gradient / 2**20:.0f} MiB): accumulation of two micro-batches {plain:.2f}; probe direction '
           f'over all layers {one:.2f} with one domain, {three:.2f} with three; sources {sources:.2f}', flush=True)
 
@@ -431,8 +436,89 @@ def bench_presence():
         print(f'| {mode} | {medians[mode]:.2f} | **{statistics.median(values):.3f}** ({min(values):.3f} to {max(values):.3f}) |', flush=True)
 
 
+def random_cache(n, vocab_size, k=64):
+    """kd.Cached of n tokens, random."""
+    import torch
+    from kd import Cached
+    logq = torch.log_softmax(torch.randn(n, k + 1) * 3, 1)
+    ids = torch.rand(n, vocab_size).topk(k, 1).indices if vocab_size < 10_000 else torch.randint(vocab_size // k, (n, k)) + torch.arange(k) * (vocab_size // k)
+    return Cached(ids, logq[:, :k].contiguous(), logq[:, k].contiguous(), torch.zeros(n), ids[:, 0], logq[:, 0].contiguous())
+
+
+def bench_kd():
+    """Steps of a student of 12.6M parameters, and the loss alone with a vocabulary of 128,256, in CPU time of one thread."""
+    import functools
+    import torch
+    from kd import distillation_loss
+    from model import flops_per_token, linear_cross_entropy
+    model, optimizer, rows = small_model()
+    batches = [rows(8), rows(8)]
+    teachers = {name: small_model(**shape)[0].requires_grad_(False).eval() for name, shape in (
+        ('a teacher of its own size', dict()), ('a teacher of 67M', dict(n_layer=12, n_head=12, n_kv_head=4, n_embd=640, ffn_dim=1728, head_dim=64)))}
+    cached = random_cache(8 * 256, 8192)
+
+    def step(objective):
+        for inputs, targets, _ in batches:
+            (model.loss(inputs, targets, objective=objective and objective(inputs))[0] / (2 * targets.numel())).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def loss(h, weight, targets, token_weights, teacher):
+        total, found = distillation_loss(h, weight, targets, token_weights, teacher=teacher)
+        return total, found[1], found[2].bool()
+
+    def online(teacher, inputs):
+        with torch.no_grad():
+            return functools.partial(loss, teacher=(teacher(inputs).flatten(0, 1), teacher.output_weight))
+    jobs = {'plain': lambda: step(None), 'cache of top 64': lambda: step(lambda _: functools.partial(loss, teacher=cached)),
+            **{name: (lambda t=t: step(functools.partial(online, t))) for name, t in teachers.items()}}
+    _, ratios = in_turns(jobs)
+    work = flops_per_token(model.config, 256)
+    print('kd: student of 12.6M parameters, 2 micro-batches of 8 rows of 256 tokens, float32, steps against a plain one\n\n'
+          '| teacher | floor by FLOPs | measured (range) |\n|---|---|---|')
+    for name, values in ratios.items():
+        floor = 1 + (flops_per_token(teachers[name].config, 256) / 3 / work if name in teachers else 0)
+        print(f'| {name} | {floor:.2f} | **{statistics.median(values):.3f}** ({min(values):.3f} to {max(values):.3f}) |', flush=True)
+    V, C, N = 128256, 576, 512
+    h, weight, targets = torch.randn(N, C, requires_grad=True), torch.randn(V, C).mul_(0.05).requires_grad_(), torch.randint(V, (N,))
+    other, cached = (torch.randn(N, C), torch.randn(V, C).mul_(0.05)), random_cache(N, V)
+    jobs = {'cross-entropy': lambda: linear_cross_entropy(h, weight, targets)[0].backward(),
+            'top 64 from a cache': lambda: distillation_loss(h, weight, targets, teacher=cached)[0].backward(),
+            **{f'{kind} from hidden states': (lambda kind=kind: distillation_loss(h, weight, targets, teacher=other, kind=kind)[0].backward())
+               for kind in ('forward', 'reverse', 'js')}}
+    _, ratios = in_turns(jobs)
+    print(f'\nthe loss and its gradient alone, {N} tokens, width {C}, vocabulary {V:,}, float32; products: 3 of the student, 1 of the teacher\n\n'
+          '| loss | floor by FLOPs | measured (range) |\n|---|---|---|')
+    for name, values in ratios.items():
+        print(f"| {name} | {4 / 3 if 'hidden' in name else 1:.2f} | **{statistics.median(values):.2f}** ({min(values):.2f} to {max(values):.2f}) |", flush=True)
+    print('\n' + subprocess.run([sys.executable, __file__, '--peer=kd_memory'], text=True, stdout=subprocess.PIPE, check=True,
+                                env={**os.environ, 'OMP_NUM_THREADS': '1', 'MALLOC_MMAP_THRESHOLD_': '65536'}).stdout)
+
+
+def measure_kd_memory():
+    """Peaks of the loss of 4096 tokens with a vocabulary of 128,256, beyond the gradient of the output weight; narrow, since width does not count."""
+    import torch
+    from kd import distillation_loss
+    from model import linear_cross_entropy
+    V, C, N = 128256, 64, 4096
+    h, weight, targets = torch.randn(N, C, requires_grad=True), torch.randn(V, C).mul_(0.1).requires_grad_(), torch.randint(V, (N,))
+    other, cached, full = (torch.randn(N, C), torch.randn(V, C).mul_(0.1)), random_cache(N, V), N * V * 4
+
+    def used(work):
+        h.grad = weight.grad = None
+        return (peak(lambda: work()[0].backward()) - V * C * 4) / full
+    distillation_loss(h[:64], weight, targets[:64], teacher=(other[0][:64], other[1]))[0].backward()         # warm
+    jobs = {'cross-entropy': lambda: linear_cross_entropy(h, weight, targets), 'top 64 from a cache': lambda: distillation_loss(h, weight, targets, teacher=cached),
+            **{f'{kind} KD': (lambda kind=kind: distillation_loss(h, weight, targets, teacher=other, kind=kind)) for kind in ('forward', 'js')}}
+    print(f'memory of the loss of {N} tokens, vocabulary {V:,}, float32, beyond the gradients, as a share of one model\'s logits '
+          f'({full / 2**30:.2f} GiB): ' + ', '.join(f'{name} {used(job):.1%}' for name, job in jobs.items()), flush=True)
+
+
 if peer == 'memory':
     measure_memory()
+elif peer == 'kd_memory':
+    measure_kd_memory()
 elif peer:
     run_side()
 else:
@@ -451,6 +537,8 @@ else:
         bench_influence()
     if 'presence' in parts:
         bench_presence()
+    if 'kd' in parts:
+        bench_kd()
     if 'step' in parts:
         print(f'step: {n_layer} layers of SmolLM2-135M, B={batch_size} T={block_size}\n\n'
               '| dtype | mode | ours tok/s | transformers tok/s | ratio (range) | ours GFLOP/s | peak GiB |\n|---|---|---|---|---|---|---|')

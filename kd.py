@@ -110,8 +110,8 @@ def against_cache(lp, cached, kind):
 # -- the loss ----------------------------------------------------------------------------------------------------------
 
 def kd_chunk_rows(n_rows, vocab_size, device, dtype):
-    """Rows of logits of both at once: together below 9 % of one model's fp32 logits, and no more than `model.chunk_rows` allows."""
-    return min(max(1, chunk_rows(n_rows, vocab_size, device, dtype) // 2), max(64, n_rows * 4 // (24 * dtype.itemsize)))
+    """Rows of logits of both at once: together a sixteenth of one model's fp32 logits, and no more than `model.chunk_rows` allows."""
+    return min(max(1, chunk_rows(n_rows, vocab_size, device, dtype) // 2), max(64, n_rows * 4 // (32 * dtype.itemsize)))
 
 
 class _Distill(torch.autograd.Function):

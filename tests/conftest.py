@@ -118,6 +118,15 @@ def assert_one_sentence(done, code, *parts):
 
 
 @pytest.fixture(scope='session')
+def demo_data(tmp_path_factory):
+    """The demo's sources, made once."""
+    folder = tmp_path_factory.mktemp('demo') / 'data'
+    done = run([sys.executable, 'prepare/demo.py', f'--out={folder}'])
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope='session')
 def trained(tmp_path_factory):
     """The folder of a short run on text, with a byte-level tokenizer that has ChatML's tokens."""
     from tokenizer import DIGITS_PATTERN, make_tokenizer, save_tokenizer

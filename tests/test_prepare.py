@@ -401,20 +401,19 @@ def test_generated_mathematics_is_right():
     assert checked > 800
 
 
-def test_demo_data_is_repeatable_disjoint_and_its_noise_is_shuffled(tmp_path):
-    folders = [tmp_path / 'one', tmp_path / 'two']
-    for folder in folders:
-        done = run([sys.executable, 'prepare/demo.py', f'--out={folder}'])
-        assert done.returncode == 0, done.stderr
+def test_demo_data_is_repeatable_disjoint_and_its_noise_is_shuffled(tmp_path, demo_data):
+    folders = [demo_data, tmp_path / 'two']
+    done = run([sys.executable, 'prepare/demo.py', f'--out={folders[1]}'])
+    assert done.returncode == 0, done.stderr
     assert contents(folders[0]) == contents(folders[1])
     tokenizer = load_tokenizer(str(folders[0] / 'code'))
     assert tokenizer.vocab_size == 4096
     seen = {}
-    for source in ('code', 'docs', 'math', 'noise'):
+    for source in ('code', 'docs', 'math', 'noise', 'chat', 'reasoning'):
         meta = json.loads((folders[0] / source / 'meta.json').read_text())
         assert meta['vocab_size'] == 4096 and meta['tokenizer']['fingerprint'] == tokenizer.fingerprint
-        assert meta['splits']['train']['tokens'] > 150_000 and meta['splits']['val']['tokens'] > 20_000
-        assert ('probe' in meta['splits']) == (source != 'noise')
+        assert meta['splits']['train']['tokens'] > 150_000 and meta['splits']['val']['tokens'] > 10_000
+        assert ('probe' in meta['splits']) == (source in ('code', 'docs', 'math'))
         for split in meta['splits']:
             stream = np.frombuffer((folders[0] / source / split / '00000_00000.bin').read_bytes(), dtype='<u2', offset=1024)
             for part in np.split(stream, np.flatnonzero(stream == tokenizer.bos_id))[1:]:
