@@ -405,7 +405,7 @@ def document_boundaries(doc_ids):
 def checkpoint_activations(model):
     """From now on a block keeps its input alone and runs its forward again in the backward (Chen et al. 2016, arXiv:1604.06174).
 
-    Call it before blocks are compiled or sharded.
+    Call it before blocks are sharded.
     """
     for block in model.blocks:
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)

@@ -11,11 +11,13 @@ def spread(model, mesh, dtype, compile_blocks=False, checkpointing='none'):
 
     Sharded block by block; products in dtype, reductions in fp32.
     """
+    for block in model.blocks if compile_blocks else []:
+        if checkpointing == 'none':
+            block.compile()
+        else:
+            block.forward = torch.compile(block.forward)       # within the checkpoint: around one nothing would be compiled
     if checkpointing == 'full':
         checkpoint_activations(model)
-    if compile_blocks:
-        for block in model.blocks:
-            block.compile()
     if mesh is None:
         return
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32) if dtype != torch.float32 else MixedPrecisionPolicy()

@@ -245,6 +245,20 @@ def test_dry_run_needs_no_data_and_its_activations_are_what_autograd_saves(tmp_p
     assert two - one == saved_bytes_per_token(config, 4, False)[0]
 
 
+def prepare_chats(source, path, out, tokenizer, template='chatml'):
+    run_here([sys.executable, 'prepare/text.py', f'--source={source}', f'--input={path}', '--column=messages', f'--chat_template={template}',
+              f'--tokenizer={tokenizer}', f'--out={out}', '--workers=0', '--val_fraction=0.05'])
+
+
+def test_real_conversations_fill_their_rows(tmp_path, shared_data):
+    for name in ('instruct', 'gsm8k_think'):
+        prepare_chats(name, shared_data / f'sft/{name}.jsonl.gz', tmp_path, shared_data / 'tokenizers/bpe8k/tokenizer.json')
+        for block_size in (1024, 2048, 4096):
+            packs = Source(tmp_path, name, 'train', block_size, 0, 8192, 'document').packs
+            assert packs.utilisation > 0.97 and len(packs.length) + packs.n_unsupervised > 1880
+            assert 0.5 < packs.n_counted / packs.length.sum() < 0.6
+
+
 # -- mistakes ----------------------------------------------------------------------------------------------------------
 
 def test_mistakes_are_one_sentence(tmp_path, chat_data, tiny_data):
@@ -263,8 +277,36 @@ def test_mistakes_are_one_sentence(tmp_path, chat_data, tiny_data):
         Source(chat_data, 'chat', 'train', 160, 0, 259, 'document')
     with pytest.raises(BadInput, match='has no meta.json'):
         Source(tiny_data, 'a', 'train', 16, packing='document')
+    chats = tmp_path / 'chats.jsonl'
+    for messages, template, words in (([dict(role='user', content='hi')], 'chatml', 'chats.jsonl:1: no conversation with an answer of the assistant'),
+                                      ([dict(role='robot', content='hi'), dict(role='assistant', content='x')], 'chatml', "role 'robot'.*the roles are"),
+                                      ([dict(role='assistant', content='x')], 'llama3', r'has no <\|start_header_id\|>.*Set chat_template=chatml')):
+        chats.write_text(json.dumps(dict(messages=messages)) + '\n')
+        with pytest.raises(BadInput, match=words):
+            prepare_chats('mine', chats, tmp_path / 'out', chat_data / 'chat', template)
     assert pack_documents([(np.array([5, 5]), None)], 0, 8).n_rows == 0
     for changes, words in ((dict(packing='documents'), 'packing = .* must be one of window, document'), (dict(warmup_frac=2.0), 'warmup_frac .*at most 1'),
                            (dict(overlong='cut'), 'overlong = .* must be one of truncate, drop'), (dict(max_steps=None), 'nor max_tokens nor epochs')):
         with pytest.raises(BadInput, match=words):
             run_here(train_command(tmp_path / 'run', tiny_data, **changes))
+
+
+def test_checkpointed_blocks_are_compiled_and_compute_the_same():
+    import torch._dynamo
+    from parallel import spread
+    losses, gradients = [], []
+    for compile_blocks in (False, True):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        model = GPT(ModelConfig(vocab_size=97, n_layer=3, n_head=4, n_kv_head=2, n_embd=32, ffn_dim=48))
+        init_weights(model, 0)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, 'compile', lambda f, compiler=torch.compile: compiler(f, backend='aot_eager'))
+            spread(model, None, torch.float32, compile_blocks, 'full')
+        idx = torch.arange(48).view(2, 24)
+        loss = model.loss(idx, idx + 1)[0]
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append(model.embed.weight.grad)
+        assert (torch._dynamo.utils.counters['stats']['unique_graphs'] > 0) == compile_blocks
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6) and torch.allclose(*gradients, rtol=1e-4, atol=1e-6)
