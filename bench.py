@@ -436,13 +436,14 @@ def bench_presence():
         print(f'| {mode} | {medians[mode]:.2f} | **{statistics.median(values):.3f}** ({min(values):.3f} to {max(values):.3f}) |', flush=True)
 
 
-def random_cache(n, vocab_size, k=64):
+def random_cache(n, vocab_size, k=64, draws=16):
     """kd.Cached of n tokens, random."""
     import torch
     from kd import Cached
     logq = torch.log_softmax(torch.randn(n, k + 1) * 3, 1)
     ids = torch.rand(n, vocab_size).topk(k, 1).indices if vocab_size < 10_000 else torch.randint(vocab_size // k, (n, k)) + torch.arange(k) * (vocab_size // k)
-    return Cached(ids, logq[:, :k].contiguous(), logq[:, k].contiguous(), torch.zeros(n), ids[:, 0], logq[:, 0].contiguous())
+    return Cached(ids, logq[:, :k].contiguous(), logq[:, k].contiguous(), torch.randint(vocab_size, (n, draws)), torch.zeros(n), ids[:, 0],
+                  logq[:, 0].contiguous(), torch.zeros(n, dtype=torch.long), None)
 
 
 def bench_kd():

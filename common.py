@@ -29,7 +29,7 @@ def start_ranks(device, join=True):
     kind = 'cuda' if device != 'cpu' and torch.cuda.is_available() else 'cpu'
     if 'RANK' not in os.environ:
         return 0, 1, torch.device(kind)
-    here = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if kind == 'cuda' else 'cpu')
+    here = torch.device('cpu') if kind == 'cpu' else torch.device('cuda', int(os.environ.get('LOCAL_RANK') or int(os.environ['RANK']) % torch.cuda.device_count()))
     if kind == 'cuda':
         torch.cuda.set_device(here)
     if join:

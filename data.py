@@ -60,13 +60,13 @@ def read_header(path):
     return n_tokens, dtype
 
 
-@functools.lru_cache(maxsize=128)       # a bound on open files (macOS allows 256); 2T tokens are some 20,000 shards
+@functools.lru_cache(maxsize=64)        # a bound on open files (macOS allows 256); 2T tokens are some 20,000 shards
 def open_shard(path):
     n_tokens, dtype = read_header(path)
     return np.memmap(path, dtype=dtype, mode='r', offset=HEADER_BYTES, shape=(n_tokens,))
 
 
-@functools.lru_cache(maxsize=128)
+@functools.lru_cache(maxsize=64)
 def open_mask(path):
     """The loss mask beside a shard, (tokens,) uint8, None when there is none. BadInput when it has another length."""
     mask_path, n_tokens = path.removesuffix('.bin') + '.mask', read_header(path)[0]
@@ -163,15 +163,14 @@ class Source:
         """Finds the documents and makes them the rows of this source. Reads every token once, a second for 500 million."""
         if self.meta is None:
             raise BadInput(f"source '{self.name}' has no meta.json that names the token which documents begin with; packing='document' needs it.")
-        masks = [open_mask(path) for path in self.paths]
-        if len({mask is None for mask in masks}) > 1:
-            without = [path for path, mask in zip(self.paths, masks) if mask is None]
+        without = [path for path in self.paths if not os.path.isfile(path.removesuffix('.bin') + '.mask')]
+        if 0 < len(without) < len(self.paths):
             raise BadInput(f"source '{self.name}' ({self.split}): {without[0]} and {len(without) - 1} more shards have no .mask, others have. "
                            'Prepare the source again.')
         self.pad_id = 1 if self.meta['tokenizer']['bos_id'] == 0 else 0       # any but BOS, so that padding begins no document
-        self.packs = pack_documents([*zip(map(open_shard, self.paths), masks)], self.meta['tokenizer']['bos_id'], self.block_size + 1,
-                                    self.overlong)
-        self.has_mask, self.n_windows = masks[0] is not None, self.packs.n_rows
+        self.packs = pack_documents(((open_shard(path), open_mask(path)) for path in self.paths), self.meta['tokenizer']['bos_id'],
+                                    self.block_size + 1, self.overlong)
+        self.has_mask, self.n_windows = not without, self.packs.n_rows
         if self.n_windows == 0:
             raise BadInput(f"source '{self.name}' ({self.split}) has no document with a token that the loss counts within block_size + 1 = "
                            f'{self.block_size + 1} tokens ({self.packs.n_overlong:,} are longer). Raise block_size, or look at its masks.')
@@ -232,8 +231,7 @@ class Source:
             part[:] = open_shard(path)[start:start + length]
             if self.has_mask:
                 np.invert(part, out=part, where=open_mask(path)[start:start + length] == 0)
-            else:
-                part[0] = ~part[0]
+            part[0] = ~token_ids(part[0])                      # no document begins because of the one before it
             at += length
         out[at:] = ~self.pad_id
 
@@ -302,28 +300,25 @@ def shared_documents(probe, source, bos_id, rank=0, world_size=1):
     Both are Sources. Reads all tokens of the source once, a second for 300 million in the page cache. Documents of fewer than 16 tokens are
     not compared; without bos_id (shards without meta.json) aligned pieces of PIECE tokens are.
     """
-    def heads(tokens, starts):              # a hash of the first 16 tokens of every piece: (n,) uint64
-        words = tokens[starts[:, None] + np.arange(16)].astype(np.uint64)
-        with np.errstate(over='ignore'):
-            return sum(_mix(words[:, i], np.uint64(i)) for i in range(16)) if len(starts) else np.zeros(0, np.uint64)
-
-    def pieces(path):
+    def pieces(path):                       # tokens; where documents begin and end; a hash of length, first and last 16 tokens: (n,) uint64
         tokens = open_shard(path)
         starts = np.arange(0, len(tokens), PIECE) if bos_id is None else np.flatnonzero(tokens == bos_id)
-        return tokens, starts[starts + 16 <= len(tokens)]
+        ends = np.append(starts[1:], len(tokens))[:len(starts)]
+        starts, ends = (x[ends - starts >= 16] for x in (starts, ends))
+        places = np.concatenate((starts[:, None] + np.arange(16), ends[:, None] - 1 - np.arange(16)), 1)
+        with np.errstate(over='ignore'):
+            words = tokens[places].astype(np.uint64)
+            return tokens, starts, ends, sum((_mix(words[:, i], np.uint64(i)) for i in range(32)), _mix((ends - starts).astype(np.uint64), np.uint64(32)))
     wanted = {}
     for path in probe.paths:
-        tokens, starts = pieces(path)
-        ends = [*starts[1:], len(tokens)]
-        for start, end, head in zip(starts, ends, heads(tokens, starts).tolist()):
-            if end - start >= 16:
-                wanted.setdefault(head, []).append(tokens[start:end])
+        tokens, starts, ends, hashes = pieces(path)
+        for start, end, key in zip(starts, ends, hashes.tolist()):
+            wanted.setdefault(key, []).append(tokens[start:end])
     known, n = np.array(list(wanted), dtype=np.uint64), 0
     for path in source.paths[rank::world_size]:
-        tokens, starts = pieces(path)
-        here = heads(tokens, starts)
-        for i in np.flatnonzero(np.isin(here, known)):
-            n += any(np.array_equal(document, tokens[starts[i]:starts[i] + len(document)]) for document in wanted[int(here[i])])
+        tokens, starts, ends, hashes = pieces(path)
+        for i in np.flatnonzero(np.isin(hashes, known)):
+            n += any(np.array_equal(document, tokens[starts[i]:ends[i]]) for document in wanted[int(hashes[i])])
     return n
 
 

@@ -1,8 +1,8 @@
 """Distillation: the student learns the teacher's distribution of the next token, from a teacher that runs along or from a cache.
 
-    python train.py config/stage3.py --teacher=meta-llama/Llama-3.1-8B-Instruct        # runs along: a run, a folder, a hub name
-    python kd.py cache --teacher=out/teacher --source=finemath --name=llama            # or once: -> data/finemath/kd/llama/
-    python train.py config/stage3.py --kd_cache=llama
+    python train.py ... --teacher=meta-llama/Llama-3.1-8B-Instruct                     # runs along: a run, a folder, a hub name
+    python kd.py cache --teacher=out/teacher --source=code,math --name=big             # or once: -> data/code/kd/big/, data/math/kd/big/
+    python train.py ... --sources="{'code': 1.0, 'math': 1.0}" --kd_cache=big
 
 The loss of a token is alpha * T^2 * D(teacher, student) + (1 - alpha) * cross-entropy, D of both distributions at temperature T
 (Hinton et al. 2015, arXiv:1503.02531, section 2; T^2 since gradients of softened logits shrink by it). D: forward KL(teacher ||
@@ -55,56 +55,65 @@ def divergence(lp, lq, kind):
 class Cached:
     """What a cache holds of N tokens, on the device: of the distribution at the temperature that it was made with.
 
-    ids (N, K) int64; logq (N, K) fp32, log-probabilities or of a sampled cache log-frequencies (-inf: none); tail (N,) fp32, log of what all
-    other tokens have together, None in a sampled cache; negentropy (N,), sum of q log q; top (N,) int64, the likeliest token; target_logq
-    (N,), log-probability of the next token at temperature 1.
+    ids (N, K) int64, logq (N, K) fp32: the likeliest tokens (K may be 0); tail (N,): log of what all others have together; drawn (N, M) int64:
+    tokens drawn from those others (M may be 0); negentropy (N,): sum of q log q; top (N,) int64: the likeliest token; target_logq (N,):
+    log-probability of the next token at temperature 1; source (N,) int64: number of the row of `rest` (sources, V), log-probabilities of the
+    others as they are on average over that source, None where they are not needed.
     """
     ids: torch.Tensor
     logq: torch.Tensor
-    tail: torch.Tensor | None
+    tail: torch.Tensor
+    drawn: torch.Tensor
     negentropy: torch.Tensor
     top: torch.Tensor
     target_logq: torch.Tensor
+    source: torch.Tensor
+    rest: torch.Tensor | None
 
     def part(self, rows):
-        return Cached(*(None if t is None else t[rows] for t in vars(self).values()))
+        *tokens, rest = vars(self).values()
+        return Cached(*(t[rows] for t in tokens), rest)
 
 
-def read_cached(records, device):
-    """Records of a cache (teacher_cache.record_dtype), a list of arrays -> Cached of all their tokens in a row."""
+def read_cached(records, source, rest, device):
+    """Records of a cache (teacher_cache.record_dtype), a list of arrays, `source` the number of each -> Cached of all their tokens in a row."""
+    source = np.repeat(source, [len(r) for r in records])
     records = np.concatenate(records)
 
     def put(field, dtype):
         return torch.from_numpy(records[field].astype(dtype)).to(device, non_blocking=True)
-    sampled = np.isinf(records['tail'][0])
-    return Cached(put('ids', np.int64), put('logq', np.float32), None if sampled else put('tail', np.float32), put('negentropy', np.float32),
-                  put('top', np.int64), put('target', np.float32))
+    return Cached(put('ids', np.int64), put('logq', np.float32), put('tail', np.float32), put('drawn', np.int64), put('negentropy', np.float32),
+                  put('top', np.int64), put('target', np.float32), torch.from_numpy(source).to(device), rest)
 
 
-def against_logits(lp, y, temperature, kind):
-    """(D (S, 1), its gradient by the student's softened logits (S, V)). lp (S, V): student; y (S, V): logits of the teacher."""
-    d, c, total = divergence(lp, torch.log_softmax(y / temperature, 1), kind)
+def against(lp, lq, kind):
+    """(D (S, 1), its gradient by the student's softened logits (S, V)) from log-probabilities (S, V) of student and teacher."""
+    d, c, total = divergence(lp, lq, kind)
     return d, c.sub_(lp.exp() * total)
 
 
 def against_cache(lp, cached, kind):
     """The same against a cache.
 
-    A top-k cache is a distribution over K tokens and one outcome that stands for all the others: D is taken over these K + 1, never more
-    than D over the vocabulary, and the gradient of the last is shared by the others as the student has them. A sampled cache has the
-    frequencies of tokens drawn from the teacher: D (forward) and its gradient are right on average.
+    The K likeliest tokens count as they are. The mass of all the others goes to the M tokens that were drawn from them, a M-th to each: right on
+    average, value and gradient, which is what the forward divergence needs. Without draws, and for the other divergences, which need a probability
+    for every token, it is spread as it is on average over the source: what is lost is how the rest depends on the context. (Left to the student's
+    own distribution the rest teaches nothing, which cost far more.) The forward divergence has the teacher's true entropy.
     """
-    p = lp.exp()
-    listed = lp.gather(1, cached.ids)                                                # (S, K)
-    if cached.tail is None:
-        q = cached.logq.exp()
-        d = cached.negentropy[:, None] - (q * listed.masked_fill(q == 0, 0)).sum(1, keepdim=True)
-        return d, p.scatter_add_(1, cached.ids, -q)
-    rest = p.scatter(1, cached.ids, 0).sum(1, keepdim=True).clamp(min=torch.finfo(p.dtype).tiny)      # summed, not 1 - listed: it may be tiny
-    lq = torch.log_softmax(torch.cat((cached.logq, cached.tail[:, None]), 1), 1)     # sums to 1 in spite of fp16
-    d, c, total = divergence(torch.cat((listed, rest.log()), 1), lq, kind)           # (S, K + 1)
-    gradient = p * (c[:, -1:] / rest - total)
-    return d, gradient.scatter_(1, cached.ids, c[:, :-1] - listed.exp() * total)
+    mass = torch.log_softmax(torch.cat((cached.logq, cached.tail[:, None]), 1), 1)   # (S, K + 1); sums to 1 in spite of fp16
+    M = cached.drawn.shape[1]
+    if kind == 'forward' and M:
+        ids = torch.cat((cached.ids, cached.drawn), 1)
+        q = torch.cat((mass[:, :-1].exp(), (mass[:, -1:].exp() / M).expand(-1, M)), 1)
+        d = cached.negentropy[:, None] - (q * lp.gather(1, ids)).sum(1, keepdim=True)
+        return d, lp.exp().scatter_add_(1, ids, -q)
+    lq = cached.rest[cached.source]                                                  # (S, V)
+    covered = lq.gather(1, cached.ids).exp().sum(1, keepdim=True).clamp(max=1 - 1e-6)
+    lq = (lq + (mass[:, -1:] - torch.log1p(-covered))).scatter_(1, cached.ids, mass[:, :-1])
+    d, gradient = against(lp, lq, kind)
+    if kind == 'forward':
+        d = cached.negentropy[:, None] - (lq.exp_() * lp).sum(1, keepdim=True)
+    return d, gradient
 
 
 # -- the loss ----------------------------------------------------------------------------------------------------------
@@ -183,7 +192,7 @@ def _strip(z, y, target, alpha, temperature, kind):
     else:
         teacher_loss = y.logsumexp(1, keepdim=True) - y.gather(1, target)
         agrees = y.gather(1, top) == y.amax(1, keepdim=True)
-        d, gradient = against_logits(lp, y, temperature, kind)
+        d, gradient = against(lp, torch.log_softmax(y / temperature, 1), kind)
     gradient.mul_(alpha * temperature)                       # T^2, and 1 / T by which the logits were divided
     if alpha < 1:
         gradient.add_(lp1.exp(), alpha=1 - alpha).scatter_add_(1, target, torch.full_like(loss, alpha - 1))
@@ -206,7 +215,7 @@ def distillation_loss(h, weight, targets, token_weights=None, *, teacher, alpha=
 def check(config):
     """BadInput for knobs of train.py with which there is nothing to distil. Returns whether the run distils."""
     check_values(config, dict(kd_divergence=DIVERGENCES), dict(kd_alpha=(0, 1), kd_temperature=(1e-3, math.inf)))
-    return config['teacher'] is not None or config['kd_cache'] is not None
+    return bool(config['teacher'] or config['kd_cache'])
 
 
 def find_teacher(path, vocab_size, tokenizer):
@@ -256,7 +265,11 @@ class Distiller:
 
     def __init__(self, config, teacher, caches, sources, device):
         """config: train.py's knobs; caches: source name -> Cache; sources: the loader's."""
-        self.teacher, self.caches, self.sources, self.device = teacher, caches, sources, device
+        self.teacher, self.caches, self.device = teacher, caches, device
+        self.sources = sources
+        self.cached_sources = list(caches)
+        rests = [cache.rest for cache in caches.values() if cache.rest is not None]
+        self.rest = torch.stack(rests).to(device) if rests else None           # (sources, V)
         self.options = dict(alpha=config['kd_alpha'], temperature=config['kd_temperature'], kind=config['kd_divergence'])
         self.sums = torch.zeros(3, dtype=torch.float64, device=device)         # D, teacher's loss, agreement; zeroed by `take`
 
@@ -264,7 +277,8 @@ class Distiller:
         """For `GPT.loss` on this micro-batch: inputs (B, T), document ids or None; source_index, cursors (B,): where the rows are from."""
         if self.teacher is None:
             sources = [self.sources[i] for i in source_index]
-            teacher = read_cached([self.caches[s.name].window(s.window(cursor)) for s, cursor in zip(sources, cursors)], self.device)
+            teacher = read_cached([self.caches[s.name].window(s.window(cursor)) for s, cursor in zip(sources, cursors)],
+                                  [self.cached_sources.index(s.name) for s in sources], self.rest, self.device)
         else:
             with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
                 hidden = self.teacher(inputs, doc_ids).flatten(0, 1)                     # (N, C_t)
@@ -296,10 +310,10 @@ block_size = 2048                       # tokens of a row, as in the run that re
 packing = 'window'                      # window | document
 overlong = 'truncate'                   # packing='document': documents longer than a row, truncate | drop
 document_mask = False                   # packing='window': attention stays within a document
-method = 'top_k'                        # top_k: the likeliest ids and the mass of the rest | sample: ids drawn from the teacher
-k = 64                                  # ids of a token; of sample: draws
+k = 64                                  # likeliest ids of a token that are kept; 0: none
+draws = 16                              # ids drawn from all the others; 0: none, the others are then known by their mean over the source
 temperature = 1.0                       # kd_temperature of the run that reads it
-seed = 1337                             # of method='sample'
+seed = 1337                             # of the draws
 batch_size = 4                          # rows at a time
 device = 'auto'                         # auto | cpu | cuda
 dtype = 'auto'                          # of the teacher: auto | float32 | bfloat16

@@ -394,6 +394,13 @@ def sample_token(logits, temperature, top_k, top_p, generator):
     return torch.multinomial(probabilities, 1, generator=generator)
 
 
+def check_documents(device, dtype):
+    """BadInput where attention within documents has no kernel."""
+    if device.type == 'cuda' and dtype != torch.bfloat16:
+        raise BadInput('attention within documents (document_mask, packing=document) works in bfloat16 only on CUDA: variable-length flash attention. '
+                       'Set dtype=bfloat16.')
+
+
 def document_boundaries(doc_ids):
     """doc_ids (B, T) -> (documents + 1,) int32: starts of the documents in the B*T stream, and its end."""
     starts = torch.ones_like(doc_ids, dtype=torch.bool)

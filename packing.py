@@ -83,7 +83,7 @@ def best_fit(lengths, capacity):
 def pack_documents(shards, bos_id, capacity, overlong='truncate'):
     """The rows that the documents of a source make: Packs.
 
-    shards      list of (tokens (n,), mask (n,) uint8 or None: every token but the first of a document counts)
+    shards      iterable of (tokens (n,), mask (n,) uint8 or None: every token counts); the first of a document never does
     overlong    what becomes of documents of more than `capacity` tokens: truncate | drop
     Documents of which no token counts within `capacity` are left out.
     """
@@ -93,11 +93,11 @@ def pack_documents(shards, bos_id, capacity, overlong='truncate'):
         if not len(starts):
             continue
         length = np.diff(starts, append=len(tokens))
-        counted = length - 1 if mask is None else np.add.reduceat(mask, starts, dtype=np.int64)
+        counted = length - 1 if mask is None else np.add.reduceat(mask, starts, dtype=np.int64) - mask[starts]
         long = length > capacity
         n_overlong += int(long.sum())
         for i in np.flatnonzero(long):
-            counted[i] = capacity - 1 if mask is None else int(mask[starts[i]:starts[i] + capacity].sum())
+            counted[i] = capacity - 1 if mask is None else int(mask[starts[i] + 1:starts[i] + capacity].sum())
         keep = ~long if overlong == 'drop' else np.ones_like(long)
         n_unsupervised += int((keep & (counted == 0)).sum())
         keep &= counted > 0

@@ -19,6 +19,7 @@ from configurator import BadInput
 from data import Source, batch_of, common_tokenizer
 from hf import open_model
 from influence import mean_and_error
+from model import check_documents
 from validate import row_losses
 
 
@@ -31,7 +32,7 @@ def open_all(path, config, device, source_names):
         raise BadInput("--probe is missing: --probe=\"{'math': 1.0}\" with data_dir/probe/math.")
     reweight.check_probe(config['probe'])
     of_run = about['state']['config'] if about['checkpoint'] else None          # None for an imported model
-    packing = (of_run['packing'], of_run['overlong']) if of_run else ('window', 'truncate')
+    packing = ('document', of_run['overlong']) if of_run and of_run.get('packing') == 'document' else ('window', 'truncate')     # as it was trained
     sources = [Source(data_dir, name.strip(), 'train', length, 0, about['model'].vocab_size, *packing) for name in source_names]
     probes = [reweight.open_probe(data_dir, domain, length, about['model'].vocab_size, *packing) for domain in config['probe']]
     made_with = common_tokenizer(sources + probes)
@@ -42,7 +43,9 @@ def open_all(path, config, device, source_names):
             raise BadInput(f"{what} = {config[what]} must be at least 4 and at most what '{source.name}' has, {source.n_windows} windows of "
                            f'{length} tokens.')
 
-    bos_id = made_with['bos_id'] if of_run and (of_run['document_mask'] or of_run['packing'] == 'document') else None
+    bos_id = made_with['bos_id'] if of_run and (of_run['document_mask'] or packing[0] == 'document') else None
+    if bos_id is not None:
+        check_documents(device, pick_dtype(config['dtype'], device)[0])
 
     def to_device(ids):
         return batch_of(torch.from_numpy(ids).to(device), bos_id)

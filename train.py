@@ -36,7 +36,7 @@ from common import (MetricsLog, all_reduce_sum, barrier, device_name, leave_rank
                     tune_malloc)
 from configurator import BadInput, RunFault, check_values, configure
 from data import MixtureLoader, Source, batch_of, common_tokenizer, report_packing, rows_of_rank
-from model import GPT, ModelConfig, count_parameters, flops_per_token, init_weights
+from model import GPT, ModelConfig, check_documents, count_parameters, flops_per_token, init_weights
 from packing import OVERLONG
 
 # -- input and output --
@@ -60,6 +60,7 @@ sample_prompt = ''                      # what the text begins with
 # -- data --
 data_dir = 'data'                       # folder of the sources
 sources: dict[str, float] = {}          # source -> start weight in the mixture, any positive scale
+weigh_by = 'rows'                       # weights are shares of the rows drawn: rows | size: times the rows that a source has, so 1.0 reads all equally often
 prepare: str | None = None              # script that makes the sources when they are not there (gets --out=data_dir)
 block_size = 2048                       # tokens of a row
 batch_size = 16                         # rows per rank and micro-step
@@ -88,7 +89,7 @@ select_margin = 0.1                     # rows below this share of the probe row
 select_keep = 0.1                       # share of every source's rows that is kept in any case
 # -- distillation --
 teacher: str | None = None              # model to learn from: run, checkpoint, Hugging Face folder or hub name, of the same tokenizer
-kd_cache: str | None = None             # what it said, written by `kd.py cache --name=...`; the teacher itself is not loaded then
+kd_cache: str | None = None             # what it said, written by `kd.py cache --name=...`; `teacher` is then compared with the cache's, no more
 kd_alpha = 1.0                          # share of the distillation loss; the rest is cross-entropy
 kd_temperature = 1.0                    # of both distributions; the loss is multiplied by its square
 kd_divergence = 'forward'               # forward KL(teacher || student) | reverse | js (Jensen-Shannon)
@@ -150,7 +151,7 @@ is_master = rank == 0
 torch.manual_seed(seed + rank)
 dtype, dtype_reason = pick_dtype(config['dtype'], device)
 check_values(config, dict(optimizer=('adamw', 'muon'), schedule=('linear', 'cosine', 'wsd', 'constant'), mixture=reweight.MIXTURES, overlong=OVERLONG,
-                          packing=('window', 'document'), wandb_mode=('online', 'offline', 'disabled'), activation_checkpointing=('none', 'full')),
+                          packing=('window', 'document'), weigh_by=('rows', 'size'), wandb_mode=('online', 'offline', 'disabled'), activation_checkpointing=('none', 'full')),
              {**dict.fromkeys(('block_size', 'batch_size', 'total_batch_tokens', 'log_interval', 'eval_interval', 'eval_rows', 'eval_tasks_interval',
                                'save_interval', 'mixture_interval'), (1, math.inf)),
               **dict.fromkeys(('keep_last', 'warmup_steps', 'weight_decay', 'adam_eps', 'grad_clip', 'learning_rate', 'sample_tokens', 'seed'), (0, math.inf)),
@@ -195,8 +196,9 @@ def get_lr(step):
 
 
 if dry_run:
-    plan.print_plan(model_config, config, world_size, dtype, device, count_steps(None),
-                    hf.find_model(teacher, weights=False)['model'] if teacher and not kd_cache else None)
+    if is_master:
+        plan.print_plan(model_config, config, world_size, dtype, device, count_steps(None),
+                        hf.find_model(teacher, weights=False)['model'] if teacher and not kd_cache else None)
     leave_ranks(0)
 
 # -- the run folder ----------------------------------------------------------------------------------------------------
@@ -225,11 +227,12 @@ shards_tokenizer = common_tokenizer(train_sources + val_sources + probes)
 about_teacher = kd.find_teacher(teacher, vocab_size, shards_tokenizer) if teacher else None
 caches = teacher_cache.open_caches(config, active, about_teacher, vocab_size) if kd_cache else {}
 kept_shares = reweight.keep_scored(data_dir, active, config) if select == 'scores' else {}
+start_weights = {s.name: sources[s.name] * (s.n_windows if weigh_by == 'size' else 1) for s in train_sources}
 n_steps = count_steps(sum(s.n_windows for s in active))
 n_warmup = warmup_steps if warmup_frac is None else round(warmup_frac * n_steps)
 if n_steps < 1:
     raise BadInput(f'max_steps = {max_steps}, max_tokens = {max_tokens}, epochs = {epochs} give {n_steps} steps; at least 1 is needed.')
-loader = MixtureLoader(train_sources, sources, seed)
+loader = MixtureLoader(train_sources, start_weights, seed)
 for _source in train_sources + val_sources + probes:
     _source.rows([0])                                          # shards of another tokenizer show here, before anything is written
 for _source in train_sources:
@@ -242,8 +245,8 @@ if measures and found is None:
 if document_mask and shards_tokenizer is None:
     raise BadInput('document_mask needs the beginning-of-document token, and these sources have no meta.json that names it.')
 bos_id = shards_tokenizer['bos_id'] if document_mask or packing == 'document' else None
-if bos_id is not None and device.type == 'cuda' and dtype != torch.bfloat16:
-    raise BadInput('document_mask and packing=document work in bfloat16 only on CUDA (variable-length flash attention). Set dtype=bfloat16.')
+if bos_id is not None:
+    check_documents(device, dtype)
 tokenizer, token_bytes = None, None
 if shards_tokenizer is not None:
     from tokenizer import load_tokenizer, save_tokenizer
@@ -302,7 +305,7 @@ if found is not None:
     checkpoint.check_resumable(found, saved, config, asdict(ModelConfig(**saved['model'])), asdict(model_config), n_steps)
     loader.load_state_dict(saved['loader'])
     if saved['config']['sources'] != sources:                  # other start weights were asked for: they are in force from here
-        loader.set_weights(sources)
+        loader.set_weights(start_weights)
     _note = checkpoint.load(found, model, optimizers)
     first_step, mixture_state, presence_state = saved['step'], saved['mixture_state'], saved['presence_state']
     _changed = [k for k in config if k not in ('resume', 'out_dir') and saved['config'].get(k) != config[k]]

@@ -4,11 +4,8 @@
 # torchrun --nnodes=16 --nproc_per_node=8 ... train.py config/model/mobilellm_140m.py config/stage5.py
 out_dir = 'out/stage5'
 init_from = 'out/stage4'
-sources = {                     # by conversations
-    'openmathreasoning': 3.2,
-    'opensciencereasoning': 0.803,
-    'opencodereasoning': 2.16,
-}
+sources = {'openmathreasoning': 1.0, 'opensciencereasoning': 1.0, 'opencodereasoning': 1.0}     # 3.2M, 803K, 2.16M conversations
+weigh_by = 'size'               # every one of them is read `epochs` times
 rope_theta = 8 * rope_theta
 packing = 'document'
 overlong = 'truncate'

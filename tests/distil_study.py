@@ -2,7 +2,7 @@
 
     python tests/distil_study.py --data=data --sources=math,web_edu --teacher=out/teacher --out=out/distil
 
-Takes the first `tokens` of every source's training shards, caches the teacher on them (top 64, and 16 draws), and trains a student of
+Takes the first `tokens` of every source's training shards, caches the teacher on them in three ways, and trains a student of
 1.2M parameters by cross-entropy, from the living teacher, from each cache; then compares losses and gradients of the caches with the whole
 divergence on validation rows. Runs that are complete are kept, so it goes on where it was stopped.
 """
@@ -28,7 +28,8 @@ steps = 180                         # of 4096 tokens
 seeds = [1, 2, 3]
 vocab_size = 8192
 
-ARMS = {'cross-entropy': [], 'teacher': [f'--teacher={teacher}'], 'top_64': ['--kd_cache=top64'], 'draws_16': ['--kd_cache=draws16']}
+CACHES = {'k64_draws16': (64, 16), 'k0_draws16': (0, 16), 'k64_draws0': (64, 0)}      # name -> likeliest ids, draws from the rest
+ARMS = {'cross-entropy': [], 'teacher': [f'--teacher={teacher}'], **{name: [f'--kd_cache={name}'] for name in CACHES}}
 
 
 def cut_sources(folder, names):
@@ -94,17 +95,18 @@ def compare_caches(folder, names):
         total.backward()
         return total.item() / len(flat), x.grad
     exact, gradient = loss_and_gradient(theirs)
-    print(f'\nthe whole divergence: {exact:.4f} nats per token\n\n| cache | bytes per token | loss | its error | gradient: bias, share of its norm | '
-          'distance of one cache |\n|---|---|---|---|---|---|')
-    for method, k in (('top_k', 4), ('top_k', 16), ('top_k', 64), ('top_k', 256), ('sample', 4), ('sample', 16), ('sample', 64)):
-        record, found = teacher_cache.record_dtype(vocab_size, k), []
-        for seed in range(24 if method == 'sample' else 1):
-            records = teacher_cache.records_of(*theirs, flat, record, method, k, 1.0, torch.Generator().manual_seed(seed))
-            found.append(loss_and_gradient(kd.read_cached([records], cpu)))
+    print(f'\nthe whole divergence: {exact:.4f} nats per token\n\n| likeliest ids | draws | bytes per token | loss | its error | gradient: bias, share of its norm | '
+          'distance of one cache |\n|---|---|---|---|---|---|---|')
+    for k, draws in ((4, 0), (16, 0), (64, 0), (256, 0), (0, 4), (0, 16), (0, 64), (16, 4), (48, 16), (64, 16)):
+        record, found = teacher_cache.record_dtype(vocab_size, k, draws), []
+        for seed in range(24 if draws else 1):
+            records, beyond = teacher_cache.records_of(*theirs, flat, record, 1.0, torch.Generator().manual_seed(seed))
+            rest = torch.from_numpy(beyond / beyond.sum() + 1e-8).log().float()[None]
+            found.append(loss_and_gradient(kd.read_cached([records], [0], rest, cpu)))
         mean_loss, mean = statistics.mean(x for x, _ in found), torch.stack([g for _, g in found]).mean(0)
         distance = statistics.mean((g - gradient).norm().item() for _, g in found) / gradient.norm().item()
-        noise = '' if method == 'top_k' else f' (noise of {len(found)} caches: {distance / len(found)**0.5:.3f})'
-        print(f'| {method} {k} | {record.itemsize} | {mean_loss:.4f} | {mean_loss / exact - 1:+.2%} | {((mean - gradient).norm() / gradient.norm()).item():.3f}'
+        noise = '' if not draws else f' (noise of {len(found)} caches: {distance / len(found)**0.5:.3f})'
+        print(f'| {k} | {draws} | {record.itemsize} | {mean_loss:.4f} | {mean_loss / exact - 1:+.2%} | {((mean - gradient).norm() / gradient.norm()).item():.3f}'
               f'{noise} | {distance:.3f} |', flush=True)
 
 
@@ -114,9 +116,9 @@ if __name__ == '__main__':
     names, folder = sources.split(','), f'{out}/data'
     os.makedirs(folder, exist_ok=True)
     cut_sources(folder, names)
-    for name, options in (('top64', ['--method=top_k', '--k=64']), ('draws16', ['--method=sample', '--k=16'])):
+    for name, (k, draws) in CACHES.items():
         call('kd.py', 'cache', f'--teacher={teacher}', f'--source={sources}', f'--name={name}', f'--data_dir={folder}', '--block_size=256',
-             '--batch_size=16', *options)
+             '--batch_size=16', f'--k={k}', f'--draws={draws}')
     losses = train_all(folder, names)
     print(f'\nvalidation loss after {steps * 4096:,} tokens, nats per token\n\n| trained by | mean (seeds) | against cross-entropy |\n|---|---|---|')
     for arm, values in losses.items():

@@ -31,6 +31,35 @@ def test_chunked_loss_on_cuda_equals_fp64():
         assert (a - b).norm() / b.norm() < 1e-3           # fp32 products may run in TF32
 
 
+@pytest.mark.parametrize('kind', ['forward', 'reverse', 'js'])
+def test_distillation_on_cuda_equals_the_cpu(kind):
+    from test_kd import cached, problem
+    import kd
+    h, w, th, tw, targets, weights = problem(n=70, v=1000)
+    y = th @ tw.T
+    for teacher in ((th, tw), cached(y, targets, 8, 0), cached(y, targets, 8, 4)):
+        found = []
+        for device in ('cpu', 'cuda'):
+            there = (tuple(t.to(device) for t in teacher) if isinstance(teacher, tuple) else
+                     kd.Cached(*(None if t is None else t.to(device) for t in vars(teacher).values())))
+            x, v = h.to(device, copy=True).requires_grad_(), w.to(device, copy=True).requires_grad_()
+            total, parts = kd.distillation_loss(x, v, targets.to(device), weights.to(device), teacher=there, alpha=0.7, temperature=1.0, kind=kind)
+            (0.5 * total).backward()
+            found.append([t.detach().cpu() for t in (total, parts, x.grad, v.grad)])
+        for a, b in zip(*found):
+            assert (a - b).abs().max() < 1e-6 * a.abs().max()
+
+
+@pytest.mark.parametrize('changes', [dict(), dict(activation_checkpointing='full'), dict(activation_checkpointing='full', compile=True), dict(compile=True)])
+def test_conversations_and_a_teacher_on_cuda(tmp_path, changes):
+    from test_sft import SFT, conversations, write_chats
+    write_chats(tmp_path / 'data', 'chat', conversations(300))
+    knobs = {**SFT, 'device': 'cuda', 'dtype': 'bfloat16', 'n_embd': 64, 'max_steps': 30, 'eval_interval': 30, **changes}
+    train(tmp_path / 'teacher', tmp_path / 'data', **{**knobs, 'n_embd': 128})
+    m = train(tmp_path / 'run', tmp_path / 'data', **{**knobs, 'teacher': tmp_path / 'teacher', 'kd_alpha': 0.5})
+    assert m[30]['val/loss'] < m[0]['val/loss'] - 0.5 and m[29]['kd/loss'] < m[0]['kd/loss']
+
+
 def test_a_run_on_cuda_learns_and_resumes(tmp_path, tiny_data):
     m = train(tmp_path / 'run', tiny_data, device='cuda', dtype='bfloat16', n_embd=64, max_steps=60)
     assert m[60]['val/loss'] < m[0]['val/loss'] - 1 and m[59]['system/gpu_memory'] > 0

@@ -136,8 +136,11 @@ def test_long_conversations_are_cut_or_dropped_and_counted(tmp_path):
     assert rows['drop'].fingerprint() != rows['truncate'].fingerprint()
 
 
-def test_documents_without_masks_count_whole(tmp_path):
-    write_chats(tmp_path, 'text', conversations(30), masks=False)
+@pytest.mark.parametrize('masks', [False, True])
+def test_documents_without_masks_count_whole_but_for_their_first_token(tmp_path, masks):
+    write_chats(tmp_path, 'text', conversations(30), masks=masks)
+    for path in (tmp_path / 'text/train').glob('*.mask'):
+        path.write_bytes(b'\1' * path.stat().st_size)
     source = Source(tmp_path, 'text', 'train', 160, 0, 259, 'document')
     rows = source.rows(range(source.n_windows))
     assert (rows >= 0).sum() == source.packs.n_counted == source.packs.length.sum() - 30
@@ -169,7 +172,8 @@ def test_sft_run_learns_epochs_end_it_and_it_resumes(tmp_path, chat_data, capsys
     assert m[0]['val/loss'] == pytest.approx(np.log(259), rel=0.02) and m[steps]['val/loss'] < 3.6
     assert m[0]['train/learning_rate'] == pytest.approx(1e-2 / round(0.1 * steps)) and m[steps - 1]['train/learning_rate'] < 1.5e-3
     shutil.copytree(tmp_path / 'whole', tmp_path / 'again')
-    earlier = steps // 5 * 5 - 0
+    earlier = (steps - 1) // 5 * 5
+    assert 0 < earlier < steps
     for name in os.listdir(tmp_path / 'again/ckpt'):
         if name not in ('latest', f'step_{earlier:06d}'):
             shutil.rmtree(tmp_path / 'again/ckpt' / name)
@@ -186,6 +190,13 @@ def test_the_mean_is_over_the_counted_tokens_of_all_micro_batches(tmp_path, chat
     for step in range(8):
         one, four, full = (r[step]['train/loss'] for r in runs)
         assert four == pytest.approx(one, rel=1e-5) and full == four
+
+
+def test_sources_weighed_by_size_are_read_equally_often(tmp_path, chat_data):
+    write_chats(chat_data, 'few', conversations(90, 8))
+    m = train(tmp_path / 'run', chat_data, **{**SFT, 'sources': {'chat': 1.0, 'few': 1.0}, 'weigh_by': 'size', 'max_steps': None, 'epochs': 1.5})
+    last = m[max(m) - 1]
+    assert last['mixture/epochs_chat'] == pytest.approx(1.5, abs=0.05) and last['mixture/epochs_few'] == pytest.approx(1.5, abs=0.1)
 
 
 def test_influence_reweights_conversations(tmp_path, chat_data):
