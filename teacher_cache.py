@@ -122,10 +122,10 @@ def write(config):
         n_tokens = source.n_windows * config['block_size']
         if rank == 0:
             print(f'{folder}: {n_tokens:,} tokens x {record.itemsize} bytes = {n_tokens * record.itemsize / 2**30:,.2f} GiB')
-        with tqdm(total=len(todo) * per_part * config['block_size'], unit='tok', unit_scale=True, desc=source.name, disable=rank > 0) as bar:
+        windows = {part: range(part * per_part, min((part + 1) * per_part, source.n_windows)) for part in todo}
+        with tqdm(total=sum(map(len, windows.values())) * config['block_size'], unit='tok', unit_scale=True, desc=source.name, disable=rank > 0) as bar:
             for part in todo:
-                write_part(part_path(folder, part), range(part * per_part, min((part + 1) * per_part, source.n_windows)), source, teacher,
-                           bos_id, record, config, part, device, bar)
+                write_part(part_path(folder, part), windows[part], source, teacher, bos_id, record, config, part, device, bar)
 
 
 def begin(folder, about, rank):
