@@ -193,12 +193,14 @@ def conversation(rng, with_thoughts):
 
 
 def chats(domain):
-    """split -> conversations, the hash of one decides where it goes."""
-    rng, splits = random.Random(f'{seed} {domain}'), {'train': [], 'val': []}
-    for _ in range(n_chats):
+    """split -> conversations, all different; the hash of one decides where it goes."""
+    rng, splits, seen = random.Random(f'{seed} {domain}'), {'train': [], 'val': []}, set()
+    while len(seen) < n_chats:
         messages = conversation(rng, domain == 'reasoning')
         digest = hashlib.sha256(repr(messages).encode()).digest()
-        splits['val' if digest[0] < 13 else 'train'].append(messages)
+        if digest not in seen:
+            seen.add(digest)
+            splits['val' if digest[0] < 13 else 'train'].append(messages)
     return splits
 
 

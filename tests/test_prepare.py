@@ -183,7 +183,7 @@ def test_what_will_not_fit_is_refused_before_it_begins(tmp_path):
 
 
 def test_ctrl_c_stops_with_a_sentence_and_the_next_run_goes_on(tmp_path, byte_tokenizer, many_files):
-    arguments = [f'--input={many_files}', f'--tokenizer={byte_tokenizer}', '--source=x', '--workers=2', '--shard_tokens=100000']
+    arguments = [f'--input={many_files}', f'--tokenizer={byte_tokenizer}', '--source=x', '--workers=2', '--shard_tokens=20000']
     assert run([sys.executable, 'prepare/text.py', *arguments, f'--out={tmp_path / "whole"}']).returncode == 0
     command = [sys.executable, 'prepare/text.py', *arguments, f'--out={tmp_path / "cut"}']
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
