@@ -1,6 +1,6 @@
 # The demo: a MobileLLM of 3.15M parameters on four sources, 1.0M tokens. python train.py config/demo.py
-# Validation loss before, 8.33 = ln(4096); after: code 5.0, docs 5.7, math 2.5, noise 6.8, the mixture 4.8 nats per token
-# (seed 1337, bfloat16, two cores: 2.5 minutes, 0.55 GB). fp32 with seed 7: 5.3, 6.5, 2.8, 6.7, 5.2 in 3.9 minutes.
+# Validation loss before, 8.33 = ln(4096); after: code 5.0, docs 5.7, math 2.6, noise 6.7, the mixture 4.8 nats per token (seed 1337, fp32).
+# Two cores: 2.5 minutes with bf16 instructions, 4.5 and more without; 0.55 to 0.7 GB.
 # Expect 4.7 to 5.3 for the mixture; docs and noise vary most, since they hold the READMEs of the packages that are installed.
 out_dir = 'out/demo'
 data_dir = 'data/demo'
