@@ -186,7 +186,8 @@ def test_ctrl_c_stops_with_a_sentence_and_the_next_run_goes_on(tmp_path, byte_to
     arguments = [f'--input={many_files}', f'--tokenizer={byte_tokenizer}', '--source=x', '--workers=2', '--shard_tokens=20000']
     assert run([sys.executable, 'prepare/text.py', *arguments, f'--out={tmp_path / "whole"}']).returncode == 0
     command = [sys.executable, 'prepare/text.py', *arguments, f'--out={tmp_path / "cut"}']
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))      # xdist's workers ignore it, and so would theirs
     while not list((tmp_path / 'cut').glob('x/train/*.bin')) and process.poll() is None:
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)
