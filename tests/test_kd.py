@@ -222,6 +222,22 @@ def test_a_cache_teaches_what_its_teacher_does_also_while_weights_move(tmp_path,
     assert cached[11]['kd/loss'] == pytest.approx(alive[11]['kd/loss'], rel=5e-3)
 
 
+def test_a_cache_of_packed_conversations_teaches_what_its_teacher_does(tmp_path):
+    from test_sft import SFT, conversations, write_chats
+    data, teacher = tmp_path / 'data', tmp_path / 'teacher'
+    write_chats(data, 'chat', conversations(300))
+    knobs = {**SFT, 'block_size': 160, 'max_steps': 6, 'eval_interval': 6}
+    train(teacher, data, **{**knobs, 'n_embd': 48, 'max_steps': 30})
+    run_here([sys.executable, 'kd.py', 'cache', f'--data_dir={data}', f'--teacher={teacher}', '--source=chat', '--block_size=160', '--packing=document',
+              '--dtype=float32', '--k=259', '--draws=0'])
+    alive, cached_run = train(tmp_path / 'alive', data, **knobs, teacher=teacher), train(tmp_path / 'cached', data, **knobs, kd_cache='teacher')
+    for step in range(6):
+        for key in ('kd/loss', 'kd/teacher_loss', 'train/loss'):
+            assert cached_run[step][key] == pytest.approx(alive[step][key], rel=3e-3), (step, key)
+    with pytest.raises(BadInput, match="was made for overlong = 'truncate', this run has 'drop'"):
+        run_here(train_command(tmp_path / 'x', data, **{**knobs, 'overlong': 'drop'}, kd_cache='teacher'))
+
+
 def test_presence_and_draws_go_with_distillation(tmp_path, taught):
     data, teacher = taught
     cache(data, teacher, 'drawn', k=0, draws=12)
