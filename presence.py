@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from configurator import BadInput
+from configurator import BadInput, check_values
 from influence import check_layers, select
 
 MODES, SCHEDULES = ('off', 'store', 'stream'), ('constant', 'two_stage', 'cosine')
@@ -23,9 +23,7 @@ EQUAL = 1e-3            # scores whose deviation is a smaller share of their mea
 def check(mode, schedule, layers, grad_accum):
     """BadInput for settings with which there is nothing to weigh."""
     check_layers(layers, 'presence_layers')
-    for name, value, allowed in (('presence', mode, MODES), ('presence_schedule', schedule, SCHEDULES)):
-        if value not in allowed:
-            raise BadInput(f"{name} = '{value}' must be one of {', '.join(allowed)}.")
+    check_values(dict(presence=mode, presence_schedule=schedule), dict(presence=MODES, presence_schedule=SCHEDULES), {})
     if mode != 'off' and grad_accum < 2:
         raise BadInput(f"presence = '{mode}' weighs the micro-batches of a step against each other, and there is only {grad_accum}. Lower "
                        'batch_size or raise total_batch_tokens.')
