@@ -5,6 +5,7 @@ import shutil
 
 import torch
 
+from kd import kd_chunk_rows
 from model import chunk_rows, count_parameters, flops_per_token
 
 H100 = 989e12               # dense bf16 FLOP/s of the GPU that plans are made for on a machine without one
@@ -53,7 +54,7 @@ def memory_plan(config, rows, block_size, shards, low, activation_checkpointing,
     one_block = (P - c.vocab_size * c.n_embd) // c.n_layer
     # in one process autocast keeps a low-precision copy of every weight, else FSDP gathers two blocks at a time and the root's tables
     copies = P * low if shards == 1 and low == 2 else (c.vocab_size * c.n_embd * (1 if c.tie_embeddings else 2) + 2 * one_block) * low if shards > 1 else 0
-    n_logits = chunk_rows(tokens, c.vocab_size, device, torch.bfloat16 if low == 2 else torch.float32)
+    n_logits = (kd_chunk_rows if teacher else chunk_rows)(tokens, c.vocab_size, device, torch.bfloat16 if low == 2 else torch.float32)
     terms = {
         'parameters (fp32)': 4 * P // shards,
         'gradients (fp32)': 4 * P // shards,
