@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import hf
 from common import device_name, pick_dtype, start_ranks, tune_malloc
-from configurator import BadInput, check_values
+from configurator import BadInput, RunFault, check_values
 from data import Source, batch_of, common_tokenizer, derive_keys
 from kd import find_teacher, open_teacher, weights_fingerprint
 from model import check_documents, chunk_rows
@@ -168,10 +168,10 @@ def write_part(path, windows, source, teacher, bos_id, record, config, part, dev
             os.fsync(f.fileno())
         with open(path.removesuffix('.kd') + '.npy', 'wb') as f:
             np.save(f, beyond)
-    except OSError:
+    except OSError as error:
         if os.path.exists(f'{path}.tmp'):
             os.remove(f'{path}.tmp')
-        raise
+        raise RunFault(f'{path} could not be written ({error.strerror}); the parts before it are complete. Free some space and run again.') from error
     os.replace(f'{path}.tmp', path)
 
 

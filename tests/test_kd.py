@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import kd
 import teacher_cache
-from configurator import BadInput
+from configurator import BadInput, RunFault
 from conftest import make_source, run_here, train, train_command
 
 N, C, V = 37, 24, 211
@@ -277,6 +277,10 @@ def test_a_cut_off_cache_goes_on_and_two_ranks_make_the_same_bytes(tmp_path, tau
         cache(data, teacher, 'parts', k=8)
     parts = sorted((data / 'a/kd/parts').glob('*.kd'))
     assert 0 < len(parts) < len(list((data / 'a/kd/whole').glob('*.kd'))) and (data / 'a/kd/parts/part_000002.kd.tmp').exists()
+    monkeypatch.setattr(teacher_cache, 'records_of', lambda *_: (_ for _ in ()).throw(OSError(28, 'No space left on device')))
+    with pytest.raises(RunFault, match=r'part_000002.kd could not be written \(No space left on device\); the parts before it are complete'):
+        cache(data, teacher, 'parts', k=8)
+    monkeypatch.setattr(teacher_cache, 'records_of', records_of)
     with pytest.raises(BadInput, match='part_000002.kd is missing, the cache is half made'):
         run_here(train_command(tmp_path / 'early', data, kd_cache='parts', sources={'a': 1.0}))
     before = parts[0].stat().st_mtime_ns
