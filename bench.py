@@ -451,7 +451,8 @@ def bench_kd():
     import functools
     import torch
     from kd import distillation_loss
-    from model import flops_per_token, linear_cross_entropy
+    from loss import linear_cross_entropy
+    from model import flops_per_token
     model, optimizer, rows = small_model()
     batches = [rows(8), rows(8)]
     teachers = {name: small_model(**shape)[0].requires_grad_(False).eval() for name, shape in (
@@ -501,7 +502,7 @@ def measure_kd_memory():
     """Peaks of the loss of 4096 tokens with a vocabulary of 128,256, beyond the gradient of the output weight; narrow, since width does not count."""
     import torch
     from kd import distillation_loss
-    from model import linear_cross_entropy
+    from loss import linear_cross_entropy
     V, C, N = 128256, 64, 4096
     h, weight, targets = torch.randn(N, C, requires_grad=True), torch.randn(V, C).mul_(0.1).requires_grad_(), torch.randint(V, (N,))
     other, cached, full = (torch.randn(N, C), torch.randn(V, C).mul_(0.1)), random_cache(N, V), N * V * 4

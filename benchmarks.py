@@ -227,7 +227,7 @@ class Scorer(TemplateLM):
                         out[row].append(new)
                     text = self.tokens.decode(out[row][-tail:])
                     done[row] = new in stops or n_new >= new_tokens or any(stop in text for stop in until)
-                if all_reduce_sum([not all(done)], self.on)[0] == 0:
+                if all_reduce_sum([not all(done)])[0] == 0:
                     break
         return {request: postprocess_generated_text(self.tokens.decode(ids), until, None) for (request, _), ids in zip(batch, out)}
 

@@ -14,6 +14,8 @@ import os
 import random
 import re
 import shutil
+import signal
+import time
 import warnings
 
 import numpy as np
@@ -74,6 +76,22 @@ def untouched_rng():
     before = rng_state()
     yield
     set_rng_state(before)
+
+
+class StopRequest:
+    """`signal` becomes SIGTERM or SIGINT when one comes: save after this step and exit. One more, later than torchrun's copy of the first, ends at once."""
+
+    def __init__(self):
+        self.signal, self.time = 0, 0.0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.take)
+
+    def take(self, number, _frame):
+        if not self.signal:
+            self.signal, self.time = number, time.monotonic()
+        elif time.monotonic() - self.time > 5:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
 
 class Checkpointer:

@@ -20,9 +20,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+import kernels
 from common import all_reduce_sum
 from configurator import BadInput, RunFault, configure
-from model import RMSNorm, chunk_rows
+from loss import chunk_rows
+from model import RMSNorm
 from parallel import reshard, whole
 
 LAYERS = ('last', 'all', 'first', 'embedding+head')
@@ -90,7 +92,7 @@ def stream_gradients(model, batches, layers, use):
         for inputs, targets, doc_ids in batches:
             loss, _, _ = model.loss(inputs, targets, doc_ids=doc_ids, grad_from=grad_from)
             (loss * world_size).backward()                         # FSDP averages over ranks; this makes it a sum
-            yield all_reduce_sum([loss.detach(), (targets >= 0).sum()], loss.device)
+            yield all_reduce_sum([loss.detach(), (targets >= 0).sum()])
     finally:
         for hook in hooks:
             hook.remove()
@@ -147,8 +149,7 @@ def probe_direction(model, probe, layers='last', weights=None, scale=None, units
         if not total or tokens == 0 or squares == tokens**2:
             raise BadInput(f"influence: the probe set '{domain}' gives " + ('fewer than two batches with counted tokens.' if total else
                            f"no gradient of the layers '{layers}' that scaling by Adam leaves in."))
-        device = next(iter(total.values())).device
-        pairs, norm = all_reduce_sum([sum(products), sum(inner(scaled(n, g), g) for n, g in total.items())], device)
+        pairs, norm = all_reduce_sum([sum(products), sum(inner(scaled(n, g), g) for n, g in total.items())])
         den[domain], loss[domain] = 2 * pairs / (tokens**2 - squares), losses / tokens
         if not den[domain] > 0:
             raise RunFault(f"the batches of the probe set '{domain}' disagree (mean inner product {den[domain]:.3g}): it is too small to "
@@ -169,8 +170,7 @@ def source_products(model, batches, directions):
 
     Returns (products (K, D) float64, tokens (K,) float64, loss in nats per token), numpy, over all ranks.
     """
-    device = next(model.parameters()).device
-    sums, rows, losses, tokens = torch.zeros(len(directions), dtype=torch.float64, device=device), [], 0.0, []
+    sums, rows, losses, tokens = torch.zeros(len(directions), dtype=torch.float64, device=next(model.parameters()).device), [], 0.0, []
 
     def use(name, gradient):
         for i, direction in enumerate(directions):
@@ -182,7 +182,7 @@ def source_products(model, batches, directions):
         losses, tokens = losses + batch_loss, tokens + [n]
     if not sum(tokens):
         raise BadInput('influence: a sample without a single counted token.')
-    products = all_reduce_sum(torch.stack(rows).flatten().tolist(), device)
+    products = all_reduce_sum(torch.stack(rows).flatten().tolist())
     return np.array(products).reshape(len(rows), -1), np.array(tokens), losses / sum(tokens)
 
 
@@ -236,7 +236,7 @@ def row_pass(model, batch, layers, at_module, at_head):
     """One forward and backward without a gradient of any parameter, in which functions see what rows' gradients are made of.
 
     at_module(name, module, a, g)   of every application of a selected module: its input a (token ids of the embedding) and the
-                                    gradient g of the summed loss by its output, (B, T, ...) each or (B, heads, T, ...)
+                                    gradient g of the summed loss by its output, (B, T, ...) each
     at_head(h, weight)              final hidden states (B, T, C) and output weight (V, C); returns the gradient by h
     Exact under flash SDPA, autocast, activation checkpointing and FSDP2; compiled blocks run eagerly for its time, for what
     is compiled would not see the hooks.
@@ -259,7 +259,7 @@ def row_pass(model, batch, layers, at_module, at_head):
         return modules[name].register_forward_hook(hook)
     hooks = [tap(name) for name in tapped] + [model.blocks[grad_from].register_forward_pre_hook(begin)]
     try:
-        with torch.compiler.set_stance('force_eager'), torch.enable_grad():
+        with torch.compiler.set_stance('force_eager'), torch.enable_grad(), kernels.modules_alone():
             h = model(inputs, doc_ids, grad_from=grad_from)
             with torch.no_grad():
                 dh = at_head(h.detach(), whole(model.output_weight.detach()).to(h.dtype))
@@ -287,14 +287,16 @@ def row_products(model, batch, direction):
         weight, bias = whole(v.get(f'{name}.weight')), whole(v.get(f'{name}.bias'))
         if weight is None:
             return
+        if isinstance(module, torch.nn.Linear):
+            part = kernels.bilinear(a, g, weight)
+            add(name, part if bias is None else part + (g * bias.to(g.dtype)).sum(-1, dtype=part.dtype))
+            return
         if isinstance(module, RMSNorm):                    # its output per unit of gain, times the direction
             change = torch.nn.functional.rms_norm(a, (module.dim,), weight.to(a.dtype), module.eps)
-        elif isinstance(module, torch.nn.Embedding):
-            change = torch.nn.functional.embedding(a, weight.to(g.dtype))
         else:
-            change = torch.nn.functional.linear(a, weight.to(a.dtype), None if bias is None else bias.to(a.dtype))
+            change = torch.nn.functional.embedding(a, weight.to(g.dtype))
         part = (g * change).sum(-1, dtype=torch.promote_types(g.dtype, torch.float32))
-        add(name, part.sum(1) if part.dim() == 3 else part)
+        add(name, part.sum(2) if part.dim() == 3 else part)
 
     losses = torch.zeros(targets.shape, dtype=torch.float64, device=targets.device)
 
@@ -365,7 +367,7 @@ def row_sqnorms(model, batch, layers):
             a, g = (torch.cat(parts, 1) for parts in zip(*uses))          # (B, repeats * T, I), (B, repeats * T, O)
             if module.bias is not None:
                 add(name, g.sum(1).double().square().sum(1))
-            add(name, linear_sqnorms(a, g))
+            add(name, kernels.row_sqnorms(a, g))
 
     def at_head(h, weight):
         nonlocal at_tokens
@@ -395,14 +397,6 @@ def row_sqnorms(model, batch, layers):
         return dh
     row_pass(model, batch, layers, at_module, at_head)
     return squares
-
-
-def linear_sqnorms(a, g):
-    """Squared norms of the rows' gradients g_i^T a_i of a linear layer: (B,). a (B, T, I), g (B, T, O)."""
-    (B, T, I), O = a.shape, g.shape[-1]
-    if T * (I + O) < I * O:
-        return ((a @ a.transpose(1, 2)) * (g @ g.transpose(1, 2))).sum((1, 2), dtype=torch.promote_types(a.dtype, torch.float32))
-    return torch.stack([(g[b].T @ a[b]).to(torch.promote_types(a.dtype, torch.float32)).square().sum() for b in range(B)])
 
 
 def ghost_sqnorm(model, batch, layers):

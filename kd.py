@@ -23,9 +23,10 @@ import torch
 import hf
 import parallel
 from configurator import BadInput, check_values, configure
-from model import GPT, chunk_rows, loss_dtypes
+from kernels import DIVERGENCES, by_triton, cached_gradient_, divergence_gradient_
+from loss import add_weight_gradient, chunk_rows, loss_dtypes
+from model import GPT
 
-DIVERGENCES = ('forward', 'reverse', 'js')
 
 
 # -- divergences -------------------------------------------------------------------------------------------------------
@@ -74,6 +75,15 @@ class Cached:
         *tokens, rest = vars(self).values()
         return Cached(*(t[rows] for t in tokens), rest)
 
+    def mass(self):
+        """Log-probabilities of the ids and of all others together, which sum to 1 in spite of fp16: (N, K + 1)."""
+        return torch.log_softmax(torch.cat((self.logq, self.tail[:, None]), 1), 1)
+
+    def outcomes(self):
+        """The tokens that it names, drawn ones with an M-th of the others' mass each: ids (N, K + M), probabilities (N, K + M)."""
+        mass, M = self.mass().exp(), self.drawn.shape[1]
+        return torch.cat((self.ids, self.drawn), 1), torch.cat((mass[:, :-1], (mass[:, -1:] / M).expand(-1, M)), 1)
+
 
 def read_cached(records, source, rest, device):
     """Records of a cache (teacher_cache.record_dtype), a list of arrays, `source` the number of each -> Cached of all their tokens in a row."""
@@ -100,13 +110,11 @@ def against_cache(lp, cached, kind):
     for every token, it is spread as it is on average over the source: what is lost is how the rest depends on the context. (Left to the student's
     own distribution the rest teaches nothing, which cost far more.) The forward divergence has the teacher's true entropy.
     """
-    mass = torch.log_softmax(torch.cat((cached.logq, cached.tail[:, None]), 1), 1)   # (S, K + 1); sums to 1 in spite of fp16
-    M = cached.drawn.shape[1]
-    if kind == 'forward' and M:
-        ids = torch.cat((cached.ids, cached.drawn), 1)
-        q = torch.cat((mass[:, :-1].exp(), (mass[:, -1:].exp() / M).expand(-1, M)), 1)
+    if kind == 'forward' and cached.drawn.shape[1]:
+        ids, q = cached.outcomes()
         d = cached.negentropy[:, None] - (q * lp.gather(1, ids)).sum(1, keepdim=True)
         return d, lp.exp().scatter_add_(1, ids, -q)
+    mass = cached.mass()
     lq = cached.rest[cached.source]                                                  # (S, V)
     covered = lq.gather(1, cached.ids).exp().sum(1, keepdim=True).clamp(max=1 - 1e-6)
     lq = (lq + (mass[:, -1:] - torch.log1p(-covered))).scatter_(1, cached.ids, mass[:, :-1])
@@ -137,30 +145,19 @@ class _Distill(torch.autograd.Function):
         dweight = torch.zeros(weight.shape, dtype=high, device=device) if ctx.needs_input_grad[1] else None
         found = torch.empty(5, N, dtype=high, device=device)       # D, student's loss and hit, teacher's loss, agreement
         rows = kd_chunk_rows(N, V, device, dtype)
-        strip = max(1, (2**22 if h.is_cuda else 2**20) // V)       # of which a few fp32 copies are made
         buffer = torch.empty(rows, V, dtype=dtype, device=device)
         other = None if isinstance(teacher, Cached) else torch.empty(rows, V, dtype=teacher[0].dtype, device=device)
         with torch.autocast(device.type, enabled=False):
             for start in range(0, N, rows):
                 part = slice(start, min(start + rows, N))
                 logits = torch.mm(h_low[part], weight_low.T, out=buffer[:part.stop - start])                     # (n, V)
-                if other is not None:
-                    theirs = torch.mm(teacher[0][part], teacher[1].T, out=other[:part.stop - start])             # (n, V)
-                for i in range(0, len(logits), strip):
-                    here = slice(start + i, min(start + i + strip, part.stop))
-                    y = teacher.part(here) if other is None else theirs[i:i + strip].to(high)
-                    z, target = logits[i:i + strip].to(high), safe_targets[here, None]
-                    gradient, found[:, here] = _strip(z, y, target, alpha, temperature, kind)
-                    logits[i:i + strip] = gradient
+                theirs = teacher.part(part) if other is None else torch.mm(teacher[0][part], teacher[1].T, out=other[:part.stop - start])
+                found[:, part] = chunk_gradient_(logits, theirs, safe_targets[part], alpha, temperature, kind)
                 scale = token_weights[part, None]
                 if dh is not None:
                     dh[part] = ((logits @ weight_low) * scale).to(dtype)
                 if dweight is not None:
-                    scaled_h = (h_low[part] * scale).to(dtype)
-                    if dtype == high:
-                        dweight.addmm_(logits.T, scaled_h)
-                    else:
-                        dweight += logits.T @ scaled_h
+                    add_weight_gradient(dweight, logits, (h_low[part] * scale).to(dtype))
         found.masked_fill_(~counted, 0)
         ctx.save_for_backward(dh, dweight)
         ctx.dtypes = h.dtype, weight.dtype
@@ -176,7 +173,33 @@ class _Distill(torch.autograd.Function):
         return dh, dweight, *(None,) * 6
 
 
-def _strip(z, y, target, alpha, temperature, kind):
+def chunk_gradient_(logits, theirs, targets, alpha, temperature, kind):
+    """A chunk of the student's logits (n, V) becomes the gradient of its losses in place. theirs: the teacher's logits (n, V), or Cached of n tokens.
+
+    Returns (5, n), as `distillation_loss`. By a kernel, but for a cache without draws and for other divergences than forward against a cache.
+    """
+    n, V = logits.shape
+    high, device = torch.promote_types(logits.dtype, torch.float32), logits.device
+    found = torch.empty(5, n, dtype=high, device=device)
+    if by_triton(logits) and not isinstance(theirs, Cached):
+        divergence_gradient_(logits, theirs, targets, found, alpha, temperature, DIVERGENCES.index(kind))
+        return found
+    if by_triton(logits) and kind == 'forward' and theirs.drawn.shape[1]:
+        top, ids, q = torch.empty(n, dtype=torch.int32, device=device), *theirs.outcomes()
+        cached_gradient_(logits, ids, q, targets, found, top, alpha, temperature)
+        found[0] = theirs.negentropy - found[0]
+        found[3], found[4] = -theirs.target_logq, top == theirs.top
+        return found
+    strip = max(1, (2**22 if logits.is_cuda else 2**20) // V)       # of which a few fp32 copies are made
+    for i in range(0, n, strip):
+        here = slice(i, min(i + strip, n))
+        y = theirs.part(here) if isinstance(theirs, Cached) else theirs[here].to(high)
+        gradient, found[:, here] = strip_gradient(logits[here].to(high), y, targets[here, None], alpha, temperature, kind)
+        logits[here] = gradient
+    return found
+
+
+def strip_gradient(z, y, target, alpha, temperature, kind):
     """A few tokens. z (S, V): student's logits; y: the teacher's, or Cached; target (S, 1).
 
     Returns (gradient of the loss by z (S, V), (5, S): D, student's loss, hit, teacher's loss, agreement).
@@ -273,16 +296,18 @@ class Distiller:
         self.options = dict(alpha=config['kd_alpha'], temperature=config['kd_temperature'], kind=config['kd_divergence'])
         self.sums = torch.zeros(3, dtype=torch.float64, device=device)         # D, teacher's loss, agreement; zeroed by `take`
 
-    def objective(self, inputs, doc_ids, source_index, cursors):
-        """For `GPT.loss` on this micro-batch: inputs (B, T), document ids or None; source_index, cursors (B,): where the rows are from."""
+    def objective(self, inputs, doc_ids, source_index, cursors, counted):
+        """For `GPT.loss` on this micro-batch: inputs (B, T), document ids or None; source_index, cursors (B,): where the rows are from; counted: as
+        given to `GPT.loss`."""
         if self.teacher is None:
             sources = [self.sources[i] for i in source_index]
             teacher = read_cached([self.caches[s.name].window(s.window(cursor)) for s, cursor in zip(sources, cursors)],
                                   [self.cached_sources.index(s.name) for s in sources], self.rest, self.device)
+            teacher = teacher if counted is None else teacher.part(counted)
         else:
             with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
                 hidden = self.teacher(inputs, doc_ids).flatten(0, 1)                     # (N, C_t)
-                teacher = hidden, parallel.whole(self.teacher.output_weight)
+                teacher = hidden if counted is None else hidden[counted], parallel.whole(self.teacher.output_weight)
 
         def loss(h, weight, targets, token_weights):
             total, found = distillation_loss(h, weight, targets, token_weights, teacher=teacher, **self.options)

@@ -4,8 +4,8 @@ RMSNorm, rotary positions (with scaling), grouped-query attention, optional QK-n
 (Qwen2), SwiGLU, tied or untied embeddings, optional repetition of every layer (MobileLLM-LS). Weight layout and rotary
 convention (two halves) are those of Hugging Face's Llama, so its weights copy over one to one.
 
-`GPT.forward` returns hidden states. The loss is a function of hidden states and the output weight and works through the
-rows in chunks, so the B x T x V logits never exist at once.
+`GPT.forward` returns hidden states. The loss is a function of hidden states and the output weight (loss.py) and works through the
+rows in chunks, so the B x T x V logits never exist at once. What lies between the matrix products is in kernels.py.
 
 Letters in shape comments: B rows, T tokens, C n_embd, H n_head, K n_kv_head, D head_dim, F ffn_dim, V vocab_size, N = B*T.
 """
@@ -21,7 +21,9 @@ import torch.nn.functional as F
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
+import kernels
 from configurator import BadInput
+from loss import chunk_rows, linear_cross_entropy
 
 
 ROPE_SCALING = {       # type -> its numbers
@@ -142,13 +144,6 @@ def rope_frequencies(config, device=None):
     return freqs * (keep + (1 - keep) / scaling['factor'])
 
 
-def apply_rope(x, cos, sin):
-    """Rotates x (B, heads, T, D) by cos, sin (T, D): first and second half of D are the pairs, as in Hugging Face."""
-    half = x.shape[-1] // 2
-    turned = torch.cat((x[..., half:], x[..., :half]), dim=-1)           # the sign of the swapped half sits in `sin`
-    return x * cos + turned * sin
-
-
 # -- layers ------------------------------------------------------------------------------------------------------------
 
 class RMSNorm(nn.Module):
@@ -160,8 +155,7 @@ class RMSNorm(nn.Module):
         self.dim, self.eps = dim, eps
 
     def forward(self, x):
-        with torch.autocast(x.device.type, enabled=False):      # from torch 2.12 on, CUDA's autocast would return fp32
-            return F.rms_norm(x, (self.dim,), None if self.weight is None else self.weight.to(x.dtype), self.eps)
+        return kernels.rms_norm(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -184,12 +178,15 @@ class Attention(nn.Module):
         cache       (2, B, K, T_max, D): keys and values of the first `position` tokens, extended in place
         """
         B, T, _ = x.shape
-        q = self.wq(x).view(B, T, self.n_head, self.head_dim).transpose(1, 2)         # (B, H, T, D)
-        k = self.wk(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)      # (B, K, T, D)
+        q = self.wq(x).view(B, T, self.n_head, self.head_dim)                         # (B, T, H, D)
+        k = self.wk(x).view(B, T, self.n_kv_head, self.head_dim)                      # (B, T, K, D)
         v = self.wv(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)      # (B, K, T, D)
-        if self.q_norm is not None:
+        norm = ()
+        if self.q_norm is not None and kernels.across_modules(q):
+            norm = True, self.q_norm.weight, self.k_norm.weight, self.q_norm.eps
+        elif self.q_norm is not None:                     # as modules: influence.py has hooks on them
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        q, k = (t.transpose(1, 2) for t in kernels.rotate_heads(q, k, cos, sin, *norm))                   # (B, H, T, D), (B, K, T, D)
         if cache is not None:
             cache[0, :, :, position:position + T] = k
             cache[1, :, :, position:position + T] = v
@@ -232,7 +229,7 @@ class FeedForward(nn.Module):
         self.w_down = nn.Linear(config.ffn_dim, config.n_embd, bias=False)
 
     def forward(self, x):
-        return self.w_down(F.silu(self.w_gate(x)) * self.w_up(x))       # (B, T, F) inside
+        return self.w_down(kernels.swiglu(self.w_gate(x), self.w_up(x)))       # (B, T, F) inside
 
 
 class Block(nn.Module):
@@ -244,8 +241,13 @@ class Block(nn.Module):
         self.ffn = FeedForward(config)
 
     def forward(self, x, cos, sin, mask=None, cu_seqlens=None, cache=None, position=0):
-        x = x + self.attn(self.attn_norm(x), cos, sin, mask, cu_seqlens, cache, position)
-        return x + self.ffn(self.ffn_norm(x))
+        change = self.attn(self.attn_norm(x), cos, sin, mask, cu_seqlens, cache, position)
+        if kernels.across_modules(x):
+            h, x = kernels.add_rms_norm(change, x, self.ffn_norm.weight, self.ffn_norm.eps)
+        else:                                             # as a module: influence.py has hooks on it
+            x = x + change
+            h = self.ffn_norm(x)
+        return x + self.ffn(h)
 
 
 class GPT(nn.Module):
@@ -305,19 +307,27 @@ class GPT(nn.Module):
                     application += 1
         return self.norm(x)
 
-    def loss(self, idx, targets, token_weights=None, doc_ids=None, grad_from=0, objective=None):
+    def loss(self, idx, targets, token_weights=None, doc_ids=None, grad_from=0, objective=None, counted=None):
         """Forward and loss in one call (under FSDP2 this is where the output weight is whole).
 
         targets (B, T) int64, -1 = not counted; token_weights (B, T) fp32 or None. Returns `linear_cross_entropy`'s three
         results: sum () fp32 with gradient; losses (B, T) and hits (B, T) without. grad_from: as in `forward`; above 0 the output
-        weight gets no gradient. objective: a function in the place of linear_cross_entropy (distillation), None: that.
+        weight gets no gradient. objective: a function in the place of linear_cross_entropy (distillation), None: that. counted: what
+        `positions_counted` says of targets, so that others cost nothing in the output layer, and the objective sees these positions alone;
+        None: all go through it, but for linear_cross_entropy on the CPU, where looking costs nothing.
         """
-        objective = objective or linear_cross_entropy
-        h = self.forward(idx, doc_ids, grad_from=grad_from)
+        h, targets = self.forward(idx, doc_ids, grad_from=grad_from).flatten(0, 1), targets.flatten()
         flat_weights = None if token_weights is None else token_weights.flatten()
         weight = self.output_weight.detach() if grad_from else self.output_weight
-        total, losses, hits = objective(h.flatten(0, 1), weight, targets.flatten(), flat_weights)
-        return total, losses.view_as(targets), hits.view_as(targets)
+        if counted is None and objective is None and targets.device.type == 'cpu':
+            counted = positions_counted(targets)
+        objective = objective or linear_cross_entropy
+        if counted is None:
+            total, losses, hits = objective(h, weight, targets, flat_weights)
+        else:
+            total, *some = objective(h[counted], weight, targets[counted], None if flat_weights is None else flat_weights[counted])
+            losses, hits = (torch.zeros(len(h), dtype=t.dtype, device=t.device).index_copy_(0, counted, t) for t in some)
+        return total, losses.view_as(idx), hits.view_as(idx)
 
     @torch.no_grad()
     def score(self, idx, rows, positions, targets):
@@ -401,6 +411,12 @@ def check_documents(device, dtype):
                        'Set dtype=bfloat16.')
 
 
+def positions_counted(targets):
+    """Where targets, int64 of any shape on the CPU, are counted (>= 0), in the flat order: (n,) int64, or None where all are."""
+    counted = (targets.flatten() >= 0).nonzero()[:, 0]
+    return None if len(counted) == targets.numel() else counted
+
+
 def document_boundaries(doc_ids):
     """doc_ids (B, T) -> (documents + 1,) int32: starts of the documents in the B*T stream, and its end."""
     starts = torch.ones_like(doc_ids, dtype=torch.bool)
@@ -445,116 +461,3 @@ def init_weights(model, seed):
         if isinstance(parameter, DTensor):
             full = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
         parameter.copy_(full)
-
-
-# -- loss --------------------------------------------------------------------------------------------------------------
-
-def chunk_rows(n_rows, vocab_size, device, dtype):
-    """Rows of logits held at once: 256 MiB on the CPU, 1 GiB on a GPU. Few large chunks: each one reads dW again."""
-    return max(1, min(n_rows, (2**30 if device.type == 'cuda' else 2**28) // (vocab_size * dtype.itemsize)))
-
-
-def loss_dtypes(h):
-    """(dtype of the products: autocast's where it is on, else the hidden states' own; dtype of everything summed)."""
-    low = torch.get_autocast_dtype(h.device.type) if torch.is_autocast_enabled(h.device.type) else h.dtype
-    return low, torch.promote_types(low, torch.float32)
-
-
-class _LinearCrossEntropy(torch.autograd.Function):
-    """Weighted sum of token losses. Gradients are made in the forward, while a chunk's logits are at hand: three products of
-    N*C*V instead of the four that recomputing them would take; backward only scales the gradients."""
-
-    @staticmethod
-    def forward(ctx, h, weight, targets, token_weights):
-        N, V = h.shape[0], weight.shape[0]
-        needs_h, needs_weight = ctx.needs_input_grad[:2]
-        dtype, high = loss_dtypes(h)
-        h_low, weight_low = h.to(dtype), weight.to(dtype)
-        counted = targets >= 0
-        if token_weights is None:
-            token_weights = counted.to(high)
-        else:
-            token_weights = torch.where(counted, token_weights.to(high), 0)
-        safe_targets = targets.clamp(min=0)
-        losses = torch.empty(N, dtype=high, device=h.device)
-        hits = torch.empty(N, dtype=torch.bool, device=h.device)
-        dh = torch.empty_like(h_low) if needs_h else None
-        dweight = None
-        rows = chunk_rows(N, V, h.device, dtype)
-        strip = rows if h.is_cuda else max(1, 2**20 // V)       # on the CPU the passes over a strip stay in its cache
-        buffer = torch.empty(rows, V, dtype=dtype, device=h.device)
-        with torch.autocast(h.device.type, enabled=False):
-            for start in range(0, N, rows):
-                part = slice(start, min(start + rows, N))
-                logits = torch.mm(h_low[part], weight_low.T, out=buffer[:part.stop - start])         # (n, V)
-                sums = torch.empty(logits.shape[0], 1, dtype=high, device=h.device)
-                for i in range(0, logits.shape[0], strip):
-                    z, target = logits[i:i + strip].to(high), safe_targets[start + i:min(start + i + strip, part.stop), None]
-                    target_logit, largest = z.gather(1, target), z.amax(1, keepdim=True)             # (strip, 1)
-                    z.sub_(largest).exp_()
-                    total = sums[i:i + strip].copy_(z.sum(1, keepdim=True))
-                    here = slice(start + i, start + i + z.shape[0])
-                    losses[here] = (largest + total.log() - target_logit)[:, 0]
-                    hits[here] = (target_logit == largest)[:, 0]                                     # a tie counts as a hit
-                    if needs_h or needs_weight:          # `total` times the gradient of the logits, softmax - one-hot
-                        z.scatter_add_(1, target, -total)
-                        logits[i:i + strip].copy_(z)
-                if needs_h or needs_weight:
-                    scale = token_weights[part, None] / sums                     # (n, 1); applied to C columns, not V
-                    if needs_h:
-                        dh[part] = ((logits @ weight_low) * scale).to(dtype)
-                    if needs_weight:
-                        scaled_h = (h_low[part] * scale).to(dtype)
-                        if dweight is None:
-                            dweight = (logits.T @ scaled_h).to(high)
-                        elif dtype == high:
-                            dweight.addmm_(logits.T, scaled_h)
-                        else:
-                            dweight += logits.T @ scaled_h                       # low-precision product, fp32 sum
-        losses.masked_fill_(~counted, 0)
-        hits &= counted
-        ctx.save_for_backward(dh, dweight)
-        ctx.dtypes = h.dtype, weight.dtype
-        ctx.mark_non_differentiable(losses, hits)
-        return (losses * token_weights).sum(), losses, hits
-
-    @staticmethod
-    def backward(ctx, upstream, _losses, _hits):
-        dh, dweight = ctx.saved_tensors
-        dh = None if dh is None else (dh * upstream).to(ctx.dtypes[0])
-        dweight = None if dweight is None else dweight.mul_(upstream).to(ctx.dtypes[1])
-        return dh, dweight, None, None
-
-
-def linear_cross_entropy(h, weight, targets, token_weights=None):
-    """Cross-entropy of the logits h @ weight.T, summed with weights, without ever holding all logits.
-
-    h (N, C) any float dtype; weight (V, C); targets (N,) int64, -1 = not counted; token_weights (N,) fp32 or None = ones
-    Returns (sum () fp32, losses (N,) fp32 nats, hits (N,) bool). Gradients of h and weight flow from `sum` alone; divide it
-    by the number of valid tokens yourself. losses are unweighted, 0 where not counted; hits: the target has the largest
-    logit. dweight is accumulated in fp32 (all of it in fp64 for fp64 input). Backward may run once.
-    """
-    return _LinearCrossEntropy.apply(h, weight, targets, token_weights)
-
-
-def _chunk_losses(h, weight, targets):
-    logits = F.linear(h, weight).to(torch.promote_types(h.dtype, torch.float32))
-    return F.cross_entropy(logits, targets, ignore_index=-1, reduction='none')
-
-
-def token_losses(h, weight, targets, reduction='none'):
-    """Differentiable losses, for gradients other than of one weighted sum: logits are recomputed in the backward.
-
-    h (B, T, C), weight (V, C), targets (B, T) int64 with -1 = not counted. reduction 'none': (B, T) fp32 nats per token,
-    0 where not counted; 'row': (B,) sums over tokens. A quarter more work than `linear_cross_entropy`.
-    """
-    dtype, _ = loss_dtypes(h)
-    flat, flat_targets, weight = h.flatten(0, 1).to(dtype), targets.flatten(), weight.to(dtype)
-    rows = chunk_rows(flat.shape[0], weight.shape[0], h.device, torch.float32)
-    losses = torch.cat([checkpoint(_chunk_losses, flat[i:i + rows], weight, flat_targets[i:i + rows], use_reentrant=False)
-                        for i in range(0, flat.shape[0], rows)]).view_as(targets)
-    if reduction == 'none':
-        return losses
-    if reduction == 'row':
-        return losses.sum(1)
-    raise ValueError(f"reduction must be 'none' or 'row', got {reduction!r}")

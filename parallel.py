@@ -1,5 +1,6 @@
 """How a model is compiled and spread over ranks (FSDP2 per block), and what its sharded tensors need."""
 import torch
+import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
@@ -31,6 +32,36 @@ def spread(model, mesh, dtype, compile_blocks=False, checkpointing='none'):
 def whole(tensor):
     """A tensor that every rank holds all of; None stays None."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def put(tensor, device):
+    """A tensor of the CPU (or None) on the device, without waiting for it."""
+    return tensor.pin_memory().to(device, non_blocking=True) if tensor is not None and device.type == 'cuda' else tensor
+
+
+def to_host(tensor):
+    """Begins to copy a tensor to the CPU: (copy, event to wait for before it is read, None: it is there)."""
+    if not tensor.is_cuda:
+        return tensor, None
+    copy, event = tensor.to('cpu', non_blocking=True), torch.cuda.Event()      # into pinned memory
+    event.record()
+    return copy, event
+
+
+def sum_over_ranks(tensor):
+    """The sum over all ranks, in place and without waiting for the device."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def step(optimizer, spoilt):
+    """A step of the optimizer, or none at all when `spoilt` () fp32 is 1. Fused AdamW decides that on the device; for others the host waits."""
+    if isinstance(optimizer, torch.optim.AdamW):
+        optimizer.found_inf = spoilt
+    elif spoilt:
+        return
+    optimizer.step()
 
 
 def reshard(model):

@@ -6,7 +6,8 @@ import shutil
 import torch
 
 from kd import kd_chunk_rows
-from model import chunk_rows, count_parameters, flops_per_token
+from loss import chunk_rows
+from model import count_parameters, flops_per_token
 
 H100 = 989e12               # dense bf16 FLOP/s of the GPU that plans are made for on a machine without one
 GPU_GIB = 80
@@ -24,20 +25,19 @@ def choose_compile(asked, total_flops, peak, world_size, device):
     return minutes > 20 and compiler, f'about {minutes:,.0f} minutes of work' + ('' if compiler else ', no C++ compiler')
 
 
-def saved_bytes_per_token(config, low, fused_norm):
+def saved_bytes_per_token(config, low, fused):
     """Bytes that the backward of one block keeps of a token, as (everything, its input alone).
 
-    low: bytes of an element under autocast (2) or in fp32 (4); fused_norm: RMSNorm keeps its input only (CUDA), else it keeps input and
-    result in fp32 as well. Without the low-precision copies of weights.
+    low: bytes of an element under autocast (2) or in fp32 (4); fused: a layer keeps its inputs only (on CUDA, by kernels or by the compiler), else
+    RMSNorm keeps input and result in fp32 as well, and SwiGLU its silu. Without the low-precision copies of weights.
     """
     c = config
     heads, kv_heads = c.n_head * c.head_dim, c.n_kv_head * c.head_dim
-    elements = 2 * c.n_embd + 2 * heads + 2 * kv_heads + 4 * c.ffn_dim      # normed inputs; q and its output, k and v; gate, up, silu, product
+    elements = 2 * c.n_embd + 2 * heads + 2 * kv_heads + (3 if fused else 4) * c.ffn_dim      # normed inputs; q and its output, k and v; gate, up, silu, product
     norms, small = 2 * c.n_embd, c.n_head + 2
     if c.qk_norm:
-        elements += heads
         norms, small = norms + heads + kv_heads, small + c.n_head + c.n_kv_head
-    return elements * low + (norms * low if fused_norm else (2 * norms - (c.qk_norm and heads + kv_heads)) * 4) + 4 * small, low * c.n_embd
+    return elements * low + (norms * low if fused else (2 * norms - (c.qk_norm and heads + kv_heads)) * 4) + 4 * small, low * c.n_embd
 
 
 def memory_plan(config, rows, block_size, shards, low, activation_checkpointing, optimizer, on_cuda, teacher=None):

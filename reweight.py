@@ -78,7 +78,7 @@ def check(config, sources, probes, interval_rows, world_size):
     return True
 
 
-def check_texts(probes, sources, val_sources, bos_id, device, rank=0, world_size=1):
+def check_texts(probes, sources, val_sources, bos_id, rank=0, world_size=1):
     """BadInput when a probe set shares documents with what is trained or validated on; a warning for text that is none.
 
     bos_id: the token that documents begin with, None: unknown, which is said.
@@ -91,7 +91,7 @@ def check_texts(probes, sources, val_sources, bos_id, device, rank=0, world_size
         print('probe: these shards do not say where documents begin; aligned pieces of 256 tokens are compared with those of the sources')
     for probe in probes:
         for source in sources + val_sources:
-            n = int(all_reduce_sum([shared_documents(probe, source, bos_id, rank, world_size)], device)[0])
+            n = int(all_reduce_sum([shared_documents(probe, source, bos_id, rank, world_size)])[0])
             if n:
                 raise BadInput(f"the probe set '{domain_of(probe)}' and source '{source.name}' ({source.split}) have {n:,} document(s) in common: "
                                'influence would measure how well the source holds the probe itself. Prepare one of them anew '

@@ -52,7 +52,7 @@ def score_rows(model, source, cursors, direction, batch_size, to_device, rank=0,
         found = torch.stack((influence / n, losses.sum(1) / n), 1).cpu().numpy()
         mine = mine[mine < len(cursors)]
         scores[mine] = np.column_stack((found, different_tokens(rows)))[:len(mine)]
-    return np.array(all_reduce_sum(scores.flatten(), next(model.parameters()).device)).reshape(-1, 3)
+    return np.array(all_reduce_sum(scores.flatten())).reshape(-1, 3)
 
 
 def reference_of(scores):

@@ -50,7 +50,7 @@ def open_all(path, config, device, source_names):
     def to_device(ids):
         return batch_of(torch.from_numpy(ids).to(device), bos_id)
     if sources:
-        reweight.check_texts(probes, sources, [], made_with and made_with['bos_id'], device)
+        reweight.check_texts(probes, sources, [], made_with and made_with['bos_id'])
     return model, about, sources, probes, to_device
 
 

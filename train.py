@@ -36,7 +36,8 @@ from common import (MetricsLog, all_reduce_sum, barrier, device_name, leave_rank
                     tune_malloc)
 from configurator import BadInput, RunFault, check_values, configure
 from data import MixtureLoader, Source, batch_of, common_tokenizer, report_packing, rows_of_rank
-from model import GPT, ModelConfig, check_documents, count_parameters, flops_per_token, init_weights
+from kernels import use as use_kernels
+from model import GPT, ModelConfig, check_documents, count_parameters, flops_per_token, init_weights, positions_counted
 from packing import OVERLONG
 
 # -- input and output --
@@ -139,17 +140,19 @@ min_lr_frac = 0.1                       # learning rate at the end, as a share o
 # -- system --
 device = 'auto'                         # auto | cpu | cuda
 dtype = 'auto'                          # auto | float32 | bfloat16 (autocast over fp32 weights)
+kernels = 'auto'                        # auto: Triton on CUDA, but for layers inside torch.compile | triton: everywhere | torch: the references
 compile: bool | None = None             # torch.compile every block; None: when the run is long enough to gain by it
 activation_checkpointing = 'none'       # full: blocks keep their input only and run again in the backward, a third more work
 dry_run = False                         # print what the run would cost, on paper, and stop; needs no data
 config = configure(globals())
 
 # -- derived values and checks -----------------------------------------------------------------------------------------
-tune_malloc()
+keeps_memory = tune_malloc()
 rank, world_size, device = start_ranks(config['device'])
 is_master = rank == 0
 torch.manual_seed(seed + rank)
 dtype, dtype_reason = pick_dtype(config['dtype'], device)
+kernels_in_use = use_kernels(kernels, device)
 check_values(config, dict(optimizer=('adamw', 'muon'), schedule=('linear', 'cosine', 'wsd', 'constant'), mixture=reweight.MIXTURES, overlong=OVERLONG,
                           packing=('window', 'document'), weigh_by=('rows', 'size'), wandb_mode=('online', 'offline', 'disabled'), activation_checkpointing=('none', 'full')),
              {**dict.fromkeys(('block_size', 'batch_size', 'total_batch_tokens', 'log_interval', 'eval_interval', 'eval_rows', 'eval_tasks_interval',
@@ -241,7 +244,7 @@ for _source in train_sources:
                        f'({batch_rows} rows). Prepare more of it, or lower total_batch_tokens or block_size.')
 measures = reweight.check(config, active, probes, mixture_interval * batch_rows, world_size)
 if measures and found is None:
-    reweight.check_texts(probes, active, val_sources, shards_tokenizer and shards_tokenizer['bos_id'], device, rank, world_size)
+    reweight.check_texts(probes, active, val_sources, shards_tokenizer and shards_tokenizer['bos_id'], rank, world_size)
 if document_mask and shards_tokenizer is None:
     raise BadInput('document_mask needs the beginning-of-document token, and these sources have no meta.json that names it.')
 bos_id = shards_tokenizer['bos_id'] if document_mask or packing == 'document' else None
@@ -263,8 +266,7 @@ if benchmarks:
 
 def to_device(rows):
     """(n, T + 1) int32 numpy -> inputs (n, T) int32, targets (n, T) int64 with -1 = not counted, document ids or None, on the device."""
-    rows = torch.from_numpy(rows)
-    return batch_of(rows.pin_memory().to(device, non_blocking=True) if device.type == 'cuda' else rows, bos_id)
+    return batch_of(parallel.put(torch.from_numpy(rows), device), bos_id)
 
 
 # -- model: on the meta device, sharded, then memory, then values ------------------------------------------------------
@@ -280,7 +282,8 @@ counts = count_parameters(model_config)
 if is_master:
     print(f"model: {counts['total'] / 1e6:.2f}M parameters, {counts['non_embedding'] / 1e6:.2f}M without embeddings; "
           f'{token_flops / 1e6:,.1f} MFLOP per token')
-    print(f'device: {world_size} x {device_name(device)}, {dtype} ({dtype_reason}), compile={compile} ({_reason})')
+    print(f'device: {world_size} x {device_name(device)}, {dtype} ({dtype_reason}), compile={compile} ({_reason}), kernels: {kernels_in_use}'
+          + (', malloc keeps freed memory' if keeps_memory and device.type == 'cpu' else ''))
     print(f'batch: {batch_rows} rows of {block_size} = {total_batch_tokens:,} tokens, {grad_accum} micro-steps; {n_steps} steps')
 distiller = None
 if distils:
@@ -359,48 +362,67 @@ def save(step):
         context=block_size, mixture_state=mixture_state, presence_state=micro and micro.state()))
 
 
-stop_signal, stop_time = 0, 0.0
-
-
-def on_signal(number, _frame):
-    """SIGTERM or SIGINT: save after this step and exit. One more, later than torchrun's copy of the first, ends at once."""
-    global stop_signal, stop_time
-    if not stop_signal:
-        stop_signal, stop_time = number, time.monotonic()
-    elif time.monotonic() - stop_time > 5:
-        signal.signal(number, signal.SIG_DFL)
-        os.kill(os.getpid(), number)
-
-
-for _number in (signal.SIGTERM, signal.SIGINT):
-    signal.signal(_number, on_signal)
-
 # -- the loop ----------------------------------------------------------------------------------------------------------
+def report(step, sums, event, n_valid, source_counts, metrics):
+    """What a step found, read when the next one is under way, so that a GPU never waits for the host. metrics: to be logged, None: nothing."""
+    global window_start, window_steps, data_s
+    if event is not None:
+        event.synchronize()
+    loss_sum, n_hits, grad_norm, *kd_sums = sums.tolist()
+    if not math.isfinite(loss_sum) or not math.isfinite(grad_norm):
+        checkpointer.finish()
+        good = checkpoint.complete_checkpoints(os.path.join(out_dir, 'ckpt'))
+        raise RunFault(f'loss is {loss_sum / n_valid:.4g} and gradient norm {grad_norm:.4g} at step {step}; the optimizer '
+                       f'was not stepped. Last good checkpoint: {os.path.join(out_dir, "ckpt", good[-1]) if good else "none"}. '
+                       f'Rows of the batch by source: {source_counts}. Lower learning_rate or look at these sources, then --resume=True.')
+    window_steps += 1
+    bar.update()
+    if metrics is None:
+        return
+    dt = (time.perf_counter() - window_start) / window_steps
+    tokens_per_second, train_loss = total_batch_tokens / dt, loss_sum / n_valid
+    metrics_log.write(step, {
+        'train/loss': train_loss, 'train/perplexity': math.exp(min(train_loss, 50)), 'train/accuracy': n_hits / n_valid,
+        'train/grad_norm': grad_norm, 'train/tokens': (step + 1) * total_batch_tokens, 'train/tokens_per_second': tokens_per_second,
+        'train/mfu': tokens_per_second * token_flops / (peak * world_size) if peak else None,
+        'system/step_ms': dt * 1e3, 'system/data_ms': data_s / window_steps * 1e3,
+        'system/gpu_memory': torch.cuda.max_memory_allocated(device) / 2**30 if device.type == 'cuda' else None,
+        **metrics, **(kd.metrics(kd_sums, n_valid) if distiller else {})})
+    bar.set_postfix_str(f'loss {train_loss:.3f}, {tokens_per_second:,.0f} tokens/s')
+    window_start, window_steps, data_s = time.perf_counter(), 0, 0.0
+
+
 parameters = list(model.parameters())
 micro = self_influence.MicroBatches(model, presence_layers, presence, grad_accum, presence_state) if presence != 'off' else None
 my_rows = rows_of_rank(batch_rows, batch_size, rank, world_size).reshape(grad_accum, batch_size)
 first_reweighting = max(1, max(n_warmup, n_steps // 20) if mixture_warmup is None else mixture_warmup)
 last_saved, drawn_before = first_step if found else None, loader.drawn()
 window_start, window_steps, data_s = time.perf_counter(), 0, 0.0
+stop, unread, spoilt = checkpoint.StopRequest(), [], torch.zeros((), device=device)            # arguments of `report`; 1 from the first loss or norm on that is not finite
 bar = tqdm(total=n_steps, initial=first_step, disable=not is_master, unit='step', dynamic_ncols=True)
 for step in range(first_step, n_steps + 1):
     lr = get_lr(step)
     for group in (g for o in optimizers for g in o.param_groups):
         group['lr'] = lr
     checkpointer.poll()
-    terminated, interrupted = all_reduce_sum([stop_signal == signal.SIGTERM, stop_signal == signal.SIGINT], device)
+    terminated, interrupted = all_reduce_sum([stop.signal == signal.SIGTERM, stop.signal == signal.SIGINT])
     stopping = int(signal.SIGTERM) if terminated else int(signal.SIGINT) if interrupted else 0      # the same on every rank
-    if (step % save_interval == 0 or step == n_steps or stopping) and step > 0 and step != last_saved:
+    saves = (step % save_interval == 0 or step == n_steps or stopping) and step > 0 and step != last_saved
+    news, benchmarks_due = kept_shares if step == first_step else {}, benchmarks and (step % eval_tasks_interval == 0 or step == n_steps)
+    evaluates = step % eval_interval == 0 or step == n_steps or benchmarks_due
+    reweights = measures and first_reweighting <= step < n_steps and step % mixture_interval == 0
+    while unread and (len(unread) > 1 or saves or stopping or evaluates or reweights):
+        report(*unread.pop(0))
+    if saves:
         save(step)                                             # before the evaluation: nothing that it does can lose the step
         last_saved = step
     if stopping:
         break
-    news, benchmark_now = kept_shares if step == first_step else {}, benchmarks and (step % eval_tasks_interval == 0 or step == n_steps)
-    if step % eval_interval == 0 or step == n_steps or benchmark_now:
+    if evaluates:
         model.eval()
-        news = news | evaluate() | (run_benchmarks() if benchmark_now else {})
+        news = news | evaluate() | (run_benchmarks() if benchmarks_due else {})
         model.train()
-    if measures and first_reweighting <= step < n_steps and step % mixture_interval == 0:
+    if reweights:
         checkpointer.finish()                                  # an error in there must not cost the checkpoint that is being written
         with autocast:
             mixture_state, measured = reweight.update(model, loader, active, probes, config, mixture_state, step, n_steps, batch_rows,
@@ -416,22 +438,23 @@ for step in range(first_step, n_steps + 1):
     # this rank's rows of the global batch; the number of valid tokens over all ranks is known before the first backward
     t0 = time.perf_counter()
     source_index, cursors = loader.next_batch(batch_rows)
-    micro_batches = [to_device(loader.read(source_index[part], cursors[part])) for part in my_rows]
+    rows = [loader.read(source_index[part], cursors[part]) for part in my_rows]
+    micro_batches = [(*to_device(r), parallel.put(positions_counted(torch.from_numpy(r[:, 1:])), device)) for r in rows]
     data_s += time.perf_counter() - t0
-    n_tokens = all_reduce_sum([(targets >= 0).sum().item() for _, targets, _ in micro_batches], device)
+    n_tokens = all_reduce_sum([(r[:, 1:] >= 0).sum() for r in rows])
     n_valid = sum(n_tokens)
     if not n_valid:
         raise RunFault(f'the batch of step {step} has no token that the loss counts. Raise total_batch_tokens, or look at the masks of the sources.')
     if micro:
         micro.begin(self_influence.tau_at(step, n_steps, presence_tau, presence_schedule, presence_switch))
     loss_sum, n_hits = torch.zeros(2, device=device, dtype=torch.float64)
-    for micro_step, (inputs, targets, doc_ids) in enumerate(micro_batches):
+    for micro_step, (inputs, targets, doc_ids, counted) in enumerate(micro_batches):
         if world_size > 1:                                     # gradients cross the network once, after the last micro-step
             model.set_requires_gradient_sync(bool(micro) or micro_step == grad_accum - 1)
         with autocast:
             part = my_rows[micro_step]
-            objective = distiller and distiller.objective(inputs, doc_ids, source_index[part], cursors[part])
-            loss, losses, hits = model.loss(inputs, targets, doc_ids=doc_ids, objective=objective)
+            objective = distiller and distiller.objective(inputs, doc_ids, source_index[part], cursors[part], counted)
+            loss, losses, hits = model.loss(inputs, targets, doc_ids=doc_ids, objective=objective, counted=counted)
         (loss * (world_size / n_valid)).backward()             # FSDP averages over ranks; the loss is a sum over all of them
         loss_sum += losses.sum()                               # cross-entropy, also where the loss is another
         n_hits += hits.sum()
@@ -439,41 +462,22 @@ for step in range(first_step, n_steps + 1):
             micro.add(n_tokens[micro_step] / n_valid)
     presence_metrics = micro.finish() if micro else {}
     grad_norm = parallel.whole(torch.nn.utils.get_total_norm([p.grad for p in parameters], foreach=True))
-    loss_sum, n_hits, *kd_sums = all_reduce_sum((loss_sum, n_hits, *(distiller.take() if distiller else ())), device)
-    if not math.isfinite(loss_sum) or not math.isfinite(grad_norm.item()):
-        rows = {name: int((source_index == i).sum()) for i, name in enumerate(loader.names)}
-        checkpointer.finish()
-        good = checkpoint.complete_checkpoints(os.path.join(out_dir, 'ckpt'))
-        raise RunFault(f'loss is {loss_sum / n_valid:.4g} and gradient norm {grad_norm.item():.4g} at step {step}; the optimizer '
-                       f'was not stepped. Last good checkpoint: {os.path.join(out_dir, "ckpt", good[-1]) if good else "none"}. '
-                       f'Rows of the batch by source: {rows}. Lower learning_rate or look at these sources, then --resume=True.')
+    sums = parallel.sum_over_ranks(torch.stack((loss_sum, n_hits, *(distiller.take() if distiller else ()))))
+    sums = torch.cat((sums[:2], grad_norm[None], sums[2:]))
+    spoilt = torch.maximum(spoilt, (~torch.isfinite(sums[0] + sums[2])).float())
     if grad_clip > 0:
         torch.nn.utils.clip_grads_with_norm_(parameters, grad_clip, grad_norm, foreach=True)
     for o in optimizers:
-        o.step()
+        parallel.step(o, spoilt)                               # leaves everything as it is once a number was not finite
         o.zero_grad(set_to_none=True)
-
-    window_steps += 1
-    bar.update()
-    if is_master and ((step + 1) % log_interval == 0 or step + 1 == n_steps):
-        dt = (time.perf_counter() - window_start) / window_steps
-        tokens_per_second = total_batch_tokens / dt
-        train_loss = loss_sum / n_valid
+    logs = is_master and ((step + 1) % log_interval == 0 or step + 1 == n_steps)
+    if logs:
         drawn = {name: n - drawn_before[name] for name, n in loader.drawn().items()}
-        metrics_log.write(step, {
-            'train/loss': train_loss, 'train/perplexity': math.exp(min(train_loss, 50)), 'train/accuracy': n_hits / n_valid,
-            'train/learning_rate': lr, 'train/grad_norm': grad_norm.item(), 'train/tokens': (step + 1) * total_batch_tokens,
-            'train/tokens_per_second': tokens_per_second,
-            'train/mfu': tokens_per_second * token_flops / (peak * world_size) if peak else None,
-            'system/step_ms': dt * 1e3, 'system/data_ms': data_s / window_steps * 1e3,
-            'system/gpu_memory': torch.cuda.max_memory_allocated(device) / 2**30 if device.type == 'cuda' else None,
-            **{f'mixture/weight_{name}': weight for name, weight in loader.weights.items()},
-            **{f'mixture/drawn_{name}': n / sum(drawn.values()) for name, n in drawn.items()},
-            **{f'mixture/epochs_{name}': n for name, n in loader.epochs().items()},
-            **(kd.metrics(kd_sums, n_valid) if distiller else {}), **presence_metrics})
-        bar.set_postfix_str(f'loss {train_loss:.3f}, {tokens_per_second:,.0f} tokens/s')
         drawn_before = loader.drawn()
-        window_start, window_steps, data_s = time.perf_counter(), 0, 0.0
+    unread.append((step, *parallel.to_host(sums), n_valid, {name: int((source_index == i).sum()) for i, name in enumerate(loader.names)}, {
+        'train/learning_rate': lr, **{f'mixture/weight_{name}': weight for name, weight in loader.weights.items()},
+        **{f'mixture/drawn_{name}': n / sum(drawn.values()) for name, n in drawn.items()},
+        **{f'mixture/epochs_{name}': n for name, n in loader.epochs().items()}, **presence_metrics} if logs else None))
 bar.close()
 checkpointer.finish()
 

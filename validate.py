@@ -25,7 +25,7 @@ def row_losses(model, source, n_rows, batch_size, to_device, token_bytes=None, r
         n_bytes = torch.zeros_like(targets) if token_bytes is None else token_bytes[targets.clamp(min=0)] * counted
         here = [i for i in mine if i < n_rows]
         found[:, here] = torch.stack([t.double().sum(1) for t in (losses, counted, n_bytes)]).cpu().numpy()[:, :len(here)]
-    return np.array(all_reduce_sum(found.flatten(), next(model.parameters()).device)).reshape(3, n_rows)
+    return np.array(all_reduce_sum(found.flatten())).reshape(3, n_rows)
 
 
 def evaluate(model, sources, probes, weights, n_rows, batch_size, to_device, token_bytes, rank, world_size):

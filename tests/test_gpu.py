@@ -3,7 +3,8 @@ import pytest
 import torch
 
 from conftest import metrics, train
-from model import GPT, ModelConfig, init_weights, linear_cross_entropy
+from loss import linear_cross_entropy
+from model import GPT, ModelConfig, init_weights
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device here')]
 

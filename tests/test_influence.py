@@ -16,7 +16,8 @@ import presence
 import reweight
 from configurator import BadInput, RunFault
 from data import Source
-from model import GPT, ModelConfig, init_weights, linear_cross_entropy
+from loss import linear_cross_entropy
+from model import GPT, ModelConfig, init_weights
 
 SHAPES = [dict(), dict(tie_embeddings=False), dict(qk_norm=True, layer_repeat=2), dict(qkv_bias=True, n_kv_head=1)]
 

@@ -6,9 +6,11 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import configurator
+import loss as loss_module
 import model as model_module
 from conftest import ROOT
-from model import GPT, ModelConfig, count_parameters, flops_per_token, init_weights, linear_cross_entropy, token_losses
+from loss import linear_cross_entropy, token_losses
+from model import GPT, ModelConfig, count_parameters, flops_per_token, init_weights
 
 TINY = dict(vocab_size=97, n_layer=3, n_head=4, n_kv_head=2, n_embd=48, ffn_dim=80)
 
@@ -80,7 +82,7 @@ def reference_loss(h, weight, targets, token_weights):
 
 @pytest.mark.parametrize('n_rows, chunk', [(37, 8), (64, 64), (5, 1)])
 def test_chunked_loss_and_gradients_equal_fp64_on_full_logits(monkeypatch, n_rows, chunk):
-    monkeypatch.setattr(model_module, 'chunk_rows', lambda *_: chunk)
+    monkeypatch.setattr(loss_module, 'chunk_rows', lambda *_: chunk)
     torch.manual_seed(0)
     h, weight = torch.randn(n_rows, 24, requires_grad=True), torch.randn(301, 24, requires_grad=True)
     targets, token_weights = torch.randint(0, 301, (n_rows,)), torch.rand(n_rows)
@@ -112,7 +114,7 @@ def test_loss_of_certain_predictions_is_zero_not_infinite():
 
 @pytest.mark.parametrize('reduction', ['none', 'row'])
 def test_token_losses_carry_a_gradient_of_their_own(monkeypatch, reduction):
-    monkeypatch.setattr(model_module, 'chunk_rows', lambda *_: 7)
+    monkeypatch.setattr(loss_module, 'chunk_rows', lambda *_: 7)
     torch.manual_seed(0)
     h, weight = torch.randn(3, 11, 16, dtype=torch.float64, requires_grad=True), torch.randn(50, 16, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(0, 50, (3, 11))
