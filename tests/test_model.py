@@ -1,4 +1,5 @@
 import math
+import sys
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import configurator
 import loss as loss_module
 import model as model_module
-from conftest import ROOT
+from conftest import ROOT, run
 from loss import linear_cross_entropy, token_losses
 from model import GPT, ModelConfig, count_parameters, flops_per_token, init_weights
 
@@ -96,6 +97,63 @@ def test_chunked_loss_and_gradients_equal_fp64_on_full_logits(monkeypatch, n_row
     assert torch.equal(hits, (h @ weight.T).argmax(1) == targets)
     for a, b in zip(got, grads):
         assert ((a.double() - b.double()).norm() / b.double().norm()) < 1e-5
+
+
+PARTS = '''
+import sys
+sys.path.insert(0, {root!r})
+import torch
+import torch.distributed as dist
+from loss import linear_cross_entropy
+dist.init_process_group('gloo')
+rank = dist.get_rank()
+torch.manual_seed(0)
+h, weight, token_weights = torch.randn(23, 12), torch.randn(41, 12), torch.rand(23)
+targets = torch.randint(-1, 41, (23,))
+def result(h, weight, part_of):
+    h, weight = h.clone().requires_grad_(), weight.clone().requires_grad_()
+    total, losses, hits = linear_cross_entropy(h, weight, targets, token_weights, part_of)
+    (3 * total).backward()
+    return total, losses, hits.float(), h.grad, weight.grad
+whole = result(h, weight, None)
+first = 25 * rank                                   # parts of unequal size
+part = result(h, weight[first:25 if rank == 0 else 41], (dist.group.WORLD, first))
+for a, b in zip(part, (*whole[:4], whole[4][first:25 if rank == 0 else 41])):
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+print('SAME')
+'''
+
+
+def test_loss_over_parts_of_the_vocabulary_equals_the_whole(tmp_path):
+    (tmp_path / 'parts.py').write_text(PARTS.format(root=str(ROOT)))
+    done = run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', str(tmp_path / 'parts.py')])
+    assert done.returncode == 0 and done.stdout.count('SAME') == 2, done.stderr
+
+
+def test_tokens_that_are_not_counted_cost_nothing_in_the_output_layer():
+    model, idx = build(vocab_size=500), torch.randint(0, 500, (2, 32))
+    work, grads = [], []
+    for share in (1, 4):
+        targets = idx.roll(-1, 1).clone()
+        targets.view(-1)[64 // share:] = -1
+        weights = torch.rand(idx.shape, generator=torch.Generator().manual_seed(0))
+        with FlopCounterMode(display=False) as counter:
+            total, losses, hits = model.loss(idx, targets, weights)
+        work.append(counter.get_total_flops())
+    c = model.config
+    assert work[0] - work[1] == 48 * 6 * c.n_embd * c.vocab_size             # the products of 48 tokens, backward ones included
+    every, losses_of_all, _ = linear_cross_entropy(model(idx).flatten(0, 1), model.output_weight, targets.flatten(), weights.flatten())
+    assert total.item() == pytest.approx(every.item(), rel=1e-6) and torch.allclose(losses.flatten(), losses_of_all) and not losses[1].any()
+    for loss in (total, every):
+        model.zero_grad()
+        loss.backward()
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert torch.allclose(*grads, atol=1e-5)
+    targets[:] = -1
+    total, losses, _ = model.loss(idx, targets)
+    model.zero_grad()
+    total.backward()
+    assert total == 0 and not losses.any() and all(not p.grad.any() for p in model.parameters())
 
 
 def test_loss_value_in_bf16_is_summed_in_fp32():

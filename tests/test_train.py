@@ -1,5 +1,6 @@
 """train.py as a user runs it: subprocesses on tiny data."""
 import json
+import math
 import os
 import random
 import resource
@@ -14,6 +15,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+import parallel
 from checkpoint import find_checkpoint, read_state
 from configurator import BadInput
 from data import open_shard
@@ -320,6 +322,18 @@ def test_diverging_run_stops_before_the_optimizer_and_names_the_batch(tmp_path, 
     done = run(train_command(tmp_path / 'run', tiny_data, learning_rate=1e38, grad_clip=0.0, save_interval=1, warmup_steps=0,
                              schedule='constant', max_steps=40))
     assert_one_sentence(done, 1, 'the optimizer was not stepped', 'Last good checkpoint: ', "Rows of the batch by source: {'a': ")
+
+
+@pytest.mark.parametrize('name', ['adamw', 'muon'])
+def test_a_step_of_numbers_that_are_not_finite_changes_nothing(name):
+    p = torch.nn.Parameter(torch.randn(4, 4))
+    optimizer = torch.optim.AdamW([p], fused=True) if name == 'adamw' else torch.optim.Muon([p])
+    for spoilt, gradient in ((0.0, torch.ones(4, 4)), (1.0, torch.full((4, 4), math.nan)), (1.0, torch.ones(4, 4)), (0.0, torch.ones(4, 4))):
+        before = [t.clone() for t in (p.detach(), *optimizer.state[p].values())]
+        p.grad = gradient
+        parallel.step(optimizer, torch.tensor(spoilt))
+        after = [p.detach(), *optimizer.state[p].values()]
+        assert all(torch.equal(a, b) for a, b in zip(before, after)) == bool(spoilt)
 
 
 def test_a_failed_rank_is_named(tmp_path, tiny_data):
