@@ -1,549 +1,371 @@
-"""Speed, side by side with a peer, as ratios of single-thread CPU time (wall clocks of shared machines lie).
+"""Training speed on one device, part by part, against its floor, and side by side with other codebases.
 
-    python bench.py                             # all of it, about 40 minutes on a CPU
-    python bench.py --parts="['data']"          # reading rows only
+    python bench.py                                                  # CPU: three shapes; GPU: four models that fit. About 15 minutes
+    python bench.py --vs=transformers,nanogpt-shape                  # and peers, in turns with ours: ratios and their spread
+    python bench.py --models="['360m']" --tokens=1024 --profile=True # one shape; where the time of a step goes
 
-step     forward, backward and AdamW on the SmolLM2-135M shape, B=4 T=512, ours and transformers' Llama, both eager and both
-         compiled, alternating, the same dtype and memory settings; on CUDA in wall time
-data     rows from shards in the page cache, block_size 2048, as train.py reads them
-prepare  prepare/text.py with `workers` processes on `text_mb` of JSON lines, gzipped and as parquet, against tiktoken's
-         encode_ordinary alone on the same text in one thread
-evaluate log-likelihoods by evaluate.py and by lm-eval's own `hf` model on the same SmolLM2-135M shape: requests of four endings
-         with one context, and of four one-token answers; alternating in one process
-influence  one measurement (200 rows of three probe sets, 5 x 32 of sources) against the 250 steps of 32 rows that it comes after;
-         single rows, their norms, whole matrices against a forward and backward of the same rows; memory in units of the gradient
-presence a step of 8 micro-batches weighed by self-influence against a plain one
-kd       a step of distillation, from a teacher that runs along and from a cache of top 64, against a plain one; memory of the loss with
-         a vocabulary of 128,256
-Floors: a step cannot be faster than its matrix products, 6 FLOP per weight and token; reading a row is one copy.
+A step is forward, backward, clipping and AdamW (fused) on random tokens, every side in a process of its own with the same memory settings. CPU
+figures are CPU time of one thread, since wall clocks of shared machines lie; GPU figures are wall time. Peers come from their PyPI packages:
+
+    transformers   LlamaForCausalLM (Qwen3ForCausalLM where the shape has QK-norm)       liger   the same with Liger's kernels (GPU)
+    litgpt         GPT of LitGPT with its chunked loss                                   nanogpt-shape   transformers' GPT-2, nanoGPT's network
+
+Columns: MFU in the PaLM count against the device's dense bf16 peak; `ceiling`, a large matrix product in the same run; `floor`, the share of the
+step that its matrix products and attention alone take, by the profiler; then milliseconds of a step, and what a micro-batch more costs
+when its influence is measured on the last block, when two micro-batches are weighed by PRESENCE, and when it is distilled from a cache of top 64.
+BENCHMARKS.md keeps what it printed. bench_parts.py measures single parts.
 """
+import json
 import os
 import platform
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 
 from configurator import BadInput, configure
 
+SHAPES = {          # name -> model, rows x tokens on a CPU; a GPU takes 16 x 2048
+    's1': (dict(vocab_size=8192, n_layer=6, n_head=6, n_kv_head=2, n_embd=384, ffn_dim=1024), 8, 512),
+    'smollm2_135m': (dict(vocab_size=49152, n_layer=30, n_head=9, n_kv_head=3, n_embd=576, ffn_dim=1536), 4, 512),
+    '140m': (dict(vocab_size=128256, n_layer=15, n_head=9, n_kv_head=3, n_embd=576, ffn_dim=2048, qk_norm=True, qk_norm_weight=False), 2, 512),
+    '360m': (dict(vocab_size=128256, n_layer=15, n_head=16, n_kv_head=4, n_embd=1024, ffn_dim=4096, qk_norm=True, qk_norm_weight=False), 1, 512),
+    '950m': (dict(vocab_size=128256, n_layer=22, n_head=24, n_kv_head=6, n_embd=1536, ffn_dim=6144, qk_norm=True, qk_norm_weight=False), 1, 256)}
+PEERS = ('transformers', 'litgpt', 'liger', 'nanogpt-shape')
+PARTS = ('data', 'forward', 'backward', 'optimizer', 'influence', 'presence', 'kd')
+
 # -- knobs --
-parts = ['step', 'data', 'prepare', 'evaluate', 'influence', 'presence', 'kd']      # what to measure
-compiled = [False, True]         # eager, compiled or both
-dtypes = ['float32', 'bfloat16']     # float32, and bfloat16 autocast over fp32 weights
-rounds = 3                       # alternating rounds
-steps = 3                        # timed steps per round and side
-batch_size = 4                   # rows
-block_size = 512                 # tokens of a row
-n_layer = 30                     # 30 is SmolLM2-135M; fewer for a quick look
-workers = 2                      # of prepare
-text_mb = 400                    # of prepare: megabytes of text, the files below over and over
-text = ''                        # JSONL files with a field `text`, a glob; '': the source files of Python's library
-tokenizer = ''                   # of prepare; '': a BPE of 32,768 tokens trained on 10 MB of the text
-peer = ''                        # internal: run one side and print its seconds per step
+models: list | None = None       # names of SHAPES; None: s1, smollm2_135m and 140m on a CPU, all but s1 on a GPU
+vs = ''                          # peers, with commas
+dtypes = ['auto']                # auto (as train.py chooses) | float32 | bfloat16 (autocast over fp32 weights)
+compiled = [False, True]         # eager, blocks compiled, or both
+rounds = 5                       # turns of every side
+steps = 1                        # timed steps of a turn
+tokens: int | None = None        # of a row, None: the shape's
+rows: int | None = None          # of a step, None: the shape's
+kernels = 'auto'                 # as train.py's
+profile = False                  # also print where the time of a step goes
+json_to = ''                     # file for all figures
+side = ''                        # internal: one side in its own process
 config = configure(globals(), verbose=False)
 
 
-def make_step(who, dtype, compile_it):
-    """A function that takes one training step, and the FLOPs of its matrix products and attention."""
+# -- one side, in its own process --------------------------------------------------------------------------------------
+
+def build_ours(shape, compile_it, device):
+    from kernels import use
+    from model import GPT, ModelConfig, init_weights
+    use(kernels, device)
+    model = GPT(ModelConfig(**shape)).to(device)
+    init_weights(model, 0)
+    for block in model.blocks if compile_it else []:
+        block.compile()
+    return model, lambda inputs, targets: model.loss(inputs, targets)[0] / targets.numel()
+
+
+def build_peer(who, shape, compile_it, device, length):
+    """(model, loss of a batch) of another codebase; the batch's targets are its inputs one on, as ours."""
     import torch
-    from common import tune_malloc
-    from model import GPT, ModelConfig, flops_per_token, init_weights
-    tune_malloc()
-    device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    torch.manual_seed(0)
-    c = ModelConfig(vocab_size=49152, n_layer=n_layer, n_head=9, n_kv_head=3, n_embd=576, ffn_dim=1536, rope_theta=100000.0)
-    idx = torch.randint(0, c.vocab_size, (batch_size, block_size + 1), device=device)
-    inputs, targets = idx[:, :-1], idx[:, 1:].contiguous()
-    if who == 'ours':
-        model = GPT(c).to(device)
-        init_weights(model, 0)
-        if compile_it:
-            for block in model.blocks:
-                block.compile()
-
-        def loss():
-            return model.loss(inputs, targets)[0] / targets.numel()
+    s, qk_norm = shape, shape.get('qk_norm', False)
+    try:
+        if who == 'liger':
+            from liger_kernel.transformers import apply_liger_kernel_to_llama, apply_liger_kernel_to_qwen3
+            (apply_liger_kernel_to_qwen3 if qk_norm else apply_liger_kernel_to_llama)(fused_linear_cross_entropy=True, cross_entropy=False)
+        if who == 'litgpt':
+            from litgpt import GPT, Config
+            from litgpt.utils import chunked_cross_entropy
+            model = GPT(Config(n_layer=s['n_layer'], n_head=s['n_head'], n_query_groups=s['n_kv_head'], n_embd=s['n_embd'], block_size=length,
+                               intermediate_size=s['ffn_dim'], padded_vocab_size=s['vocab_size'], vocab_size=s['vocab_size'], norm_class_name='RMSNorm',
+                               mlp_class_name='LLaMAMLP', bias=False, parallel_residual=False, rotary_percentage=1.0, norm_qk=qk_norm)).to(device)
+            model.lm_head.weight = model.transformer.wte.weight
+            run = torch.compile(model) if compile_it else model
+            return model, lambda inputs, targets: chunked_cross_entropy(run(inputs), targets, chunk_size=0)
+        from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+    except ImportError as e:
+        raise BadInput(f'vs = {who} needs its package here ({e}). pip install {dict(liger="liger-kernel").get(who, who.split("-")[0])}.')
+    if who == 'nanogpt-shape':
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=s['vocab_size'], n_positions=length, n_embd=s['n_embd'], n_layer=s['n_layer'], n_head=s['n_head'],
+                                           resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, use_cache=False, attn_implementation='sdpa'))
     else:
-        from transformers import LlamaConfig, LlamaForCausalLM
-        model = LlamaForCausalLM(LlamaConfig(
-            vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.ffn_dim, num_hidden_layers=c.n_layer,
-            num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head, tie_word_embeddings=True, use_cache=False,
-            attn_implementation='sdpa')).to(device)
-        forward = torch.compile(model) if compile_it else model
+        settings = dict(vocab_size=s['vocab_size'], hidden_size=s['n_embd'], intermediate_size=s['ffn_dim'], num_hidden_layers=s['n_layer'],
+                        num_attention_heads=s['n_head'], num_key_value_heads=s['n_kv_head'], tie_word_embeddings=True, use_cache=False,
+                        attn_implementation='sdpa', head_dim=s['n_embd'] // s['n_head'])
+        model = Qwen3ForCausalLM(Qwen3Config(**settings)) if qk_norm else LlamaForCausalLM(LlamaConfig(**settings))
+    model.to(device).train()
+    run = torch.compile(model) if compile_it else model
+    return model, lambda inputs, targets: run(input_ids=inputs, shift_labels=targets, labels=targets).loss
 
-        def loss():
-            return forward(input_ids=inputs, labels=inputs).loss
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
-    def step():
-        with torch.autocast(device, torch.bfloat16, enabled=dtype == 'bfloat16'):
-            value = loss()
-        value.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if device == 'cuda':
-            torch.cuda.synchronize()
-    return step, flops_per_token(c, block_size, causal=True) * inputs.numel()
+def extra_parts(model, batch, autocast, clock, step):
+    """Seconds of influence (a batch, last block), and of the same step weighed by PRESENCE and distilled from a cache, beyond two plain micro-batches or one."""
+    import torch
+    from bench_common import random_cache
+    from influence import Direction, select, source_products
+    from kd import distillation_loss
+    from presence import MicroBatches
+    inputs, targets = batch
+    direction = Direction({name: torch.ones_like(p) for name, p in select(model, 'last')[0].items()}, {}, {}, {}, 'last')
+    cached = random_cache(targets.numel(), model.config.vocab_size, device=targets.device)
+
+    def distil(h, weight, targets, token_weights):
+        total, found = distillation_loss(h, weight, targets, token_weights, teacher=cached)
+        return total, found[1], found[2].bool()
+
+    def passes(n, micro=None, objective=None):
+        if micro:
+            micro.begin(1.0)
+        for _ in range(n):
+            with autocast():
+                loss = model.loss(inputs, targets, objective=objective)[0]
+            (loss / (n * targets.numel())).backward()
+            if micro:
+                micro.add(1 / n)
+        if micro:
+            micro.finish()
+        model.zero_grad()
+
+    def seconds(job):
+        job()
+        found = []
+        for _ in range(2):
+            start = clock()
+            job()
+            found.append(clock() - start)
+        return min(found)
+
+    def influence():
+        with autocast():
+            source_products(model, [(inputs, targets, None)], [direction])
+    plain, micro = seconds(lambda: passes(1)), MicroBatches(model, 'first', 'stream', 2)
+    return dict(influence=seconds(influence), presence=seconds(lambda: passes(2, micro)) - 2 * plain, kd=seconds(lambda: passes(1, objective=distil)) - plain)
 
 
 def run_side():
-    """One side in a process of its own: warms up, then answers every line on stdin with the median seconds of its steps."""
+    """Warms up, prints a line of JSON about itself, then answers every line on stdin with a line of JSON: seconds of a step and its parts, memory."""
     import torch
-    who, dtype, compile_it = peer.split(',')
-    step, flops = make_step(who, dtype, compile_it == 'True')
-    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
-    for _ in range(2):
-        step()
-    print('ready', flops, flush=True)
-    for _ in sys.stdin:
-        seconds = []
-        for _ in range(steps):
-            start = clock()
-            step()
-            seconds.append(clock() - start)
-        with open('/proc/self/status', encoding='ascii') as f:
-            peak = next(int(line.split()[1]) / 2**20 for line in f if line.startswith('VmHWM'))
-        print(statistics.median(seconds), peak, flush=True)
-
-
-def start_side(who, dtype, compile_it):
-    overrides = [f'--{key}={config[key]}' for key in ('steps', 'batch_size', 'block_size', 'n_layer')]
-    process = subprocess.Popen([sys.executable, __file__, f'--peer={who},{dtype},{compile_it}', *overrides], text=True,
-                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, 'OMP_NUM_THREADS': '1'})
-    ready = process.stdout.readline().split()
-    if ready[:1] != ['ready']:
-        raise BadInput(f'the benchmark of {who} did not start; its message stands above.')
-    return process, float(ready[1])
-
-
-def bench_step(dtype, compile_it):
-    """Both sides stay alive and take turns; prints the median of the rounds' ratios and their range."""
-    sides = {who: start_side(who, dtype, compile_it) for who in ('ours', 'transformers')}
-    seconds, memory = {who: [] for who in sides}, {}
-    for _ in range(rounds):
-        for who, (process, _) in sides.items():
-            process.stdin.write('go\n')
-            process.stdin.flush()
-            value, peak = process.stdout.readline().split()
-            seconds[who].append(float(value))
-            memory[who] = float(peak)
-    for process, _ in sides.values():
-        process.stdin.close()
-        process.wait()
-    ratios = [b / a for a, b in zip(seconds['ours'], seconds['transformers'])]
-    tokens, flops = batch_size * block_size, sides['ours'][1]
-    print(f"| {dtype} | {'compiled' if compile_it else 'eager'} | {tokens / statistics.median(seconds['ours']):.0f} | "
-          f"{tokens / statistics.median(seconds['transformers']):.0f} | **{statistics.median(ratios):.2f}** "
-          f"({min(ratios):.2f} to {max(ratios):.2f}) | {flops / statistics.median(seconds['ours']) / 1e9:.0f} | "
-          f"{memory['ours']:.1f} / {memory['transformers']:.1f} |", flush=True)
-
-
-def bench_data():
-    """Millions of tokens per CPU-second from 200 MB of shards through MixtureLoader, 16 rows of 2048 at a time."""
-    import numpy as np
-    from data import MixtureLoader, Source, shard_bytes
-    with tempfile.TemporaryDirectory() as folder:
-        for name in ('a', 'b', 'c', 'd'):
-            os.makedirs(f'{folder}/{name}/train')
-            for i in range(5):
-                with open(f'{folder}/{name}/train/{i:06d}.bin', 'wb') as f:
-                    f.writelines(shard_bytes(np.random.default_rng(i).integers(0, 49152, 5_000_000), 49152))
-        loader = MixtureLoader([Source(folder, name, 'train', 2048, 0, 49152) for name in 'abcd'],
-                               {'a': 0.4, 'b': 0.3, 'c': 0.2, 'd': 0.1})
-        rates = []
-        for _ in range(rounds + 1):
-            start = time.process_time()
-            for _ in range(1000):
-                loader.read(*loader.next_batch(16))
-            rates.append(1000 * 16 * 2048 / (time.process_time() - start) / 1e6)
-        row = np.zeros(2049, dtype=np.int32)
-        tokens = np.memmap(f'{folder}/a/train/000000.bin', dtype='<u2', mode='r', offset=1024)
-        start = time.process_time()
-        for i in range(16_000):
-            row[:] = tokens[i % 2000 * 2048:i % 2000 * 2048 + 2049]
-        floor = 16_000 * 2048 / (time.process_time() - start) / 1e6
-    print(f'data: {statistics.median(rates[1:]):.0f} million tokens per CPU-second ({min(rates[1:]):.0f} to {max(rates[1:]):.0f}); '
-          f'the copy alone {floor:.0f}')
-
-
-def bench_prepare():
-    """Tokens per second of the whole preparation against encode_ordinary alone, in CPU time and in wall time."""
-    import glob
-    import gzip
-    import json
-    import multiprocessing
-    import resource
-    import sysconfig
-    import pyarrow
-    import pyarrow.parquet
-    import rustbpe
-    from prepare.reading import local_files, read_batches, records_of
-    from tokenizer import LLAMA3_PATTERN, load_tokenizer, make_tokenizer, save_tokenizer
-
-    def children():
-        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return usage.ru_utime + usage.ru_stime
-
-    if text:
-        texts = [r['text'] for f in local_files(text) for batch in read_batches(f, ['text']) for _, r in records_of(batch)]
-    else:
-        texts = [open(path, encoding='utf-8', errors='replace').read()
-                 for path in sorted(glob.glob(os.path.join(sysconfig.get_path('stdlib'), '**', '*.py'), recursive=True))]
-    n_bytes = sum(len(t.encode()) for t in texts)
-    repeats = max(1, round(text_mb * 1e6 / n_bytes))
-    with tempfile.TemporaryDirectory() as folder:
-        path = tokenizer
-        if not path:
-            bpe = rustbpe.Tokenizer()
-            bpe.train_from_iterator(iter(texts[::max(1, n_bytes // 10_000_000)]), 32767, pattern=LLAMA3_PATTERN)
-            ranks = {bytes(token): rank for token, rank in bpe.get_mergeable_ranks()}
-            path = folder
-            save_tokenizer(folder, make_tokenizer('bench', ranks, LLAMA3_PATTERN, {'<|endoftext|>': len(ranks)}, '<|endoftext|>'))
-        encode = load_tokenizer(path).encoding.encode_ordinary
-        lines = gzip.compress(''.join(json.dumps({'text': t}) + '\n' for t in texts).encode(), 6)
-        for i in range(repeats):
-            with open(f'{folder}/{i:03d}.jsonl.gz', 'wb') as f:
-                f.write(lines)
-            pyarrow.parquet.write_table(pyarrow.table({'text': texts}), f'{folder}/{i:03d}.parquet', row_group_size=1000)
-        print(f'prepare: {repeats * n_bytes / 1e6:.0f} MB of text, {workers} workers, {os.cpu_count()} cores; Mtok/s of '
-              'encode_ordinary in one thread (CPU time), of as many processes at once, of prepare (wall)\n\n| input | one | at once | prepare | prepare / '
-              '(workers x one) | prepare / at once | CPU time, encode_ordinary / prepare |\n|---|---|---|---|---|---|---|')
-
-        def encode_all():
-            return sum(len(encode(t)) + 1 for t in texts)
-        for kind in ('jsonl.gz', 'parquet'):
-            rows = []
-            for i in range(rounds):
-                start = time.process_time()
-                n_tokens = encode_all()
-                seconds = time.process_time() - start
-                crowd = [multiprocessing.get_context('fork').Process(target=encode_all) for _ in range(workers)]
-                start = time.perf_counter()
-                for process in crowd:
-                    process.start()
-                for process in crowd:
-                    process.join()
-                at_once = workers * n_tokens / (time.perf_counter() - start)
-                cpu, start = children(), time.perf_counter()
-                subprocess.run([sys.executable, 'prepare/text.py', f'--source={kind}{i}', f'--input={folder}/*.{kind}',
-                                f'--workers={workers}', f'--tokenizer={path}', f'--out={folder}/out{i}'], check=True,
-                               capture_output=True, cwd=os.path.dirname(os.path.abspath(__file__)))
-                rate = repeats * n_tokens / (time.perf_counter() - start)
-                rows.append((n_tokens / seconds / 1e6, at_once / 1e6, rate / 1e6, rate * seconds / n_tokens / workers, rate / at_once,
-                             repeats * seconds / (children() - cpu)))
-            cells = [f'{statistics.median(v):.2f} ({min(v):.2f} to {max(v):.2f})' for v in zip(*rows)]
-            print(f'| {kind} | ' + ' | '.join(cells) + ' |', flush=True)
-
-
-def bench_evaluate():
-    """Tokens of requests per second of CPU time (wall time on CUDA), evaluate.py against lm-eval's hf model."""
-    import random
-    from dataclasses import asdict
-    import torch
-    import checkpoint
-    import hf
-    from benchmarks import Scorer        # before lm_eval, for the sake of its imports
-    from lm_eval.api.instance import Instance
-    from lm_eval.models.huggingface import HFLM
-    from model import GPT, ModelConfig, init_weights
-    from tokenizer import LLAMA3_PATTERN, make_tokenizer, save_tokenizer
+    from common import cpu_flags, peak_flops, pick_dtype, tune_malloc
+    tune_malloc()
+    who, name, dtype, compile_it = side.split(',')
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-    clock = time.perf_counter if device.type == 'cuda' else time.process_time
-    rng = random.Random(0)
-    words = [f' {a}{b}' for a in ('sol', 'ter', 'min', 'pra', 'lum') for b in ('a', 'en', 'ist', 'or', 'ung', 'y', 'ive', 'ok')]
+    if who == 'liger' and device.type == 'cpu':
+        raise BadInput('vs = liger: its kernels need a GPU.')
+    dtype = pick_dtype(dtype, device)[0]
+    shape, B, T = SHAPES[name]
+    B, T = (16, 2048) if device.type == 'cuda' else (B, T)
+    B, T = rows or B, tokens or T
+    torch.manual_seed(0)
+    stream = torch.randint(0, shape['vocab_size'], (B, T + 1), device=device)
+    batch = stream[:, :-1].contiguous(), stream[:, 1:].contiguous()
+    start = time.process_time()
+    model, loss = build_ours(shape, compile_it == 'True', device) if who == 'ours' else build_peer(who, shape, compile_it == 'True', device, T)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
-    def some(low, high):
-        return ''.join(rng.choice(words) for _ in range(rng.randrange(low, high)))
-    requests = {'four endings': [Instance('loglikelihood', {}, (context, some(8, 24)), 0)
-                                 for context in [some(40, 90) for _ in range(24)] for _ in range(4)],
-                'four one-token answers': [Instance('loglikelihood', {}, (context, word), 0)
-                                           for context in [some(150, 400) for _ in range(12)] for word in words[:4]]}
-    with tempfile.TemporaryDirectory() as folder:
-        ranks = {bytes([b]): b for b in range(256)}
-        for word in words:                      # every word is one token, made of its prefixes
-            for n in range(2, len(word) + 1):
-                ranks.setdefault(word[:n].encode(), len(ranks))
-        ours = make_tokenizer('bench', ranks, LLAMA3_PATTERN, {'<|endoftext|>': len(ranks)}, '<|endoftext|>')
-        c = ModelConfig(vocab_size=49152, n_layer=n_layer, n_head=9, n_kv_head=3, n_embd=576, ffn_dim=1536, rope_theta=100000.0)
-        model = GPT(c)
-        init_weights(model, 0)
-        save_tokenizer(folder, ours)
-        checkpoint.Checkpointer(folder, 0, False).save(0, model, [], dict(model=asdict(c), config=None, tokenizer=None, context=2048))
-        hf.export_model(folder, f'{folder}/hf', 'float32', None)
-        print(f"evaluate: {n_layer} layers of SmolLM2-135M, tokens of requests per second\n\n"
-              '| dtype | requests | ours | hf, batches of 16 | ratio (range) | largest difference, nats |\n|---|---|---|---|---|---|')
-        for dtype in dtypes:
-            precision = getattr(torch, dtype)
-            model, tokens, about = hf.open_model(folder, device, precision)
-            sides = (Scorer(model, tokens, about['add_bos'], about['prefix_id'], 2048, device, 65536 if device.type == 'cuda' else 4096, quiet=True),
-                     HFLM(pretrained=f'{folder}/hf', dtype=dtype, batch_size=16, device=device.type, max_length=2048))
-            for kind, asked in requests.items():
-                n_tokens = sum(len(tokens.encode(a + b)) for a, b in (r.args for r in asked))
-                seconds, answers = [], []
-                for _ in range(rounds):
-                    seconds.append([])
-                    for side in sides:
-                        start = clock()
-                        answers.append(side.loglikelihood(asked, disable_tqdm=True))
-                        seconds[-1].append(clock() - start)
-                ratios = [theirs / mine for mine, theirs in seconds]
-                far = max(abs(a[0] - b[0]) for a, b in zip(answers[0], answers[1]))
-                best = [n_tokens / min(side) for side in zip(*seconds)]
-                print(f'| {dtype} | {kind} | {best[0]:,.0f} | {best[1]:,.0f} | **{statistics.median(ratios):.2f}** ({min(ratios):.2f} to '
-                      f'{max(ratios):.2f}) | {far:.1e} |', flush=True)
+    def clock():
+        if device.type == 'cuda':
+            torch.cuda.synchronize()
+            return time.perf_counter()
+        return time.process_time()
 
+    def autocast():
+        return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
-def small_model(length=256, **changes):
-    """12.6M parameters, their optimizer, and a function for batches of n random rows of so many tokens."""
-    import torch
-    from common import tune_malloc
-    from model import GPT, ModelConfig, init_weights
-    if 'memory' not in peer:
-        tune_malloc()
-    c = ModelConfig(**{**dict(vocab_size=8192, n_layer=6, n_head=6, n_kv_head=2, n_embd=384, ffn_dim=1024), **changes})
-    model = GPT(c)
-    init_weights(model, 0)
-
-    def rows(n, length=length):
-        ids = torch.randint(0, c.vocab_size, (n, length + 1)) // 7          # tokens of unequal frequency: the probe has a direction
-        return ids[:, :-1], ids[:, 1:].contiguous(), None
-    return model, torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True), rows
-
-
-def train_step(model, optimizer, parts, micro=None):
-    """A step on some micro-batches as train.py takes it; micro: presence.MicroBatches or None."""
-    import torch
-    if micro:
-        micro.begin(1.0)
-    for inputs, targets, _ in parts:
-        (model.loss(inputs, targets)[0] / (targets.numel() * len(parts))).backward()
-        if micro:
-            micro.add(1 / len(parts))
-    if micro:
-        micro.finish()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
-
-
-def in_turns(jobs, warm_up=True):
-    """Median CPU seconds of every job, {name: function}, and their ratios to the first by round: alternating, `rounds` times."""
-    seconds = {name: [] for name in jobs}
-    for i in range(rounds + warm_up):
-        for name, job in jobs.items():
-            start = time.process_time()
-            job()
-            if i or not warm_up:
-                seconds[name].append(time.process_time() - start)
-    first = next(iter(jobs))
-    ratios = {name: [b / a for a, b in zip(seconds[first], values)] for name, values in seconds.items()}
-    return {name: statistics.median(values) for name, values in seconds.items()}, ratios
-
-
-def bench_influence():
-    """One measurement of sources, single rows against forward and backward, and memory."""
-    from influence import ghost_sqnorm, probe_direction, row_influence, row_matrix, source_products
-    print('influence: float32\n\n| parameters | tokens of a row | layers | a step of 32 rows, s | a measurement, s | share of 250 steps (range) |\n'
-          '|---|---|---|---|---|---|')
-    for shape, length in ((dict(), 256), (dict(vocab_size=49152, n_layer=n_layer, n_head=9, n_kv_head=3, n_embd=576, ffn_dim=1536), 64)):
-        model, optimizer, rows = small_model(length, **shape)
-        parts = [rows(16), rows(16)]
-        one = rows(16)                                         # again and again: batches that agree
-        probe = {domain: [one] * 4 + [rows(n)] for domain, n in (('code', 2), ('math', 3), ('web', 3))}
-        sources = [[rows(4) for _ in range(8)] for _ in range(5)]
-
-        def measure(layers):
-            """As reweight.py: a direction for every domain, or one for all where they are large."""
-            groups = [probe] if layers == 'all' else [{domain: batches} for domain, batches in probe.items()]
-            directions = [probe_direction(model, group, layers) for group in groups]
-            for batches in sources:
-                source_products(model, batches, directions)
-        medians, ratios = in_turns({'step': lambda: train_step(model, optimizer, parts), 'last': lambda: measure('last'), 'all': lambda: measure('all')},
-                                   warm_up=not shape)
-        size = sum(p.numel() for p in model.parameters()) / 1e6
-        for layers in ('all', 'last'):
-            shares = [x / 250 for x in ratios[layers]]
-            print(f"| {size:.1f}M | {length} | {layers} | {medians['step']:.2f} | {medians[layers]:.1f} | **{statistics.median(shares):.2%}** ({min(shares):.2%} "
-                  f'to {max(shares):.2%}) |', flush=True)
-    model, optimizer, rows = small_model(vocab_size=1024, n_layer=4, n_embd=128, n_head=4, ffn_dim=352, tie_embeddings=False)
-    batch, probe = rows(64, 128), rows(32, 128)
-    halves = [tuple(None if t is None else t[i::2] for t in probe) for i in range(2)]
-    direction = probe_direction(model, {'x': halves}, 'all')
-
-    def backward():
-        model.loss(batch[0], batch[1])[0].backward()
-        model.zero_grad()
-
-    def mean_probe():
-        row_influence(model, batch, probe_direction(model, {'x': halves}, 'all'))
-    jobs = {'forward and backward of 64 rows': backward, 'influence of the rows on a direction': lambda: row_influence(model, batch, direction),
-            'their squared norms': lambda: ghost_sqnorm(model, batch, 'all'),
-            'group: 32 probe rows, then the 64 as a source': lambda: source_products(model, [batch], [probe_direction(model, {'x': halves}, 'all')]),
-            'rows on the mean probe: both of it': mean_probe, 'matrix of 64 x 32 rows': lambda: row_matrix(model, batch, probe, 'all')}
-    medians, ratios = in_turns(jobs)
-    print('\nunit: forward and backward of 64 rows of 128 tokens, 4 layers of width 128, vocabulary 1024, untied\n\n| job | units (range) |\n|---|---|')
-    for name, values in ratios.items():
-        print(f'| {name} | **{statistics.median(values):.2f}** ({min(values):.2f} to {max(values):.2f}) |', flush=True)
-    print('\n' + subprocess.run([sys.executable, __file__, '--peer=memory', f'--n_layer={n_layer}'], text=True, stdout=subprocess.PIPE, check=True,
-                                env={**os.environ, 'OMP_NUM_THREADS': '1', 'MALLOC_MMAP_THRESHOLD_': '65536'}).stdout)     # freed is freed
-
-
-def peak(work):
-    """Bytes of resident memory that work() needs at its fullest beyond what there was."""
-    def resident(key):
-        with open('/proc/self/status', encoding='ascii') as f:
-            return next(int(line.split()[1]) * 1024 for line in f if line.startswith(key))
-    with open('/proc/self/clear_refs', 'w', encoding='ascii') as f:
-        f.write('5')                                       # the peak begins anew
-    before = resident('VmRSS')
-    kept = work()
-    used = resident('VmHWM') - before
-    del kept
-    return used
-
-
-def measure_memory():
-    """Peaks of resident memory, in a process of its own with malloc as it is: SmolLM2-135M's shape, where tiny rows leave parameters alone."""
-    from influence import probe_direction, source_products
-    model, _, rows = small_model(vocab_size=49152, n_layer=n_layer, n_head=9, n_kv_head=3, n_embd=576, ffn_dim=1536)
-    gradient = sum(p.numel() * p.element_size() for p in model.parameters())
-    batch = rows(2, 8)
-
-    def accumulate():
-        for _ in range(2):
-            model.loss(batch[0], batch[1])[0].backward()
-        model.zero_grad(set_to_none=True)
-    accumulate()
-    plain, one, three = (peak(work) / gradient for work in (accumulate, *(lambda d=d: probe_direction(model, {i: [batch] * 4 for i in range(d)}, 'all')
-                                                                          for d in (1, 3))))
-    direction = probe_direction(model, {'x': [batch] * 4}, 'all')
-    sources = peak(lambda: source_products(model, [batch] * 4, [direction])) / gradient + 1      # the direction was there before
-    print(f'memory beyond parameters, in gradients ({gradient / 2**20:.0f} MiB): accumulation of two micro-batches {plain:.2f}; probe direction '
-          f'over all layers {one:.2f} with one domain, {three:.2f} with three; sources {sources:.2f}', flush=True)
-
-
-def bench_presence():
-    from presence import MicroBatches
-    model, optimizer, rows = small_model()
-    parts = [rows(4) for _ in range(8)]
-    sides = {mode: MicroBatches(model, 'first', mode, 8) for mode in ('stream', 'store')}
-    medians, ratios = in_turns({'plain': lambda: train_step(model, optimizer, parts),
-                                **{mode: (lambda micro=micro: train_step(model, optimizer, parts, micro)) for mode, micro in sides.items()}})
-    print('presence: 12.6M parameters, 8 micro-batches of 4 rows of 256 tokens, float32\n\n| mode | s per step | against plain (range) |\n|---|---|---|')
-    for mode, values in ratios.items():
-        print(f'| {mode} | {medians[mode]:.2f} | **{statistics.median(values):.3f}** ({min(values):.3f} to {max(values):.3f}) |', flush=True)
-
-
-def random_cache(n, vocab_size, k=64, draws=16):
-    """kd.Cached of n tokens, random."""
-    import torch
-    from kd import Cached
-    logq = torch.log_softmax(torch.randn(n, k + 1) * 3, 1)
-    ids = torch.rand(n, vocab_size).topk(k, 1).indices if vocab_size < 10_000 else torch.randint(vocab_size // k, (n, k)) + torch.arange(k) * (vocab_size // k)
-    return Cached(ids, logq[:, :k].contiguous(), logq[:, k].contiguous(), torch.randint(vocab_size, (n, draws)), torch.zeros(n), ids[:, 0],
-                  logq[:, 0].contiguous(), torch.zeros(n, dtype=torch.long), None)
-
-
-def bench_kd():
-    """Steps of a student of 12.6M parameters, and the loss alone with a vocabulary of 128,256, in CPU time of one thread."""
-    import functools
-    import torch
-    from kd import distillation_loss
-    from loss import linear_cross_entropy
-    from model import flops_per_token
-    model, optimizer, rows = small_model()
-    batches = [rows(8), rows(8)]
-    teachers = {name: small_model(**shape)[0].requires_grad_(False).eval() for name, shape in (
-        ('a teacher of its own size', dict()), ('a teacher of 67M', dict(n_layer=12, n_head=12, n_kv_head=4, n_embd=640, ffn_dim=1728, head_dim=64)))}
-    cached = random_cache(8 * 256, 8192)
-
-    def step(objective):
-        for inputs, targets, _ in batches:
-            (model.loss(inputs, targets, objective=objective and objective(inputs))[0] / (2 * targets.numel())).backward()
+    def step():
+        """Seconds of forward, backward, optimizer."""
+        at = [clock()]
+        with autocast():
+            value = loss(*batch)
+        at.append(clock())
+        value.backward()
+        at.append(clock())
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-
-    def loss(h, weight, targets, token_weights, teacher):
-        total, found = distillation_loss(h, weight, targets, token_weights, teacher=teacher)
-        return total, found[1], found[2].bool()
-
-    def online(teacher, inputs):
-        with torch.no_grad():
-            return functools.partial(loss, teacher=(teacher(inputs).flatten(0, 1), teacher.output_weight))
-    jobs = {'plain': lambda: step(None), 'cache of top 64': lambda: step(lambda _: functools.partial(loss, teacher=cached)),
-            **{name: (lambda t=t: step(functools.partial(online, t))) for name, t in teachers.items()}}
-    _, ratios = in_turns(jobs)
-    work = flops_per_token(model.config, 256)
-    print('kd: student of 12.6M parameters, 2 micro-batches of 8 rows of 256 tokens, float32, steps against a plain one\n\n'
-          '| teacher | floor by FLOPs | measured (range) |\n|---|---|---|')
-    for name, values in ratios.items():
-        floor = 1 + (flops_per_token(teachers[name].config, 256) / 3 / work if name in teachers else 0)
-        print(f'| {name} | {floor:.2f} | **{statistics.median(values):.3f}** ({min(values):.3f} to {max(values):.3f}) |', flush=True)
-    V, C, N = 128256, 576, 512
-    h, weight, targets = torch.randn(N, C, requires_grad=True), torch.randn(V, C).mul_(0.05).requires_grad_(), torch.randint(V, (N,))
-    other, cached = (torch.randn(N, C), torch.randn(V, C).mul_(0.05)), random_cache(N, V)
-    jobs = {'cross-entropy': lambda: linear_cross_entropy(h, weight, targets)[0].backward(),
-            'top 64 from a cache': lambda: distillation_loss(h, weight, targets, teacher=cached)[0].backward(),
-            **{f'{kind} from hidden states': (lambda kind=kind: distillation_loss(h, weight, targets, teacher=other, kind=kind)[0].backward())
-               for kind in ('forward', 'reverse', 'js')}}
-    _, ratios = in_turns(jobs)
-    print(f'\nthe loss and its gradient alone, {N} tokens, width {C}, vocabulary {V:,}, float32; products: 3 of the student, 1 of the teacher\n\n'
-          '| loss | floor by FLOPs | measured (range) |\n|---|---|---|')
-    for name, values in ratios.items():
-        print(f"| {name} | {4 / 3 if 'hidden' in name else 1:.2f} | **{statistics.median(values):.2f}** ({min(values):.2f} to {max(values):.2f}) |", flush=True)
-    print('\n' + subprocess.run([sys.executable, __file__, '--peer=kd_memory'], text=True, stdout=subprocess.PIPE, check=True,
-                                env={**os.environ, 'OMP_NUM_THREADS': '1', 'MALLOC_MMAP_THRESHOLD_': '65536'}).stdout)
+        at.append(clock())
+        return [b - a for a, b in zip(at, at[1:])]
+    step()
+    about = dict(start_s=time.process_time() - start, tokens=B * T, parameters=sum(p.numel() for p in model.parameters()), dtype=str(dtype)[6:],
+                 peak=peak_flops(device), bf16=bool(cpu_flags() & {'amx_bf16', 'avx512_bf16'}))
+    step()
+    if who == 'ours':
+        from model import flops_per_token
+        about.update(flops=flops_per_token(model.config, T), causal=flops_per_token(model.config, T, causal=True))
+    print(json.dumps(about), flush=True)
+    for line in sys.stdin:
+        if line.strip() == 'rest':
+            print(json.dumps(dict(**where_it_goes(step, device), **(extra_parts(model, batch, autocast, clock, step) if who == 'ours' else {}))), flush=True)
+            continue
+        found = [step() for _ in range(steps)]
+        parts = [statistics.median(values) for values in zip(*found)]
+        print(json.dumps(dict(step=statistics.median(sum(f) for f in found), **dict(zip(('forward', 'backward', 'optimizer'), parts)), memory=peak_memory(device))),
+              flush=True)
 
 
-def measure_kd_memory():
-    """Peaks of the loss of 4096 tokens with a vocabulary of 128,256, beyond the gradient of the output weight; narrow, since width does not count."""
+def peak_memory(device):
+    """GiB: of the process on a CPU, of tensors on a GPU."""
     import torch
-    from kd import distillation_loss
-    from loss import linear_cross_entropy
-    V, C, N = 128256, 64, 4096
-    h, weight, targets = torch.randn(N, C, requires_grad=True), torch.randn(V, C).mul_(0.1).requires_grad_(), torch.randint(V, (N,))
-    other, cached, full = (torch.randn(N, C), torch.randn(V, C).mul_(0.1)), random_cache(N, V), N * V * 4
-
-    def used(work):
-        h.grad = weight.grad = None
-        return (peak(lambda: work()[0].backward()) - V * C * 4) / full
-    distillation_loss(h[:64], weight, targets[:64], teacher=(other[0][:64], other[1]))[0].backward()         # warm
-    jobs = {'cross-entropy': lambda: linear_cross_entropy(h, weight, targets), 'top 64 from a cache': lambda: distillation_loss(h, weight, targets, teacher=cached),
-            **{f'{kind} KD': (lambda kind=kind: distillation_loss(h, weight, targets, teacher=other, kind=kind)) for kind in ('forward', 'js')}}
-    print(f'memory of the loss of {N} tokens, vocabulary {V:,}, float32, beyond the gradients, as a share of one model\'s logits '
-          f'({full / 2**30:.2f} GiB): ' + ', '.join(f'{name} {used(job):.1%}' for name, job in jobs.items()), flush=True)
+    if device.type == 'cuda':
+        return torch.cuda.max_memory_allocated() / 2**30
+    with open('/proc/self/status', encoding='ascii') as f:
+        return next(int(line.split()[1]) / 2**20 for line in f if line.startswith('VmHWM'))
 
 
-if peer == 'memory':
-    measure_memory()
-elif peer == 'kd_memory':
-    measure_kd_memory()
-elif peer:
-    run_side()
-else:
+def where_it_goes(step, device):
+    """Seconds of a step by kind, from torch's profiler: matrix products, attention, the optimizer, and the ten costliest others by name."""
+    from torch.profiler import ProfilerActivity, profile
+    cuda = device.type == 'cuda'
+    with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as found:
+        step()
+    kinds, others = dict(products=0.0, attention=0.0, adamw=0.0, rest=0.0), {}
+    for event in found.key_averages():
+        seconds, name = (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e6, event.key
+        kind = next((kind for kind, words in (('attention', ('attention', 'blockwise', 'flash', 'fmha')), ('adamw', ('adam',)),
+                                              ('products', ('aten::mm', 'aten::addmm', 'linear_pointwise', 'gemm', 'nvjet', 'cutlass', 'xmma')))
+                     if any(word in name.lower() for word in words)), 'rest')
+        kinds[kind] += seconds
+        if kind == 'rest':
+            others[name] = seconds
+    inside = ('aten::bmm', 'aten::baddbmm_')                   # of blockwise attention, which calls them (its exponentials stay in the rest)
+    for name in inside:
+        seconds = others.pop(name, 0.0)
+        kinds['attention'], kinds['rest'] = kinds['attention'] + seconds, kinds['rest'] - seconds
+    return dict(kinds=kinds, others=dict(sorted(others.items(), key=lambda item: -item[1])[:10]))
+
+
+# -- the table ---------------------------------------------------------------------------------------------------------
+
+def start_side(*what):
+    overrides = [f'--{key}={config[key]}' for key in ('steps', 'tokens', 'rows', 'kernels')]
+    process = subprocess.Popen([sys.executable, __file__, f'--side={",".join(map(str, what))}', *overrides], text=True, stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE, env={**os.environ, 'OMP_NUM_THREADS': os.environ.get('OMP_NUM_THREADS', '1')})
+    line = process.stdout.readline()
+    if not line.startswith('{'):
+        raise BadInput(f'the benchmark of {what[0]} did not start; its message stands above.')
+    return process, json.loads(line)
+
+
+def ask(process, line='step'):
+    process.stdin.write(line + '\n')
+    process.stdin.flush()
+    answer = process.stdout.readline()
+    if not answer:
+        raise BadInput('one side of the benchmark ended before its time; its message stands above.')
+    return json.loads(answer)
+
+
+def machine(dtype):
+    """(FLOP/s of a large matrix product in this dtype, bytes/s of a large copy), as now."""
     import torch
-    print(f'{time.strftime("%Y-%m-%d")}, Python {platform.python_version()}, torch {torch.__version__}, '
-          f'{torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU, one thread"}')
-    if 'data' in parts:
-        bench_data()
-    if 'prepare' in parts:
-        bench_prepare()
-    if not torch.cuda.is_available():
+    cuda = torch.cuda.is_available()
+    device, n, size = ('cuda', 8192, 2**30) if cuda else ('cpu', 2048, 2**28)
+    a, big = torch.randn(n, n, device=device).to(getattr(torch, dtype)), torch.empty(size, dtype=torch.uint8, device=device).fill_(1)
+    other, found = torch.empty_like(big), []
+    for job in (lambda: a @ a, lambda: other.copy_(big)):
+        job()
+        best = float('inf')
+        for _ in range(3):
+            if cuda:
+                torch.cuda.synchronize()
+            start = time.perf_counter() if cuda else time.process_time()
+            job()
+            if cuda:
+                torch.cuda.synchronize()
+            best = min(best, (time.perf_counter() if cuda else time.process_time()) - start)
+        found.append(best)
+    return 2 * n**3 / found[0], 2 * size / found[1]
+
+
+def floor_seconds(name, n_tokens, flops, parameters, ceiling, bandwidth, item):
+    """What a step must take: matrix FLOPs at the machine's ceiling, and the bytes that must move whatever is fused, at its bandwidth.
+
+    Bytes of an element in activations: item. Per token and block 17 C + 5 (H + K) D + 8 F elements (norms, rotation, residuals, SwiGLU, forward and
+    backward), 5 V of the logits, 28 bytes per parameter of AdamW.
+    """
+    s = SHAPES[name][0]
+    heads = (s['n_head'] + s['n_kv_head']) * s['n_embd'] // s['n_head']
+    moved = n_tokens * item * (s['n_layer'] * (17 * s['n_embd'] + 5 * heads + 8 * s['ffn_dim']) + 5 * s['vocab_size']) + 28 * parameters
+    return n_tokens * flops / ceiling, moved / bandwidth
+
+
+def data_seconds(n_tokens):
+    """CPU-seconds that train.py's loader takes for so many tokens."""
+    from bench_common import loader_rate
+    return n_tokens / (statistics.median(loader_rate()[0]) * 1e6)
+
+
+def bench_model(name, dtype, compile_it, peers):
+    """A row of the table, and a row for every peer: prints them, returns the figures."""
+    sides = {who: start_side(who, name, dtype, compile_it) for who in ('ours', *peers)}
+    about = sides['ours'][1]
+    found, ceilings = {who: [] for who in sides}, []
+    for _ in range(rounds):
+        ceilings.append(machine(about['dtype']))
+        for who, (process, _) in sides.items():
+            found[who].append(ask(process))
+    rest = {who: ask(process, 'rest') for who, (process, _) in sides.items()}
+    for process, _ in sides.values():
+        process.stdin.close()
+        process.wait()
+    seconds = {who: statistics.median(f['step'] for f in values) for who, values in found.items()}
+    ceiling, bandwidth = (statistics.median(values) for values in zip(*ceilings))
+    mine, kinds = seconds['ours'], rest['ours']['kinds']
+    ms = dict(data=data_seconds(about['tokens']), **{part: statistics.median(f[part] for f in found['ours']) for part in ('forward', 'backward', 'optimizer')},
+              **{part: rest['ours'][part] for part in ('influence', 'presence', 'kd')})
+    products, moved = floor_seconds(name, about['tokens'], about['causal'], about['parameters'], ceiling, bandwidth, 4 if about['dtype'] == 'float32' else 2)
+    record = dict(model=name, dtype=about['dtype'], compiled=compile_it, tokens=about['tokens'], tokens_per_second=about['tokens'] / mine,
+                  mfu=about['tokens'] / mine * about['flops'] / about['peak'] if about['peak'] else None, flops_per_second=about['tokens'] * about['causal'] / mine,
+                  ceiling=ceiling, bandwidth=bandwidth, memory=found['ours'][-1]['memory'], floor_share=(kinds['products'] + kinds['attention']) / sum(kinds.values()),
+                  roofline_s=dict(products=products, moved=moved), start_s=about['start_s'], seconds=ms, step_s=mine, kinds=kinds, others=rest['ours']['others'], peers={})
+    mode = 'compiled' if compile_it else 'eager'
+    mfu = f"{record['mfu']:.1%}" if record['mfu'] is not None else 'n/a'
+    print(f"| {name} | {about['dtype']} {mode} | ours | {record['tokens_per_second']:,.0f} | | {mfu} | {record['flops_per_second'] / 1e9:,.0f} of "
+          f"{ceiling / 1e9:,.0f} | {(products + moved) / mine:.0%} | {record['floor_share']:.0%} | {record['memory']:.2f} | "
+          + ' | '.join(f'{ms[part] * 1e3:,.0f}' for part in PARTS) + ' |', flush=True)
+    for who in peers:
+        ratios = [theirs['step'] / ours['step'] for ours, theirs in zip(found['ours'], found[who])]
+        record['peers'][who] = dict(tokens_per_second=about['tokens'] / seconds[who], ratio=statistics.median(ratios), ratios=ratios, memory=found[who][-1]['memory'],
+                                    kinds=rest[who]['kinds'])
+        parts = [statistics.median(f[part] for f in found[who]) * 1e3 for part in ('forward', 'backward', 'optimizer')]
+        print(f"| {name} | {about['dtype']} {mode} | {who} | {about['tokens'] / seconds[who]:,.0f} | **{statistics.median(ratios):.2f}** ({min(ratios):.2f} to "
+              f"{max(ratios):.2f}) | | | | | {found[who][-1]['memory']:.2f} | | {parts[0]:,.0f} | {parts[1]:,.0f} | {parts[2]:,.0f} | | | |", flush=True)
+    return record
+
+
+def print_profile(records):
+    """Where the time of our steps goes, against what it must take."""
+    print('\n| model | step, ms | must: products and attention at the ceiling, ms | must: bytes moved, ms | products | attention | AdamW | rest, ms | the costliest of the rest |'
+          '\n|---|---|---|---|---|---|---|---|---|')
+    for r in records:
+        must, k = r['roofline_s'], r['kinds']
+        worst = ', '.join(f'{name} {s * 1e3:,.0f}' for name, s in list(r['others'].items())[:4])
+        print(f"| {r['model']} {r['dtype']} {'compiled' if r['compiled'] else 'eager'} | {r['step_s'] * 1e3:,.0f} | {must['products'] * 1e3:,.0f} | {must['moved'] * 1e3:,.0f} | "
+              + ' | '.join(f'{k[kind] * 1e3:,.0f}' for kind in ('products', 'attention', 'adamw', 'rest')) + f' | {worst} |')
+
+
+def main():
+    import torch
+    from common import device_name, pick_dtype
+    cuda = torch.cuda.is_available()
+    device = torch.device('cuda' if cuda else 'cpu')
+    chosen = models or (['smollm2_135m', '140m', '360m', '950m'] if cuda else ['s1', 'smollm2_135m', '140m'])
+    peers = [who.strip() for who in vs.split(',') if who.strip()]
+    for given, known in ((chosen, SHAPES), (peers, PEERS)):
+        for name in given:
+            if name not in known:
+                raise BadInput(f"'{name}' must be one of {', '.join(known)}.")
+    if not cuda:
         torch.set_num_threads(1)
-    if 'evaluate' in parts:
-        bench_evaluate()
-    if 'influence' in parts:
-        bench_influence()
-    if 'presence' in parts:
-        bench_presence()
-    if 'kd' in parts:
-        bench_kd()
-    if 'step' in parts:
-        print(f'step: {n_layer} layers of SmolLM2-135M, B={batch_size} T={block_size}\n\n'
-              '| dtype | mode | ours tok/s | transformers tok/s | ratio (range) | ours GFLOP/s | peak GiB |\n|---|---|---|---|---|---|---|')
-        for _dtype in dtypes:
-            for _compile in compiled:
-                bench_step(_dtype, _compile)
+    print(f'{time.strftime("%Y-%m-%d")}, Python {platform.python_version()}, torch {torch.__version__}, {device_name(device)}'
+          + ('' if cuda else ', one thread, CPU time') + f', {rounds} rounds of {steps} step(s); auto is {pick_dtype("auto", device)[0]}\n\n'
+          '| model | dtype, mode | side | tok/s | ours / theirs | MFU | GFLOP/s of ceiling | roofline / step | products + attention / step | peak GiB | '
+          + ' | '.join(f'{part}, ms' for part in PARTS) + ' |\n' + '|---' * (10 + len(PARTS)) + '|')
+    records = [bench_model(name, dtype, compile_it, peers) for name in chosen for dtype in dtypes for compile_it in compiled]
+    if profile:
+        print_profile(records)
+    if json_to:
+        about = dict(date=time.strftime('%Y-%m-%d'), python=platform.python_version(), torch=torch.__version__, device=device_name(device), records=records)
+        with open(json_to, 'w', encoding='utf-8') as f:
+            json.dump(about, f, indent=1)
+
+
+if __name__ == '__main__':
+    run_side() if side else main()

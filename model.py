@@ -11,7 +11,6 @@ Letters in shape comments: B rows, T tokens, C n_embd, H n_head, K n_kv_head, D 
 """
 import functools
 import hashlib
-import inspect
 import math
 from dataclasses import dataclass
 
@@ -22,6 +21,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 import kernels
+from attention import attend, document_boundaries
 from configurator import BadInput
 from loss import chunk_rows, linear_cross_entropy
 
@@ -175,48 +175,23 @@ class Attention(nn.Module):
 
         mask        (B or 1, 1, T, T_total) bool, True where a query may look; None: plain causal
         cu_seqlens  (documents + 1,) int32, document boundaries in the B*T stream: attention stays between them
-        cache       (2, B, K, T_max, D): keys and values of the first `position` tokens, extended in place
+        cache       (2, B, T_max, K, D): keys and values of the first `position` tokens, extended in place
         """
         B, T, _ = x.shape
         q = self.wq(x).view(B, T, self.n_head, self.head_dim)                         # (B, T, H, D)
         k = self.wk(x).view(B, T, self.n_kv_head, self.head_dim)                      # (B, T, K, D)
-        v = self.wv(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)      # (B, K, T, D)
+        v = self.wv(x).view(B, T, self.n_kv_head, self.head_dim)                      # (B, T, K, D)
         norm = ()
         if self.q_norm is not None and kernels.across_modules(q):
             norm = True, self.q_norm.weight, self.k_norm.weight, self.q_norm.eps
         elif self.q_norm is not None:                     # as modules: influence.py has hooks on them
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = (t.transpose(1, 2) for t in kernels.rotate_heads(q, k, cos, sin, *norm))                   # (B, H, T, D), (B, K, T, D)
+        q, k = kernels.rotate_heads(q, k, cos, sin, *norm)
         if cache is not None:
-            cache[0, :, :, position:position + T] = k
-            cache[1, :, :, position:position + T] = v
-            k, v = cache[0, :, :, :position + T], cache[1, :, :, :position + T]
-        if cu_seqlens is not None:
-            y = (self.attend_documents if q.is_cuda else attend_one_by_one)(q, k, v, cu_seqlens)
-        else:
-            is_causal = mask is None and T > 1
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=True)
-        return self.wo(y.transpose(1, 2).reshape(B, T, -1))
-
-    def attend_documents(self, q, k, v, cu_seqlens):
-        """Causal attention within documents by the variable-length flash kernel (CUDA, bf16/fp16): (B, H, T, D)."""
-        from torch.nn.attention.varlen import varlen_attn
-        B, H, T, D = q.shape
-        k, v = (t.repeat_interleave(H // t.shape[1], dim=1) for t in (k, v))      # enable_gqa is missing from torch 2.11
-        q, k, v = (t.transpose(1, 2).reshape(B * T, H, D) for t in (q, k, v))
-        causal = dict(window_size=(-1, 0)) if 'window_size' in inspect.signature(varlen_attn).parameters else dict(is_causal=True)
-        y = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, T, T, **causal)      # the name of the option changed within torch 2.x
-        return y.view(B, T, H, D).transpose(1, 2)
-
-
-@torch.compiler.disable         # every batch has other lengths: compiled code would be made anew for each
-def attend_one_by_one(q, k, v, cu_seqlens):
-    """The same document by document, for the CPU, in memory that grows with T and not with its square: (B, H, T, D)."""
-    B, H, T, D = q.shape
-    lengths = cu_seqlens.diff().tolist()
-    streams = (t.transpose(0, 1).reshape(-1, B * T, D).split(lengths, dim=1) for t in (q, k, v))      # (H or K, length, D) each
-    y = [F.scaled_dot_product_attention(*(t[None] for t in qkv), is_causal=True, enable_gqa=True)[0] for qkv in zip(*streams)]
-    return torch.cat(y, 1).view(H, B, T, D).transpose(0, 1)
+            cache[0, :, position:position + T] = k
+            cache[1, :, position:position + T] = v
+            k, v = cache[0, :, :position + T], cache[1, :, :position + T]
+        return self.wo(attend(q, k, v, mask, cu_seqlens, causal=T > 1).reshape(B, T, -1))
 
 
 class FeedForward(nn.Module):
@@ -275,7 +250,7 @@ class GPT(nn.Module):
         idx       (B, T) int32 or int64 token ids
         doc_ids   (B, T) int, document number of every token: attention stays within a document. None: plain causal.
                   Rotary positions are relative, so they need not restart where a document does.
-        cache     list of n_layer * layer_repeat tensors (2, B, K, T_max, D), filled in place; position: tokens in it
+        cache     list of n_layer * layer_repeat tensors (2, B, T_max, K, D), filled in place; position: tokens in it
         first     (B,) int64 or None: index of every row's first token, for rows padded on the left (only with a cache)
         grad_from first block whose parameters get a gradient; above 0 the embedding gets none either
         Returns (B, T, C) in the compute dtype (autocast's when it is on).
@@ -362,7 +337,7 @@ class GPT(nn.Module):
         c, device = self.config, idx.device
         dtype = (torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type)
                  else self.blocks[0].attn.wk.weight.dtype)
-        cache = [torch.zeros(2, B, c.n_kv_head, T + max_new_tokens, c.head_dim, device=device, dtype=dtype)
+        cache = [torch.zeros(2, B, T + max_new_tokens, c.n_kv_head, c.head_dim, device=device, dtype=dtype)
                  for _ in range(c.n_layer * c.layer_repeat)]
         generator = torch.Generator(device).manual_seed(seed)
         token, position = idx.long(), 0
@@ -404,25 +379,10 @@ def sample_token(logits, temperature, top_k, top_p, generator):
     return torch.multinomial(probabilities, 1, generator=generator)
 
 
-def check_documents(device, dtype):
-    """BadInput where attention within documents has no kernel."""
-    if device.type == 'cuda' and dtype != torch.bfloat16:
-        raise BadInput('attention within documents (document_mask, packing=document) works in bfloat16 only on CUDA: variable-length flash attention. '
-                       'Set dtype=bfloat16.')
-
-
 def positions_counted(targets):
     """Where targets, int64 of any shape on the CPU, are counted (>= 0), in the flat order: (n,) int64, or None where all are."""
     counted = (targets.flatten() >= 0).nonzero()[:, 0]
     return None if len(counted) == targets.numel() else counted
-
-
-def document_boundaries(doc_ids):
-    """doc_ids (B, T) -> (documents + 1,) int32: starts of the documents in the B*T stream, and its end."""
-    starts = torch.ones_like(doc_ids, dtype=torch.bool)
-    starts[:, 1:] = doc_ids[:, 1:] != doc_ids[:, :-1]
-    starts = starts.flatten().nonzero().flatten().int()
-    return F.pad(starts, (0, 1), value=doc_ids.numel())
 
 
 def checkpoint_activations(model):

@@ -14,12 +14,12 @@ import mixtures
 import plots
 import reweight
 import selection
+from attention import check_documents
 from common import pick_dtype, start_ranks, tune_malloc
 from configurator import BadInput
 from data import Source, batch_of, common_tokenizer
 from hf import open_model
 from influence import mean_and_error
-from model import check_documents
 from validate import row_losses
 
 

@@ -32,12 +32,13 @@ import presence as self_influence
 import reweight
 import teacher_cache
 import validate
+from attention import check_documents
 from common import (MetricsLog, all_reduce_sum, barrier, device_name, leave_ranks, peak_flops, pick_dtype, start_ranks,
                     tune_malloc)
 from configurator import BadInput, RunFault, check_values, configure
 from data import MixtureLoader, Source, batch_of, common_tokenizer, report_packing, rows_of_rank
 from kernels import use as use_kernels
-from model import GPT, ModelConfig, check_documents, count_parameters, flops_per_token, init_weights, positions_counted
+from model import GPT, ModelConfig, count_parameters, flops_per_token, init_weights, positions_counted
 from packing import OVERLONG
 
 # -- input and output --

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import configurator
 import loss as loss_module
-import model as model_module
+from attention import document_boundaries
 from conftest import ROOT, run
 from loss import linear_cross_entropy, token_losses
 from model import GPT, ModelConfig, count_parameters, flops_per_token, init_weights
@@ -248,7 +248,7 @@ def test_a_second_chunk_of_prompt_sees_the_first():
     model = build()
     c = model.config
     idx = torch.randint(0, 97, (2, 11))
-    cache = [torch.zeros(2, 2, c.n_kv_head, 11, c.head_dim) for _ in range(c.n_layer)]
+    cache = [torch.zeros(2, 2, 11, c.n_kv_head, c.head_dim) for _ in range(c.n_layer)]
     model(idx[:, :6], cache=cache)
     assert torch.allclose(model(idx[:, 6:], cache=cache, position=6), model(idx)[:, 6:], atol=1e-5)
 
@@ -272,7 +272,7 @@ def test_document_mask_equals_documents_alone():
 
 
 def test_document_boundaries_of_a_stream():
-    starts = model_module.document_boundaries(torch.tensor([[0, 0, 1, 1], [0, 0, 0, 0]]))
+    starts = document_boundaries(torch.tensor([[0, 0, 1, 1], [0, 0, 0, 0]]))
     assert starts.tolist() == [0, 2, 4, 8] and starts.dtype == torch.int32
 
 
