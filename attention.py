@@ -72,7 +72,7 @@ def blockwise(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 def blockwise_backward(q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     (B, T, _, D), K = q.shape, k.shape[2]
     dq, delta = torch.empty_like(q), (dy * y).sum(3)                                                  # (B, T, H)
-    dk, dv = torch.zeros(2, B, K, T, D, dtype=q.dtype)
+    dk, dv = torch.zeros(B, K, T, D, dtype=q.dtype), torch.zeros(B, K, T, D, dtype=q.dtype)
     for b in range(B):
         for here, queries, keys, values in blocks_of(q, k, v, b):
             p = scores_of(queries, keys, here).sub_(folded(lse, b, here, K)[..., None]).exp_()        # (K, G*n, e)

@@ -11,17 +11,17 @@ figures are CPU time of one thread, since wall clocks of shared machines lie; GP
     litgpt         GPT of LitGPT with its chunked loss                                   nanogpt-shape   transformers' GPT-2, nanoGPT's network
 
 Columns: MFU in the PaLM count against the device's dense bf16 peak; `ceiling`, a large matrix product in the same run; `floor`, the share of the
-step that its matrix products and attention alone take, by the profiler; then milliseconds of a step, and what a micro-batch more costs
+step that its matrix products and attention alone take, by the profiler; `start`, CPU-seconds until the first step is done, compiling included; then milliseconds of a step, and what a micro-batch more costs
 when its influence is measured on the last block, when two micro-batches are weighed by PRESENCE, and when it is distilled from a cache of top 64.
 BENCHMARKS.md keeps what it printed. bench_parts.py measures single parts.
 """
-import json
 import os
 import platform
 import statistics
 import subprocess
 import sys
 import time
+from json import dump, dumps, loads
 
 from configurator import BadInput, configure
 
@@ -45,7 +45,7 @@ tokens: int | None = None        # of a row, None: the shape's
 rows: int | None = None          # of a step, None: the shape's
 kernels = 'auto'                 # as train.py's
 profile = False                  # also print where the time of a step goes
-json_to = ''                     # file for all figures
+json = ''                        # file for all figures
 side = ''                        # internal: one side in its own process
 config = configure(globals(), verbose=False)
 
@@ -189,14 +189,14 @@ def run_side():
     if who == 'ours':
         from model import flops_per_token
         about.update(flops=flops_per_token(model.config, T), causal=flops_per_token(model.config, T, causal=True))
-    print(json.dumps(about), flush=True)
+    print(dumps(about), flush=True)
     for line in sys.stdin:
         if line.strip() == 'rest':
-            print(json.dumps(dict(**where_it_goes(step, device), **(extra_parts(model, batch, autocast, clock, step) if who == 'ours' else {}))), flush=True)
+            print(dumps(dict(**where_it_goes(step, device), **(extra_parts(model, batch, autocast, clock, step) if who == 'ours' else {}))), flush=True)
             continue
         found = [step() for _ in range(steps)]
         parts = [statistics.median(values) for values in zip(*found)]
-        print(json.dumps(dict(step=statistics.median(sum(f) for f in found), **dict(zip(('forward', 'backward', 'optimizer'), parts)), memory=peak_memory(device))),
+        print(dumps(dict(step=statistics.median(sum(f) for f in found), **dict(zip(('forward', 'backward', 'optimizer'), parts)), memory=peak_memory(device))),
               flush=True)
 
 
@@ -240,7 +240,7 @@ def start_side(*what):
     line = process.stdout.readline()
     if not line.startswith('{'):
         raise BadInput(f'the benchmark of {what[0]} did not start; its message stands above.')
-    return process, json.loads(line)
+    return process, loads(line)
 
 
 def ask(process, line='step'):
@@ -249,7 +249,7 @@ def ask(process, line='step'):
     answer = process.stdout.readline()
     if not answer:
         raise BadInput('one side of the benchmark ended before its time; its message stands above.')
-    return json.loads(answer)
+    return loads(answer)
 
 
 def machine(dtype):
@@ -317,7 +317,7 @@ def bench_model(name, dtype, compile_it, peers):
                   roofline_s=dict(products=products, moved=moved), start_s=about['start_s'], seconds=ms, step_s=mine, kinds=kinds, others=rest['ours']['others'], peers={})
     mode = 'compiled' if compile_it else 'eager'
     mfu = f"{record['mfu']:.1%}" if record['mfu'] is not None else 'n/a'
-    print(f"| {name} | {about['dtype']} {mode} | ours | {record['tokens_per_second']:,.0f} | | {mfu} | {record['flops_per_second'] / 1e9:,.0f} of "
+    print(f"| {name} | {about['dtype']} {mode} | ours | {about['start_s']:.0f} | {record['tokens_per_second']:,.0f} | | {mfu} | {record['flops_per_second'] / 1e9:,.0f} of "
           f"{ceiling / 1e9:,.0f} | {(products + moved) / mine:.0%} | {record['floor_share']:.0%} | {record['memory']:.2f} | "
           + ' | '.join(f'{ms[part] * 1e3:,.0f}' for part in PARTS) + ' |', flush=True)
     for who in peers:
@@ -325,7 +325,7 @@ def bench_model(name, dtype, compile_it, peers):
         record['peers'][who] = dict(tokens_per_second=about['tokens'] / seconds[who], ratio=statistics.median(ratios), ratios=ratios, memory=found[who][-1]['memory'],
                                     kinds=rest[who]['kinds'])
         parts = [statistics.median(f[part] for f in found[who]) * 1e3 for part in ('forward', 'backward', 'optimizer')]
-        print(f"| {name} | {about['dtype']} {mode} | {who} | {about['tokens'] / seconds[who]:,.0f} | **{statistics.median(ratios):.2f}** ({min(ratios):.2f} to "
+        print(f"| {name} | {about['dtype']} {mode} | {who} | {sides[who][1]['start_s']:.0f} | {about['tokens'] / seconds[who]:,.0f} | **{statistics.median(ratios):.2f}** ({min(ratios):.2f} to "
               f"{max(ratios):.2f}) | | | | | {found[who][-1]['memory']:.2f} | | {parts[0]:,.0f} | {parts[1]:,.0f} | {parts[2]:,.0f} | | | |", flush=True)
     return record
 
@@ -356,15 +356,15 @@ def main():
         torch.set_num_threads(1)
     print(f'{time.strftime("%Y-%m-%d")}, Python {platform.python_version()}, torch {torch.__version__}, {device_name(device)}'
           + ('' if cuda else ', one thread, CPU time') + f', {rounds} rounds of {steps} step(s); auto is {pick_dtype("auto", device)[0]}\n\n'
-          '| model | dtype, mode | side | tok/s | ours / theirs | MFU | GFLOP/s of ceiling | roofline / step | products + attention / step | peak GiB | '
-          + ' | '.join(f'{part}, ms' for part in PARTS) + ' |\n' + '|---' * (10 + len(PARTS)) + '|')
+          '| model | dtype, mode | side | start, s | tok/s | ours / theirs | MFU | GFLOP/s of ceiling | roofline / step | products + attention / step | peak GiB | '
+          + ' | '.join(f'{part}, ms' for part in PARTS) + ' |\n' + '|---' * (11 + len(PARTS)) + '|')
     records = [bench_model(name, dtype, compile_it, peers) for name in chosen for dtype in dtypes for compile_it in compiled]
     if profile:
         print_profile(records)
-    if json_to:
+    if json:
         about = dict(date=time.strftime('%Y-%m-%d'), python=platform.python_version(), torch=torch.__version__, device=device_name(device), records=records)
-        with open(json_to, 'w', encoding='utf-8') as f:
-            json.dump(about, f, indent=1)
+        with open(json, 'w', encoding='utf-8') as f:
+            dump(about, f, indent=1)
 
 
 if __name__ == '__main__':

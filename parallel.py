@@ -1,4 +1,4 @@
-"""How a model is compiled and spread over ranks (FSDP2 per block), and what its sharded tensors need."""
+"""How a model is compiled and spread over ranks (FSDP2 per block), what its sharded tensors need, and how host and device do not wait for each other."""
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -46,6 +46,13 @@ def to_host(tensor):
     copy, event = tensor.to('cpu', non_blocking=True), torch.cuda.Event()      # into pinned memory
     event.record()
     return copy, event
+
+
+def read(copy, event):
+    """What `to_host` copied, as a list of floats, as soon as it is there."""
+    if event is not None:
+        event.synchronize()
+    return copy.tolist()
 
 
 def sum_over_ranks(tensor):

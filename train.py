@@ -273,8 +273,7 @@ def to_device(rows):
 # -- model: on the meta device, sharded, then memory, then values ------------------------------------------------------
 with torch.device('meta'):
     model = GPT(model_config)
-peak = peak_flops(device)
-token_flops = flops_per_token(model_config, block_size)
+peak, token_flops = peak_flops(device), flops_per_token(model_config, block_size)
 compile, _reason = plan.choose_compile(compile, n_steps * total_batch_tokens * token_flops, peak, world_size, device)
 mesh = init_device_mesh(device.type, (world_size,)) if world_size > 1 else None
 parallel.spread(model, mesh, dtype, compile, activation_checkpointing)
@@ -367,9 +366,7 @@ def save(step):
 def report(step, sums, event, n_valid, source_counts, metrics):
     """What a step found, read when the next one is under way, so that a GPU never waits for the host. metrics: to be logged, None: nothing."""
     global window_start, window_steps, data_s
-    if event is not None:
-        event.synchronize()
-    loss_sum, n_hits, grad_norm, *kd_sums = sums.tolist()
+    loss_sum, n_hits, *kd_sums, grad_norm = parallel.read(sums, event)
     if not math.isfinite(loss_sum) or not math.isfinite(grad_norm):
         checkpointer.finish()
         good = checkpoint.complete_checkpoints(os.path.join(out_dir, 'ckpt'))
@@ -464,8 +461,7 @@ for step in range(first_step, n_steps + 1):
     presence_metrics = micro.finish() if micro else {}
     grad_norm = parallel.whole(torch.nn.utils.get_total_norm([p.grad for p in parameters], foreach=True))
     sums = parallel.sum_over_ranks(torch.stack((loss_sum, n_hits, *(distiller.take() if distiller else ()))))
-    sums = torch.cat((sums[:2], grad_norm[None], sums[2:]))
-    spoilt = torch.maximum(spoilt, (~torch.isfinite(sums[0] + sums[2])).float())
+    spoilt = torch.maximum(spoilt, (~torch.isfinite(sums[0] + grad_norm)).float())
     if grad_clip > 0:
         torch.nn.utils.clip_grads_with_norm_(parameters, grad_clip, grad_norm, foreach=True)
     for o in optimizers:
@@ -475,7 +471,7 @@ for step in range(first_step, n_steps + 1):
     if logs:
         drawn = {name: n - drawn_before[name] for name, n in loader.drawn().items()}
         drawn_before = loader.drawn()
-    unread.append((step, *parallel.to_host(sums), n_valid, {name: int((source_index == i).sum()) for i, name in enumerate(loader.names)}, {
+    unread.append((step, *parallel.to_host(torch.cat((sums, grad_norm[None]))), n_valid, {name: int((source_index == i).sum()) for i, name in enumerate(loader.names)}, {
         'train/learning_rate': lr, **{f'mixture/weight_{name}': weight for name, weight in loader.weights.items()},
         **{f'mixture/drawn_{name}': n / sum(drawn.values()) for name, n in drawn.items()},
         **{f'mixture/epochs_{name}': n for name, n in loader.epochs().items()}, **presence_metrics} if logs else None))

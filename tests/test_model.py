@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import configurator
 import loss as loss_module
-from attention import document_boundaries
+from attention import attend, document_boundaries, suits_blocks
 from conftest import ROOT, run
 from loss import linear_cross_entropy, token_losses
 from model import GPT, ModelConfig, count_parameters, flops_per_token, init_weights
@@ -97,6 +97,34 @@ def test_chunked_loss_and_gradients_equal_fp64_on_full_logits(monkeypatch, n_row
     assert torch.equal(hits, (h @ weight.T).argmax(1) == targets)
     for a, b in zip(got, grads):
         assert ((a.double() - b.double()).norm() / b.double().norm()) < 1e-5
+
+
+def test_blocks_are_compiled_once_for_all_and_without_graph_breaks():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model, idx = build(qk_norm=True), torch.randint(0, 97, (2, 300))           # attention by blocks
+    for block in model.blocks:
+        block.compile(backend='aot_eager')
+    for _ in range(2):
+        total, _, _ = model.loss(idx, idx.roll(-1, 1))
+        total.backward()
+    counters = torch._dynamo.utils.counters
+    assert counters['stats']['unique_graphs'] == 1 and not counters['graph_break']
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize('T, K', [(257, 1), (300, 2), (320, 4)])
+def test_attention_by_blocks_equals_fp64(T, K):
+    q, k, v = (torch.randn(2, T, heads, 12, requires_grad=True) for heads in (4, K, K))
+    q64, k64, v64 = (t.detach().double().requires_grad_() for t in (q, k, v))
+    assert suits_blocks(q, T) and not suits_blocks(q64, T)
+    scores = torch.einsum('bthd,bshd->bhts', q64, k64.repeat_interleave(4 // K, 2)) / 12**0.5
+    truth = torch.einsum('bhts,bshd->bthd', scores.masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf).softmax(-1), v64.repeat_interleave(4 // K, 2))
+    got, upstream = attend(q, k, v), torch.randn(2, T, 4, 12)
+    assert (got - truth).norm() < 1e-6 * truth.norm()
+    for a, b in zip(torch.autograd.grad(got, (q, k, v), upstream), torch.autograd.grad(truth, (q64, k64, v64), upstream.double())):
+        assert (a - b).norm() < 1e-6 * b.norm()
+    torch.library.opcheck(torch.ops.cheapertraining.blockwise, (q, k, v), test_utils=('test_schema', 'test_faketensor', 'test_autograd_registration'))
 
 
 PARTS = '''
