@@ -135,6 +135,20 @@ def cross_entropy(logits: Tensor, targets: Tensor, lse: Tensor, loss: Tensor, hi
     cross_entropy_kernel[(n,)](logits, targets, lse, loss, hit, top, V, statistics, gradient, BLOCK=min(4096, next_power_of_2(V)), num_warps=8)
 
 
+def softmax_statistics(logits, targets):
+    """Of a part of the vocabulary, logits (n, V_part), targets (n,) counted from its first token (outside of [0, V_part): in another part):
+    (lse, largest logit, logit at the target or -inf), (n,) fp32 each."""
+    n, V = logits.shape
+    if by_triton(logits):
+        lse, at_target, top = (torch.empty(n, dtype=torch.float32, device=logits.device) for _ in range(3))
+        cross_entropy(logits, targets, lse, at_target, torch.empty_like(lse, dtype=torch.bool), top, True, False)
+        return lse, top, at_target
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    inside = (targets >= 0) & (targets < V)
+    at_target = z.gather(1, targets.clamp(0, V - 1)[:, None])[:, 0].masked_fill(~inside, -math.inf)
+    return z.logsumexp(1), z.amax(1), at_target
+
+
 def softmax_gradient_(logits, targets, wanted=True):
     """Losses of a chunk of logits, which become their gradient, unscaled, in place (`wanted`; else what is left in them means nothing).
 
@@ -145,6 +159,9 @@ def softmax_gradient_(logits, targets, wanted=True):
     (n, V), device = logits.shape, logits.device
     high = torch.promote_types(logits.dtype, torch.float32)
     losses, hits = torch.empty(n, dtype=high, device=device), torch.empty(n, dtype=torch.bool, device=device)
+    if by_triton(logits) and not wanted:
+        lse, largest, at_target = softmax_statistics(logits, targets)
+        return lse - at_target, at_target == largest, torch.ones(n, 1, dtype=high, device=device)
     if by_triton(logits):
         cross_entropy(logits, targets, torch.empty_like(losses), losses, hits, torch.empty_like(losses), True, True)
         return losses, hits, torch.ones(n, 1, dtype=high, device=device)
@@ -164,22 +181,8 @@ def softmax_gradient_(logits, targets, wanted=True):
     return losses, hits, sums.reciprocal_()
 
 
-def softmax_statistics(logits, targets):
-    """Of a part of the vocabulary, logits (n, V_part), targets (n,) counted from its first token (outside of [0, V_part): in another part):
-    (lse, largest logit, logit at the target or -inf), (n,) fp32 each."""
-    n, V = logits.shape
-    if by_triton(logits):
-        lse, at_target, top = (torch.empty(n, dtype=torch.float32, device=logits.device) for _ in range(3))
-        cross_entropy(logits, targets, lse, at_target, torch.empty_like(lse, dtype=torch.bool), top, True, False)
-        return lse, top, at_target
-    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    inside = (targets >= 0) & (targets < V)
-    at_target = z.gather(1, targets.clamp(0, V - 1)[:, None])[:, 0].masked_fill(~inside, -math.inf)
-    return z.logsumexp(1), z.amax(1), at_target
-
-
 def softmax_gradient_from_(logits, targets, lse):
-    """The second step: logits (n, V_part) become softmax - one-hot in place, lse (n,) over the whole vocabulary; targets as before."""
+    """The second step over parts of the vocabulary, after `softmax_statistics`: logits (n, V_part) become softmax - one-hot in place, lse (n,) over the whole vocabulary; targets as before."""
     n, V = logits.shape
     if by_triton(logits):
         unused = torch.empty_like(lse)

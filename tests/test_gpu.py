@@ -102,3 +102,29 @@ def test_data_methods_run_on_cuda(tmp_path, tiny_data, changes):
     m = train(tmp_path / 'run', tiny_data, device='cuda', dtype='bfloat16', n_embd=64, max_steps=40, total_batch_tokens=256, mixture_interval=10,
               mixture_warmup=10, mixture_max=1.0, probe={'kind': 1.0}, probe_rows=32, influence_rows=16, **changes)
     assert m[40]['val/loss'] < m[0]['val/loss'] - 0.5 and any(key.startswith(('mixture/asked', 'select/kept', 'presence/tau')) for s in m for key in m[s])
+
+
+def test_curves_with_and_without_kernels_agree(tmp_path, demo_data):
+    curves = []
+    for mode in ('torch', 'triton'):
+        m = train(tmp_path / mode, demo_data, kernels=mode, device='cuda', dtype='bfloat16', sources={'code': 0.5, 'math': 0.5}, vocab_size=4096, n_layer=4,
+                  n_head=4, n_kv_head=2, n_embd=128, ffn_dim=352, qk_norm=True, block_size=256, batch_size=8, total_batch_tokens=2048, max_steps=200,
+                  learning_rate=2e-3, eval_interval=200)
+        curves.append([m[step]['train/loss'] for step in range(200)])
+    apart = [abs(a - b) for a, b in zip(*curves)]
+    assert max(apart) < 0.1 and sum(apart) / 200 < 0.02 and curves[1][-1] < curves[1][0] - 2
+
+
+def test_a_step_does_not_wait_for_the_host(tmp_path, tiny_data):
+    import warnings
+    waits = []
+    for steps in (6, 16):
+        torch.cuda.set_sync_debug_mode('warn')
+        try:
+            with warnings.catch_warnings(record=True) as seen:
+                warnings.simplefilter('always')
+                train(tmp_path / str(steps), tiny_data, device='cuda', dtype='bfloat16', max_steps=steps, eval_interval=1000, save_interval=1000, log_interval=1)
+        finally:
+            torch.cuda.set_sync_debug_mode('default')
+        waits.append(sum('synchronizing CUDA operation' in str(w.message) for w in seen))
+    assert waits[0] == waits[1]

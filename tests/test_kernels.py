@@ -17,7 +17,13 @@ from loss import linear_cross_entropy
 from model import GPT, ModelConfig, init_weights
 
 DEVICE = torch.device('cuda' if torch.cuda.is_available() and not kernels.INTERPRETED else 'cpu')
-runs = pytest.mark.skipif(not kernels.INTERPRETED and DEVICE.type == 'cpu', reason='needs a GPU or the interpreter: test_every_kernel_under_the_interpreter runs it')
+
+
+def runs(test):
+    reason = 'needs a GPU or the interpreter: test_every_kernel_under_the_interpreter runs it'
+    return pytest.mark.gpu(pytest.mark.skipif(not kernels.INTERPRETED and DEVICE.type == 'cpu', reason=reason)(test))
+
+
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 
@@ -84,6 +90,9 @@ def test_cross_entropy(monkeypatch, V, dtype):
         assert torch.equal(hits, (z.argmax(1) == targets) & (targets >= 0))
     assert_near(h.grad, h64.grad, dtype)
     assert_near(weight.grad, weight64.grad, dtype)
+    with torch.no_grad():                                                    # an evaluation: no gradient is made
+        again = linear_cross_entropy(h, weight, targets, token_weights)
+    assert torch.equal(again[1], losses) and torch.equal(again[2], hits)
 
 
 @runs
