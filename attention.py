@@ -15,7 +15,7 @@ BLOCK = 64              # queries at a time
 
 
 def suits_blocks(q, T):
-    """Whether `blockwise` is the faster one for q: fp32 on a CPU, training, at lengths where its scores stay in the cache (bench.py --parts="['attention']")."""
+    """Whether `blockwise` is the faster one for q: fp32 on a CPU, training, at lengths where its scores stay in the cache (bench_parts.py measures it)."""
     return q.device.type == 'cpu' and q.dtype == torch.float32 and 256 < T <= 1024 and torch.is_grad_enabled()
 
 

@@ -96,8 +96,8 @@ def build_peer(who, shape, compile_it, device, length):
     return model, lambda inputs, targets: run(input_ids=inputs, shift_labels=targets, labels=targets).loss
 
 
-def extra_parts(model, batch, autocast, clock, step):
-    """Seconds of influence (a batch, last block), and of the same step weighed by PRESENCE and distilled from a cache, beyond two plain micro-batches or one."""
+def extra_parts(model, batch, autocast, clock):
+    """Seconds of a measurement of influence (a batch, last block), and of what PRESENCE adds to two micro-batches and a cached teacher to one."""
     import torch
     from bench_common import random_cache
     from influence import Direction, select, source_products
@@ -124,20 +124,22 @@ def extra_parts(model, batch, autocast, clock, step):
             micro.finish()
         model.zero_grad()
 
-    def seconds(job):
-        job()
-        found = []
-        for _ in range(2):
-            start = clock()
-            job()
-            found.append(clock() - start)
-        return min(found)
-
     def influence():
         with autocast():
             source_products(model, [(inputs, targets, None)], [direction])
-    plain, micro = seconds(lambda: passes(1)), MicroBatches(model, 'first', 'stream', 2)
-    return dict(influence=seconds(influence), presence=seconds(lambda: passes(2, micro)) - 2 * plain, kd=seconds(lambda: passes(1, objective=distil)) - plain)
+    micro = MicroBatches(model, 'first', 'stream', 2)
+    jobs = dict(one=lambda: passes(1), two=lambda: passes(2), presence=lambda: passes(2, micro), kd=lambda: passes(1, objective=distil), influence=influence)
+    found = {name: [] for name in jobs}
+    for _ in range(4):
+        for name, job in jobs.items():
+            start = clock()
+            job()
+            found[name].append(clock() - start)
+    one, two, presence, kd, influence = (found[name][1:] for name in jobs)          # without the first, which warms up
+
+    def beyond(those, plain):
+        return statistics.median(a - b for a, b in zip(those, plain))
+    return dict(influence=statistics.median(influence), presence=beyond(presence, two), kd=beyond(kd, one))
 
 
 def run_side():
@@ -192,7 +194,7 @@ def run_side():
     print(dumps(about), flush=True)
     for line in sys.stdin:
         if line.strip() == 'rest':
-            print(dumps(dict(**where_it_goes(step, device), **(extra_parts(model, batch, autocast, clock, step) if who == 'ours' else {}))), flush=True)
+            print(dumps(dict(**where_it_goes(step, device), **(extra_parts(model, batch, autocast, clock) if who == 'ours' else {}))), flush=True)
             continue
         found = [step() for _ in range(steps)]
         parts = [statistics.median(values) for values in zip(*found)]
