@@ -249,9 +249,10 @@ def ask(process, line='step'):
     process.stdin.write(line + '\n')
     process.stdin.flush()
     answer = process.stdout.readline()
-    if not answer:
-        raise BadInput('one side of the benchmark ended before its time; its message stands above.')
-    return loads(answer)
+    answer = loads(answer) if answer else {}
+    if not answer or 'error' in answer:
+        raise BadInput('one side of the benchmark ended before its time' + (f": {answer['error']}" if answer else '; its message stands above.'))
+    return answer
 
 
 def machine(dtype):
@@ -297,7 +298,12 @@ def data_seconds(n_tokens):
 def bench_model(name, dtype, compile_it, peers):
     """A row of the table, and a row for every peer: prints them, returns the figures."""
     sides = {who: start_side(who, name, dtype, compile_it) for who in ('ours', *peers)}
-    about = sides['ours'][1]
+    about, failed = sides['ours'][1], [f"{who} ({about['error']})" for who, (_, about) in sides.items() if 'error' in about]
+    if failed:
+        print(f"| {name} | {dtype} {'compiled' if compile_it else 'eager'} | does not fit: {', '.join(failed)} |" + ' |' * (8 + len(PARTS)), flush=True)
+        for process, _ in sides.values():
+            process.kill()
+        return None
     found, ceilings = {who: [] for who in sides}, []
     for _ in range(rounds):
         ceilings.append(machine(about['dtype']))
@@ -361,6 +367,7 @@ def main():
           '| model | dtype, mode | side | start, s | tok/s | ours / theirs | MFU | GFLOP/s of ceiling | roofline / step | products + attention / step | peak GiB | '
           + ' | '.join(f'{part}, ms' for part in PARTS) + ' |\n' + '|---' * (11 + len(PARTS)) + '|')
     records = [bench_model(name, dtype, compile_it, peers) for name in chosen for dtype in dtypes for compile_it in compiled]
+    records = [record for record in records if record is not None]
     if profile:
         print_profile(records)
     if json:
@@ -369,5 +376,11 @@ def main():
             dump(about, f, indent=1)
 
 
-if __name__ == '__main__':
-    run_side() if side else main()
+if side:
+    import torch
+    try:
+        run_side()
+    except torch.OutOfMemoryError as e:
+        print(dumps(dict(error=str(e).split('. ')[0])), flush=True)
+else:
+    main()

@@ -248,7 +248,8 @@ class GPT(nn.Module):
         """Token ids to final hidden states, normed and ready for the output layer.
 
         idx       (B, T) int32 or int64 token ids
-        doc_ids   (B, T) int, document number of every token: attention stays within a document. None: plain causal.
+        doc_ids   (B, T) int, document number of every token: attention stays within a document. Or their boundaries, (documents + 1,) int32
+                  (attention.document_boundaries): made on the host, they spare a GPU being waited for. None: plain causal.
                   Rotary positions are relative, so they need not restart where a document does.
         cache     list of n_layer * layer_repeat tensors (2, B, T_max, K, D), filled in place; position: tokens in it
         first     (B,) int64 or None: index of every row's first token, for rows padded on the left (only with a cache)
@@ -268,7 +269,7 @@ class GPT(nn.Module):
         cos, sin = torch.cat((cos, cos), -1).to(x.dtype), torch.cat((-sin, sin), -1).to(x.dtype)    # (T, D)
         mask, cu_seqlens = None, None
         if doc_ids is not None:
-            cu_seqlens = document_boundaries(doc_ids)
+            cu_seqlens = doc_ids if doc_ids.dim() == 1 else document_boundaries(doc_ids)
         elif cache is not None and (first is not None or position > 0 and T > 1):
             mask = torch.ones(T, position + T, dtype=torch.bool, device=x.device).tril(position)[None, None]
             if first is not None:             # padding sees itself alone, for an empty softmax is NaN

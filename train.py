@@ -32,7 +32,7 @@ import presence as self_influence
 import reweight
 import teacher_cache
 import validate
-from attention import check_documents
+from attention import check_documents, document_boundaries
 from common import (MetricsLog, all_reduce_sum, barrier, device_name, leave_ranks, peak_flops, pick_dtype, start_ranks,
                     tune_malloc)
 from configurator import BadInput, RunFault, check_values, configure
@@ -266,8 +266,9 @@ if benchmarks:
 
 
 def to_device(rows):
-    """(n, T + 1) int32 numpy -> inputs (n, T) int32, targets (n, T) int64 with -1 = not counted, document ids or None, on the device."""
-    return batch_of(parallel.put(torch.from_numpy(rows), device), bos_id)
+    """(n, T + 1) int32 numpy -> inputs (n, T) int32, targets (n, T) int64 with -1 = not counted, boundaries of documents or None, on the device."""
+    inputs, targets, doc_ids = batch_of(torch.from_numpy(rows), bos_id)
+    return [parallel.put(t, device) for t in (inputs, targets, None if doc_ids is None else document_boundaries(doc_ids))]
 
 
 # -- model: on the meta device, sharded, then memory, then values ------------------------------------------------------

@@ -115,15 +115,19 @@ def test_curves_with_and_without_kernels_agree(tmp_path, demo_data):
     assert max(apart) < 0.1 and sum(apart) / 200 < 0.02 and curves[1][-1] < curves[1][0] - 2
 
 
-def test_a_step_does_not_wait_for_the_host(tmp_path, tiny_data):
+@pytest.mark.parametrize('changes', [dict(packing='window'), dict(packing='document')])
+def test_a_step_does_not_wait_for_the_host(tmp_path, changes):
     import warnings
+    from test_sft import SFT, conversations, write_chats
+    write_chats(tmp_path / 'data', 'chat', conversations(300))
     waits = []
     for steps in (6, 16):
         torch.cuda.set_sync_debug_mode('warn')
         try:
             with warnings.catch_warnings(record=True) as seen:
                 warnings.simplefilter('always')
-                train(tmp_path / str(steps), tiny_data, device='cuda', dtype='bfloat16', max_steps=steps, eval_interval=1000, save_interval=1000, log_interval=1)
+                train(tmp_path / str(steps), tmp_path / 'data', **{**SFT, 'device': 'cuda', 'dtype': 'bfloat16', 'max_steps': steps, 'eval_interval': 1000,
+                                                                   'save_interval': 1000, 'log_interval': 1, **changes})
         finally:
             torch.cuda.set_sync_debug_mode('default')
         waits.append(sum('synchronizing CUDA operation' in str(w.message) for w in seen))
