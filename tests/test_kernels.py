@@ -12,6 +12,7 @@ import torch.nn.functional as F
 import kd
 import kernels
 import loss as loss_module
+from conftest import metrics, run, train_command
 from influence import ghost_sqnorm, probe_direction, row_influence
 from loss import linear_cross_entropy
 from model import GPT, ModelConfig, init_weights
@@ -287,6 +288,20 @@ def test_every_kernel_under_the_interpreter():
                           env={**os.environ, 'TRITON_INTERPRET': '1', 'CUDA_VISIBLE_DEVICES': '', 'OMP_NUM_THREADS': '1'})
     assert done.returncode == 0, done.stdout[-4000:]
     assert ' passed' in done.stdout and 'failed' not in done.stdout
+
+
+@pytest.mark.skipif(kernels.INTERPRETED or kernels.triton is None, reason='this is the inner process, or there is no Triton')
+def test_two_ranks_train_the_same_with_kernels_and_without(tmp_path, tiny_data):
+    found = {}
+    for mode in ('torch', 'triton'):
+        done = run(train_command(tmp_path / mode, tiny_data, ranks=2, kernels=mode, n_layer=1, qk_norm=True, max_steps=4, save_interval=4, eval_interval=4),
+                   TRITON_INTERPRET='1')
+        assert done.returncode == 0 and f'kernels: {mode}' in done.stdout, done.stderr
+        found[mode] = metrics(tmp_path / mode)
+    for step in range(4):
+        for name in ('train/loss', 'train/grad_norm'):
+            assert found['triton'][step][name] == pytest.approx(found['torch'][step][name], rel=1e-6)
+    assert found['triton'][4]['val/loss'] == pytest.approx(found['torch'][4]['val/loss'], rel=1e-6) and found['triton'][3]['train/loss'] < found['triton'][0]['train/loss']
 
 
 BF16, FP32, INT, FLOAT, IDS = '*bf16', '*fp32', 'i32', 'fp32', '*i64'
