@@ -8,15 +8,16 @@ A step is forward, backward, clipping and AdamW (fused) on random tokens, every 
 figures are CPU time of one thread, since wall clocks of shared machines lie; GPU figures are wall time. Peers come from their PyPI packages:
 
     transformers   LlamaForCausalLM (Qwen3ForCausalLM where the shape has QK-norm)       liger   the same with Liger's kernels (GPU)
-    litgpt         GPT of LitGPT with its chunked loss                                   nanogpt-shape   transformers' GPT-2, nanoGPT's network
+    litgpt         GPT of LitGPT, its loss in one piece                                   nanogpt-shape   transformers' GPT-2, nanoGPT's network
 
 Columns: MFU in the PaLM count against the device's dense bf16 peak; `ceiling`, a large matrix product in the same run; `floor`, the share of the
-step that its matrix products and attention alone take, by the profiler; `start`, CPU-seconds until the first step is done, compiling included; then milliseconds of a step, and what a micro-batch more costs
+step that its matrix products and attention alone take, by the profiler; `start`, CPU-seconds until the first step is done, compiling included (little where it is cached); then milliseconds of a step, and what a micro-batch more costs
 when its influence is measured on the last block, when two micro-batches are weighed by PRESENCE, and when it is distilled from a cache of top 64.
 BENCHMARKS.md keeps what it printed. bench_parts.py measures single parts.
 """
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
@@ -155,7 +156,7 @@ def run_side():
     torch.manual_seed(0)
     stream = torch.randint(0, shape['vocab_size'], (B, T + 1), device=device)
     batch = stream[:, :-1].contiguous(), stream[:, 1:].contiguous()
-    start = time.process_time()
+    start = cpu_seconds()
     model, loss = build_ours(shape, compile_it == 'True', device) if who == 'ours' else build_peer(who, shape, compile_it == 'True', device, T)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
@@ -182,21 +183,33 @@ def run_side():
         at.append(clock())
         return [b - a for a, b in zip(at, at[1:])]
     step()
-    about = dict(start_s=time.process_time() - start, tokens=B * T, parameters=sum(p.numel() for p in model.parameters()), dtype=str(dtype)[6:],
+    about = dict(start_s=cpu_seconds() - start, tokens=B * T, parameters=sum(p.numel() for p in model.parameters()), dtype=str(dtype)[6:],
                  peak=peak_flops(device), bf16=bool(cpu_flags() & {'amx_bf16', 'avx512_bf16'}))
     step()
     if who == 'ours':
         from model import flops_per_token
         about.update(flops=flops_per_token(model.config, T), causal=flops_per_token(model.config, T, causal=True))
+    if device.type == 'cuda':
+        torch.cuda.empty_cache()
     print(dumps(about), flush=True)
     for line in sys.stdin:
         if line.strip() == 'rest':
             print(dumps(dict(**where_it_goes(step, device), **(extra_parts(model, batch, autocast, clock) if who == 'ours' else {}))), flush=True)
             continue
+        if device.type == 'cuda':
+            step()                                             # the memory that the turn before gave back
         found = [step() for _ in range(steps)]
         parts = [statistics.median(values) for values in zip(*found)]
         print(dumps(dict(step=statistics.median(sum(f) for f in found), **dict(zip(('forward', 'backward', 'optimizer'), parts)), memory=peak_memory(device))),
               flush=True)
+        if device.type == 'cuda':
+            torch.cuda.empty_cache()                           # the others need it
+
+
+def cpu_seconds():
+    """Of this process and those that it waited for, compilers among them."""
+    usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(u.ru_utime + u.ru_stime for u in usage)
 
 
 def peak_memory(device):
@@ -295,12 +308,13 @@ def data_seconds(n_tokens):
 def bench_model(name, dtype, compile_it, peers):
     """A row of the table, and a row for every peer: prints them, returns the figures."""
     sides = {who: start_side(who, name, dtype, compile_it) for who in ('ours', *peers)}
-    about, failed = sides['ours'][1], [f"{who} ({about['error']})" for who, (_, about) in sides.items() if 'error' in about]
-    if failed:
-        print(f"| {name} | {dtype} {'compiled' if compile_it else 'eager'} | does not fit: {', '.join(failed)} |" + ' |' * (8 + len(PARTS)), flush=True)
+    for who in [who for who, (_, about) in sides.items() if 'error' in about]:
+        print(f"| {name} | {dtype} {'compiled' if compile_it else 'eager'} | {who}: {sides.pop(who)[1]['error']} |" + ' |' * (8 + len(PARTS)), flush=True)
+    if 'ours' not in sides:
         for process, _ in sides.values():
             process.kill()
         return None
+    about, peers = sides['ours'][1], [who for who in peers if who in sides]
     found, ceilings = {who: [] for who in sides}, []
     for _ in range(rounds):
         ceilings.append(machine(about['dtype']))

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 import kernels
 from common import all_reduce_sum
 from configurator import BadInput, RunFault, configure
-from loss import chunk_rows
+from loss import budget_rows
 from model import RMSNorm
 from parallel import reshard, whole
 
@@ -219,7 +219,7 @@ def head_gradient(h, weight, targets, use):
     use(part, dz, losses) sees the logits' gradient (n, V) and the losses (n,) of every chunk of positions, a slice.
     """
     dh = torch.empty_like(h)
-    n = chunk_rows(len(h), len(weight), h.device, torch.float32)
+    n = budget_rows(len(h), len(weight), h.device, torch.float32)
     for start in range(0, len(h), n):
         part = slice(start, start + n)
         counted, target = targets[part, None] >= 0, targets[part, None].clamp(min=0)
@@ -375,7 +375,7 @@ def row_sqnorms(model, batch, layers):
             return head_gradient(h.flatten(0, 1), weight, targets.flatten(), lambda *_: None).view_as(h)
         dh, norms = torch.empty_like(h), torch.zeros(B, dtype=torch.float64, device=h.device)
         at_tokens = torch.zeros_like(h) if head == 'embed' else None
-        (V, C), chunk = weight.shape, chunk_rows(T, len(weight), h.device, torch.float32)
+        (V, C), chunk = weight.shape, budget_rows(T, len(weight), h.device, torch.float32)
         by_positions = T * (C + V) < C * V and chunk >= T
         for b in range(B):
             G = None if by_positions else torch.zeros(V, C, dtype=h.dtype, device=h.device)

@@ -23,7 +23,7 @@ import torch
 import hf
 import parallel
 from configurator import BadInput, check_values, configure
-from kernels import DIVERGENCES, by_triton, cached_gradient_, divergence_gradient_
+from kernels import CACHED_MOST, DIVERGENCES, by_triton, cached_gradient_, divergence_gradient_
 from loss import add_weight_gradient, chunk_rows, loss_dtypes
 from model import GPT
 
@@ -91,9 +91,9 @@ def read_cached(records, source, rest, device):
     records = np.concatenate(records)
 
     def put(field, dtype):
-        return torch.from_numpy(records[field].astype(dtype)).to(device, non_blocking=True)
+        return parallel.put(torch.from_numpy(records[field].astype(dtype)), device)
     return Cached(put('ids', np.int64), put('logq', np.float32), put('tail', np.float32), put('drawn', np.int64), put('negentropy', np.float32),
-                  put('top', np.int64), put('target', np.float32), torch.from_numpy(source).to(device), rest)
+                  put('top', np.int64), put('target', np.float32), parallel.put(torch.from_numpy(source), device), rest)
 
 
 def against(lp, lq, kind):
@@ -176,7 +176,8 @@ class _Distill(torch.autograd.Function):
 def chunk_gradient_(logits, theirs, targets, alpha, temperature, kind):
     """A chunk of the student's logits (n, V) becomes the gradient of its losses in place. theirs: the teacher's logits (n, V), or Cached of n tokens.
 
-    Returns (5, n), as `distillation_loss`. By a kernel, but for a cache without draws and for other divergences than forward against a cache.
+    Returns (5, n), as `distillation_loss`. By a kernel, but for caches without draws or of more than 256 tokens, and for other divergences than forward
+    against a cache.
     """
     n, V = logits.shape
     high, device = torch.promote_types(logits.dtype, torch.float32), logits.device
@@ -184,7 +185,7 @@ def chunk_gradient_(logits, theirs, targets, alpha, temperature, kind):
     if by_triton(logits) and not isinstance(theirs, Cached):
         divergence_gradient_(logits, theirs, targets, found, alpha, temperature, DIVERGENCES.index(kind))
         return found
-    if by_triton(logits) and kind == 'forward' and theirs.drawn.shape[1]:
+    if by_triton(logits) and kind == 'forward' and 0 < theirs.drawn.shape[1] <= CACHED_MOST - theirs.ids.shape[1]:
         top, ids, q = torch.empty(n, dtype=torch.int32, device=device), *theirs.outcomes()
         cached_gradient_(logits, ids, q, targets, found, top, alpha, temperature)
         found[0] = theirs.negentropy - found[0]
@@ -311,7 +312,7 @@ class Distiller:
 
         def loss(h, weight, targets, token_weights):
             total, found = distillation_loss(h, weight, targets, token_weights, teacher=teacher, **self.options)
-            self.sums += found[[0, 3, 4]].sum(1, dtype=torch.float64)
+            self.sums += torch.stack((found[0], found[3], found[4])).sum(1, dtype=torch.float64)
             return total, found[1], found[2].bool()
         return loss
 

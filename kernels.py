@@ -14,6 +14,7 @@ Letters in shape comments: N tokens, V vocab_size, C n_embd, H heads, D head_dim
 import contextlib
 import math
 import os
+import shutil
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +35,9 @@ except ImportError:             # no Triton for this system: the references belo
 MODES = ('auto', 'triton', 'torch')
 DIVERGENCES = ('forward', 'reverse', 'js')      # the teacher's and the student's distributions; kernels know them by number
 INTERPRETED = triton is not None and os.environ.get('TRITON_INTERPRET') == '1'       # kernels run in Python, on CPU tensors
+COMPILER = os.environ.get('CC') or shutil.which('gcc') or shutil.which('clang')
+MISSING = 'Triton is not installed' if triton is None else None if COMPILER or INTERPRETED else 'Triton needs a C compiler, gcc or clang'
+CACHED_MOST = 256               # tokens that a cache names at most for its kernel, which compares each with each
 PROGRAMS = 1024                 # of a norm's backward at most, each with a row of the weight's gradient
 mode, hooked = 'auto', False
 
@@ -44,19 +48,19 @@ def use(asked, device):
     if asked not in MODES:
         raise BadInput(f"kernels = '{asked}' must be one of {', '.join(MODES)}.")
     on_gpu = device.type == 'cuda'
-    if asked == 'triton' and triton is None:
-        raise BadInput("kernels = 'triton', but Triton is not installed here. `pip install triton`, or use kernels=auto.")
+    if asked == 'triton' and MISSING:
+        raise BadInput(f"kernels = 'triton': {MISSING}. Install it, or use kernels=auto.")
     if asked == 'triton' and not on_gpu and not INTERPRETED:
         raise BadInput("kernels = 'triton' needs a CUDA device, and this run has none. Use kernels=auto.")
     mode = asked
-    if asked == 'auto' and on_gpu and triton is None:
-        return 'torch (Triton is not installed: slower)'
+    if asked == 'auto' and on_gpu and MISSING:
+        return f'torch ({MISSING}: slower)'
     return 'triton' if asked == 'triton' or asked == 'auto' and on_gpu else 'torch'
 
 
 def by_triton(x, fusable=False):
     """Whether a kernel takes tensor x. fusable: torch.compile fuses the reference with its neighbours."""
-    if mode == 'torch' or triton is None or x.dtype == torch.float64:
+    if mode == 'torch' or MISSING or x.dtype == torch.float64:
         return False
     if mode == 'triton':
         return x.is_cuda or INTERPRETED
@@ -86,6 +90,12 @@ def operator(*filled):
 
 def next_power_of_2(n):
     return 1 << (n - 1).bit_length()
+
+
+def vocabulary_block(V, most, warps=8):
+    """Launch options for rows of V: every thread has elements of its own, none a copy of another's, for rows are written over in place."""
+    block = min(most, max(32, next_power_of_2(V)))
+    return dict(BLOCK=block, num_warps=min(warps, block // 32))
 
 
 # -- cross-entropy -----------------------------------------------------------------------------------------------------
@@ -132,7 +142,7 @@ def cross_entropy_kernel(logits, targets, lse, loss, hit, top, V, STATISTICS: tl
 @operator('logits', 'lse', 'loss', 'hit', 'top')
 def cross_entropy(logits: Tensor, targets: Tensor, lse: Tensor, loss: Tensor, hit: Tensor, top: Tensor, statistics: bool, gradient: bool) -> None:
     n, V = logits.shape
-    cross_entropy_kernel[(n,)](logits, targets, lse, loss, hit, top, V, statistics, gradient, BLOCK=min(4096, next_power_of_2(V)), num_warps=8)
+    cross_entropy_kernel[(n,)](logits, targets, lse, loss, hit, top, V, statistics, gradient, **vocabulary_block(V, 4096))
 
 
 def softmax_statistics(logits, targets):
@@ -275,7 +285,7 @@ def divergence_gradient_(student: Tensor, teacher: Tensor, targets: Tensor, foun
     found (5, n) fp32 gets D, the student's loss and hit, the teacher's loss, agreement. kind: number in kd.DIVERGENCES. Its reference is kd.strip_gradient.
     """
     n, V = student.shape
-    divergence_kernel[(n,)](student, teacher, targets, found, n, V, alpha, temperature, kind, temperature != 1, BLOCK=min(2048, next_power_of_2(V)), num_warps=8)
+    divergence_kernel[(n,)](student, teacher, targets, found, n, V, alpha, temperature, kind, temperature != 1, **vocabulary_block(V, 2048))
 
 
 @jit
@@ -311,7 +321,7 @@ def cached_gradient_(student: Tensor, ids: Tensor, q: Tensor, targets: Tensor, f
     """
     (n, V), W = student.shape, ids.shape[1]
     cached_kernel[(n,)](student, ids, q, targets, found, top_id, n, V, W, alpha, temperature, temperature != 1,
-                        BLOCK=min(4096, next_power_of_2(V)), BLOCK_W=max(16, next_power_of_2(W)), num_warps=16)
+                        BLOCK_W=max(16, next_power_of_2(W)), **vocabulary_block(V, 4096, 16))
 
 
 # -- norms -------------------------------------------------------------------------------------------------------------
@@ -389,7 +399,7 @@ class _RMSNorm(torch.autograd.Function):
         dout = dout.contiguous()
         dtotal = dtotal.contiguous() if ctx.add else dout
         dx = torch.empty_like(total)
-        dweight = torch.empty(min(PROGRAMS, total.numel() // total.shape[-1]), total.shape[-1], dtype=torch.float32, device=total.device)
+        dweight = torch.empty(max(1, min(PROGRAMS, total.numel() // total.shape[-1])), total.shape[-1], dtype=torch.float32, device=total.device)
         rms_norm_backward(total, weight, dout, dtotal, dx, dweight, ctx.eps, ctx.add)
         return dx, dx if ctx.add else None, dweight.sum(0).to(weight.dtype), None
 

@@ -13,10 +13,15 @@ from torch.utils.checkpoint import checkpoint
 import kernels
 
 
+def budget_rows(n_rows, vocab_size, device, dtype):
+    """Rows of logits held at once at most: 256 MiB on the CPU, 1 GiB on a GPU."""
+    return max(1, min(n_rows, (2**30 if device.type == 'cuda' else 2**28) // (vocab_size * dtype.itemsize)))
+
+
 def chunk_rows(n_rows, vocab_size, device, dtype):
-    """Rows of logits held at once: a sixteenth of all in fp32, 256 MiB on the CPU or 1 GiB on a GPU at most. Few large chunks: each one reads dW again."""
-    most, least = (2**30, 1024) if device.type == 'cuda' else (2**28, 256)
-    return max(1, min(n_rows, most // (vocab_size * dtype.itemsize), max(least, n_rows * 4 // (16 * dtype.itemsize))))
+    """Rows of a chunk: within the budget a sixteenth of what all would take in fp32. Few large chunks: each one reads dW again."""
+    least = 1024 if device.type == 'cuda' else 256
+    return min(budget_rows(n_rows, vocab_size, device, dtype), max(least, n_rows * 4 // (16 * dtype.itemsize)))
 
 
 def loss_dtypes(h):

@@ -36,7 +36,7 @@ def whole(tensor):
 
 def put(tensor, device):
     """A tensor of the CPU (or None) on the device, without waiting for it."""
-    return tensor.pin_memory().to(device, non_blocking=True) if tensor is not None and device.type == 'cuda' else tensor
+    return tensor.pin_memory().to(device, non_blocking=True) if tensor is not None and torch.device(device).type == 'cuda' else tensor
 
 
 def to_host(tensor):

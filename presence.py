@@ -61,15 +61,19 @@ class MicroBatches:
 
     def begin(self, tau):
         """A new step; every .grad is None."""
-        self.tau, self.kept, self.scores = tau, [], []
+        self.tau, self.kept, self.scores, self.empty = tau, [], [], []
         self.largest = self.total = None                       # of the online softmax: largest exponent, sum of the factors
 
     def add(self, share):
-        """After every backward of share * (mean loss of the micro-batch): takes the gradients out of .grad."""
-        self.scores.append(self.score() / share**2)            # () fp64
+        """After every backward of share * (mean loss of the micro-batch): takes the gradients out of .grad. One without a counted token (0) has no part."""
+        score = self.score()
         gradients = [p.grad for p in self.parameters]
         for p in self.parameters:
             p.grad = None
+        if not share:
+            self.empty.append(len(self.scores) + len(self.empty))
+            return
+        self.scores.append(score / share**2)                   # () fp64
         if self.mode == 'store':
             self.kept.append(gradients)
             return
@@ -111,6 +115,8 @@ class MicroBatches:
             p.grad = gradient
         self.kept = []
         weights = weights.tolist()
+        for i in self.empty:
+            weights.insert(i, 0.0)
         return {'presence/tau': self.tau, 'presence/effective_micro_batches': 1 / sum(w * w for w in weights),
                 'presence/weight_entropy': -sum(w * math.log(w) for w in weights if w > 0), 'presence/self_influence': mean,
                 **{f'presence/weight_{i}': w for i, w in enumerate(weights)}}

@@ -159,8 +159,7 @@ check_values(config, dict(optimizer=('adamw', 'muon'), schedule=('linear', 'cosi
              {**dict.fromkeys(('block_size', 'batch_size', 'total_batch_tokens', 'log_interval', 'eval_interval', 'eval_rows', 'eval_tasks_interval',
                                'save_interval', 'mixture_interval'), (1, math.inf)),
               **dict.fromkeys(('keep_last', 'warmup_steps', 'weight_decay', 'adam_eps', 'grad_clip', 'learning_rate', 'sample_tokens', 'seed'), (0, math.inf)),
-              **dict.fromkeys(('min_lr_frac', 'warmup_frac'), (0, 1)), 'beta1': (0, 0.9999), 'beta2': (0, 0.999999), 'decay_frac': (1e-9, 1),
-              'select_keep': (0.01, 1)})
+              **dict.fromkeys(('min_lr_frac', 'warmup_frac'), (0, 1)), 'beta1': (0, 0.9999), 'beta2': (0, 0.999999), 'decay_frac': (1e-9, 1), 'select_keep': (0.01, 1)})
 if not sources:
     raise BadInput("sources is empty. Give a config file, or --sources=\"{'name': weight}\" with folders of data_dir.")
 if max_steps is None and max_tokens is None and epochs is None:
@@ -364,8 +363,8 @@ def save(step):
 
 
 # -- the loop ----------------------------------------------------------------------------------------------------------
-def report(step, sums, event, n_valid, source_counts, metrics):
-    """What a step found, read when the next one is under way, so that a GPU never waits for the host. metrics: to be logged, None: nothing."""
+def report(step, sums, event, n_valid, source_counts, read_s, metrics):
+    """What a step found, read on a GPU when the next one is under way, so that it never waits for the host. metrics: to be logged, None: nothing."""
     global window_start, window_steps, data_s
     loss_sum, n_hits, *kd_sums, grad_norm = parallel.read(sums, event)
     if not math.isfinite(loss_sum) or not math.isfinite(grad_norm):
@@ -374,7 +373,7 @@ def report(step, sums, event, n_valid, source_counts, metrics):
         raise RunFault(f'loss is {loss_sum / n_valid:.4g} and gradient norm {grad_norm:.4g} at step {step}; the optimizer '
                        f'was not stepped. Last good checkpoint: {os.path.join(out_dir, "ckpt", good[-1]) if good else "none"}. '
                        f'Rows of the batch by source: {source_counts}. Lower learning_rate or look at these sources, then --resume=True.')
-    window_steps += 1
+    window_steps, data_s = window_steps + 1, data_s + read_s
     bar.update()
     if metrics is None:
         return
@@ -410,7 +409,7 @@ for step in range(first_step, n_steps + 1):
     news, benchmarks_due = kept_shares if step == first_step else {}, benchmarks and (step % eval_tasks_interval == 0 or step == n_steps)
     evaluates = step % eval_interval == 0 or step == n_steps or benchmarks_due
     reweights = measures and first_reweighting <= step < n_steps and step % mixture_interval == 0
-    while unread and (len(unread) > 1 or saves or stopping or evaluates or reweights):
+    while unread and (len(unread) > (device.type == 'cuda') or saves or stopping or evaluates or reweights):
         report(*unread.pop(0))
     if saves:
         save(step)                                             # before the evaluation: nothing that it does can lose the step
@@ -439,10 +438,11 @@ for step in range(first_step, n_steps + 1):
     source_index, cursors = loader.next_batch(batch_rows)
     rows = [loader.read(source_index[part], cursors[part]) for part in my_rows]
     micro_batches = [(*to_device(r), parallel.put(positions_counted(torch.from_numpy(r[:, 1:])), device)) for r in rows]
-    data_s += time.perf_counter() - t0
+    read_s = time.perf_counter() - t0
     n_tokens = all_reduce_sum([(r[:, 1:] >= 0).sum() for r in rows])
     n_valid = sum(n_tokens)
     if not n_valid:
+        [report(*late) for late in unread]
         raise RunFault(f'the batch of step {step} has no token that the loss counts. Raise total_batch_tokens, or look at the masks of the sources.')
     if micro:
         micro.begin(self_influence.tau_at(step, n_steps, presence_tau, presence_schedule, presence_switch))
@@ -472,7 +472,7 @@ for step in range(first_step, n_steps + 1):
     if logs:
         drawn = {name: n - drawn_before[name] for name, n in loader.drawn().items()}
         drawn_before = loader.drawn()
-    unread.append((step, *parallel.to_host(torch.cat((sums, grad_norm[None]))), n_valid, {name: int((source_index == i).sum()) for i, name in enumerate(loader.names)}, {
+    unread.append((step, *parallel.to_host(torch.cat((sums, grad_norm[None]))), n_valid, {name: int((source_index == i).sum()) for i, name in enumerate(loader.names)}, read_s, {
         'train/learning_rate': lr, **{f'mixture/weight_{name}': weight for name, weight in loader.weights.items()},
         **{f'mixture/drawn_{name}': n / sum(drawn.values()) for name, n in drawn.items()},
         **{f'mixture/epochs_{name}': n for name, n in loader.epochs().items()}, **presence_metrics} if logs else None))

@@ -364,7 +364,7 @@ def test_triton_where_it_cannot_be_is_one_sentence(monkeypatch):
         kernels.use('triton', cpu)
     with pytest.raises(kernels.BadInput, match='must be one of'):
         kernels.use('cuda', cpu)
-    monkeypatch.setattr(kernels, 'triton', None)
+    monkeypatch.setattr(kernels, 'MISSING', 'Triton is not installed')
     with pytest.raises(kernels.BadInput, match='not installed'):
         kernels.use('triton', torch.device('cuda'))
     assert 'not installed' in kernels.use('auto', torch.device('cuda')) and kernels.use('auto', cpu) == 'torch'

@@ -12,6 +12,18 @@ from data import Source
 from hf import open_model
 
 
+@pytest.mark.parametrize('mode', ['store', 'stream'])
+def test_a_micro_batch_without_a_counted_token_has_no_part(mode):
+    model, parts = tiny(), batches(4, seed=3)
+    without = accumulate(model, parts[:1] + parts[2:], mode, 1.0, 1e-3)
+    model.zero_grad()
+    parts[1][1][:] = -1
+    log, gradient, _ = accumulate(model, parts, mode, 1.0, 1e-3)
+    assert log['presence/weight_1'] == 0 and log['presence/weight_2'] == without[0]['presence/weight_1']
+    assert log['presence/self_influence'] == without[0]['presence/self_influence']
+    assert all(torch.allclose(gradient[name], g, rtol=1e-9) for name, g in without[1].items())
+
+
 def accumulate(model, parts, mode, tau, sigma=None):
     """One step of micro-batches: (what finish logs, name -> gradient, the object)."""
     micro = presence.MicroBatches(model, 'first', mode, len(parts), dict(n=len(parts), layers='first', sigma=sigma))

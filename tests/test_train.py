@@ -318,6 +318,12 @@ def test_full_disk_while_saving_leaves_the_checkpoint_before(tmp_path, tiny_data
     assert read_state(find_checkpoint(str(tmp_path / 'run')))['step'] == 8
 
 
+def test_every_logged_step_took_time(tmp_path, tiny_data):
+    by_step = train(tmp_path / 'run', tiny_data, max_steps=12, eval_interval=6)
+    ms = [by_step[step]['system/step_ms'] for step in range(12)]
+    assert min(ms) > 0.2 * sorted(ms)[6] and all(0 < by_step[step]['system/data_ms'] < ms[step] for step in range(12))
+
+
 def test_diverging_run_stops_before_the_optimizer_and_names_the_batch(tmp_path, tiny_data):
     done = run(train_command(tmp_path / 'run', tiny_data, learning_rate=1e38, grad_clip=0.0, save_interval=1, warmup_steps=0,
                              schedule='constant', max_steps=40))
