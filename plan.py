@@ -14,7 +14,7 @@ GPU_GIB = 80
 
 
 def choose_compile(asked, total_flops, peak, world_size, device):
-    """(whether to compile blocks, why). Compiling costs about a minute; on a CPU it gained 0 to 16 %.
+    """(whether to compile blocks, why). Compiling costs 17 CPU-seconds for 6 blocks (4 cached); on CPUs it gained 0 to 16 %, in fp32 2 % (BENCHMARKS.md).
 
     asked: the knob, None: decide; total_flops of the run; peak: FLOP/s of a device, None on a CPU.
     """
