@@ -348,7 +348,7 @@ def rms_norm_backward_kernel(total, weight, dout, dtotal, dx, dweight, N, C, eps
     gain, dgain = tl.load(weight + cols, mask=cols < C, other=0.0).to(tl.float32), tl.zeros((BLOCK,), tl.float32)
     for i in range(0, ROWS):
         row = program * ROWS + i
-        here = (cols < C) & (row < N)
+        here = cols < tl.where(row < N, C, 0)
         a = tl.load(total + row * C + cols, mask=here, other=0.0).to(tl.float32)
         g = tl.load(dout + row * C + cols, mask=here, other=0.0).to(tl.float32)
         r = 1.0 / tl.sqrt(tl.sum(a * a, 0) / C + eps)
