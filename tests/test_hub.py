@@ -9,7 +9,7 @@ import urllib.parse
 
 import pytest
 
-from conftest import assert_one_sentence, run
+from conftest import ROOT, assert_one_sentence, run
 from configurator import RunFault
 from prepare import reading
 from test_prepare import byte_tokenizer, contents, documents  # noqa: F401  (a fixture among them)
@@ -92,7 +92,7 @@ def parquet(texts):
 
 
 def finemath(hub_url, tokenizer, *arguments, script='finemath', **env):
-    return run([sys.executable, f'prepare/{script}.py', f'--tokenizer={tokenizer}', *arguments], HF_ENDPOINT=hub_url,
+    return run([sys.executable, f'prepare/{script}.py', f'--tokenizer={tokenizer}', *arguments], HF_ENDPOINT=hub_url, PYTHONPATH=str(ROOT / 'tests/ample_disk'),
                HF_HUB_ETAG_TIMEOUT='5', HF_TOKEN='', HF_HUB_DISABLE_IMPLICIT_TOKEN='1', **env)
 
 
