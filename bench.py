@@ -97,10 +97,10 @@ def build_peer(who, shape, compile_it, device, length):
     return model, lambda inputs, targets: run(input_ids=inputs, shift_labels=targets, labels=targets).loss
 
 
-def extra_parts(model, batch, autocast, clock):
+def extra_parts(model, batch, autocast):
     """Seconds of a measurement of influence (a batch, last block), and of what PRESENCE adds to two micro-batches and a cached teacher to one."""
     import torch
-    from bench_common import random_cache
+    from bench_common import clock, random_cache
     from influence import Direction, select, source_products
     from kd import distillation_loss
     from presence import MicroBatches
@@ -143,7 +143,8 @@ def extra_parts(model, batch, autocast, clock):
 def run_side():
     """Warms up, prints a line of JSON about itself, then answers every line on stdin with a line of JSON: seconds of a step and its parts, memory."""
     import torch
-    from common import cpu_flags, peak_flops, pick_dtype, tune_malloc
+    from bench_common import clock
+    from common import peak_flops, pick_dtype, tune_malloc
     tune_malloc()
     who, name, dtype, compile_it = side.split(',')
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
@@ -159,12 +160,6 @@ def run_side():
     start = cpu_seconds()
     model, loss = build_ours(shape, compile_it == 'True', device) if who == 'ours' else build_peer(who, shape, compile_it == 'True', device, T)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-
-    def clock():
-        if device.type == 'cuda':
-            torch.cuda.synchronize()
-            return time.perf_counter()
-        return time.process_time()
 
     def autocast():
         return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
@@ -184,7 +179,7 @@ def run_side():
         return [b - a for a, b in zip(at, at[1:])]
     step()
     about = dict(start_s=cpu_seconds() - start, tokens=B * T, parameters=sum(p.numel() for p in model.parameters()), dtype=str(dtype)[6:],
-                 peak=peak_flops(device), bf16=bool(cpu_flags() & {'amx_bf16', 'avx512_bf16'}))
+                 peak=peak_flops(device))
     step()
     if who == 'ours':
         from model import flops_per_token
@@ -194,7 +189,7 @@ def run_side():
     print(dumps(about), flush=True)
     for line in sys.stdin:
         if line.strip() == 'rest':
-            print(dumps(dict(**where_it_goes(step, device), **(extra_parts(model, batch, autocast, clock) if who == 'ours' else {}))), flush=True)
+            print(dumps(dict(**where_it_goes(step, device), **(extra_parts(model, batch, autocast) if who == 'ours' else {}))), flush=True)
             continue
         if device.type == 'cuda':
             step()                                             # the memory that the turn before gave back

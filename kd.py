@@ -28,7 +28,6 @@ from loss import add_weight_gradient, chunk_rows, loss_dtypes
 from model import GPT
 
 
-
 # -- divergences -------------------------------------------------------------------------------------------------------
 
 def divergence(lp, lq, kind):
