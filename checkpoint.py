@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from common import barrier
 from configurator import BadInput, RunFault
+from ranks import stored_form, whole_shape
 
 warnings.filterwarnings('ignore', message='torch.distributed is disabled')      # DCP's remark on every run of one process
 
@@ -47,10 +48,11 @@ def _rank():
 def _tensors(model, optimizers):
     """Flat dict of everything that DCP stores: 'model.<name>' and 'optim.<name>.<key>'."""
     names = {parameter: name for name, parameter in model.named_parameters()}
-    tensors = {f'model.{name}': parameter.detach() for parameter, name in names.items()}
+    tensors = {f'model.{name}': stored_form(model.layout, name, parameter.detach()) for parameter, name in names.items()}
+    tensors |= {f'model.{name}': value for name, value in model.state_dict().items() if name not in names.values()}        # biases of experts
     for optimizer in optimizers:
         for parameter, state in optimizer.state.items():
-            tensors |= {f'optim.{names[parameter]}.{key}': value for key, value in state.items()}
+            tensors |= {f'optim.{names[parameter]}.{key}': stored_form(model.layout, names[parameter], value) for key, value in state.items()}
     return tensors
 
 
@@ -278,14 +280,14 @@ def load(checkpoint, model, optimizers):
                 prefix = f'optim.{names[parameter]}.'
                 states[optimizer, parameter] = {
                     key.removeprefix(prefix): torch.zeros_like(parameter.detach(), dtype=stored[key].properties.dtype)
-                    if tuple(stored[key].size) == tuple(parameter.shape)
+                    if tuple(stored[key].size) == tuple(whole_shape(model.layout, names[parameter], parameter))
                     else torch.zeros(stored[key].size, dtype=stored[key].properties.dtype,
                                      device=parameter.device if group.get('fused') else 'cpu')
                     for key in stored if key.startswith(prefix)}
                 if not states[optimizer, parameter]:
                     raise BadInput(f'checkpoint {checkpoint} has no optimizer state for {names[parameter]}: it was written with '
                                    'another optimizer. Resume with that one, or start a new run with init_from.')
-                tensors |= {prefix + key: value for key, value in states[optimizer, parameter].items()}
+                tensors |= {prefix + key: stored_form(model.layout, names[parameter], value) for key, value in states[optimizer, parameter].items()}
     dcp.load(tensors, checkpoint_id=checkpoint, no_dist=not dist.is_initialized())
     for (optimizer, parameter), state in states.items():
         optimizer.state[parameter] = state

@@ -17,6 +17,9 @@ PEAK_FLOPS = {'H200': 989e12, 'H100 PCIe': 756e12, 'H100': 989e12, 'GH200': 989e
               'V100': 125e12, 'T4': 65e12}
 
 
+rows_group = None       # the ranks that have rows of their own, where others beside them have the same (tensor parallelism); None: all
+
+
 def start_ranks(device, join=True):
     """Joins torchrun's process group, if there is one (not with join=False). Returns (rank, world_size, torch.device).
 
@@ -48,12 +51,15 @@ def leave_ranks(code):
     sys.exit(code)
 
 
-def all_reduce_sum(values):
-    """Sums a list of numbers over all ranks: list of float (fp64 inside). By the hosts: numbers that are on a GPU are waited for."""
+def all_reduce_sum(values, everywhere=False):
+    """Sums a list of numbers over the ranks that have rows of their own (everywhere: over all): list of float (fp64 inside).
+
+    By the hosts: numbers that are on a GPU are waited for.
+    """
     if not dist.is_initialized():
         return [float(v) for v in values]
     total = torch.tensor([float(v) for v in values], dtype=torch.float64)
-    dist.all_reduce(total)
+    dist.all_reduce(total, group=None if everywhere else rows_group)
     return total.tolist()
 
 

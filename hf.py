@@ -18,9 +18,10 @@ import sys
 from dataclasses import asdict
 
 import torch
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 import checkpoint
+import moe
+import ranks
 from configurator import BadInput, configure, did_you_mean
 from model import GPT, ModelConfig
 from tokenizer import load_tokenizer, read_json, save_tokenizer_json, stop_ids
@@ -115,6 +116,8 @@ def context_of(hf):
 def config_to_hf(config, context, tokenizer, dtype):
     """ModelConfig -> the config.json (dict) of the family that computes the same."""
     c = config
+    if c.n_expert:
+        raise BadInput('mixtures of experts cannot be exported: no family of Hugging Face that is known here computes the same.')
     family = ('qwen3' if c.qk_norm_weight else 'llama4_text') if c.qk_norm else 'qwen2' if c.qkv_bias else 'llama'
     if c.qk_norm and c.qkv_bias:
         raise BadInput('no family of Hugging Face has both qk_norm and qkv_bias, so this model cannot be exported.')
@@ -198,8 +201,8 @@ def read_weights(folder, hf, model):
     spare = {name for name in found if name.endswith('rotary_emb.inv_freq') or config.tie_embeddings and name == 'lm_head.weight'}
     faults = [f'{kind}: {", ".join(sorted(names)[:5])}{" ..." if len(names) > 5 else ""} ({len(names)})' for kind, names in (
         ('missing', wanted.keys() - found.keys()), ('not known', found.keys() - wanted.keys() - spare)) if names]
-    faults += [f'{name} has shape {list(found[name][1])}, the config asks for {list(parameter.shape)}'
-               for name, (_, parameter) in wanted.items() if name in found and found[name][1] != tuple(parameter.shape)]
+    faults += [f'{name} has shape {list(found[name][1])}, the config asks for {list(ranks.whole_shape(model.layout, ours, parameter))}'
+               for name, (ours, parameter) in wanted.items() if name in found and found[name][1] != tuple(ranks.whole_shape(model.layout, ours, parameter))]
     if faults:
         raise BadInput(f'{folder}: the tensors are not those of its config.json. ' + '; '.join(faults[:8]) + '.')
     for path in sorted({path for path, _ in found.values()}):
@@ -208,10 +211,7 @@ def read_weights(folder, hf, model):
                 if theirs in wanted:
                     name, parameter = wanted[theirs]
                     tensor = turn_pairs(name, f.get_tensor(theirs), config, family, to_ours=True)
-                    tensor = tensor.to(parameter.device, parameter.dtype)
-                    if isinstance(parameter, DTensor):
-                        tensor = distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
-                    parameter.copy_(tensor)
+                    parameter.copy_(ranks.placed(model.layout, name, parameter, tensor))
 
 
 def write_weights(folder, model, family, dtype):
@@ -332,6 +332,8 @@ def open_model(path, device, dtype, needs_tokenizer=True):
     with torch.device('meta'):
         model = GPT(about['model'])
     model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
+    for layer in moe.layers(model):
+        layer.bias = layer.bias.float()
     load_weights(about, model)
     return model, about['tokenizer'], about
 

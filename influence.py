@@ -18,14 +18,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
 
 import kernels
 from common import all_reduce_sum
 from configurator import BadInput, RunFault, configure
 from loss import budget_rows
 from model import RMSNorm
-from parallel import reshard, whole
+from parallel import own, reshard, whole
+from ranks import copies, whole_shape
 
 LAYERS = ('last', 'all', 'first', 'embedding+head')
 MATRIX_BLOCK = 2**24        # elements of rows' gradients that `row_matrix` holds at once
@@ -62,7 +62,7 @@ def select(model, layers):
 
 def inner(a, b):
     """Inner product of two tensors, of this rank's parts where they are sharded: () fp64, four million elements at a time."""
-    a, b = (t.to_local() if isinstance(t, DTensor) else t for t in (a, b))
+    a, b = own(a), own(b)
     parts = zip(a.flatten().split(2**22), b.flatten().split(2**22))
     return sum(torch.dot(x.double(), y.double()) for x, y in parts)
 
@@ -81,7 +81,7 @@ def stream_gradients(model, batches, layers, use):
     reshard(model)
     selected, grad_from = select(model, layers)
     names = {parameter: name for name, parameter in selected.items()}
-    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    n_data = model.layout.n_data if model.layout else dist.get_world_size() if dist.is_initialized() else 1
 
     def take(parameter):
         gradient, parameter.grad = parameter.grad, None
@@ -91,7 +91,7 @@ def stream_gradients(model, batches, layers, use):
     try:
         for inputs, targets, doc_ids in batches:
             loss, _, _ = model.loss(inputs, targets, doc_ids=doc_ids, grad_from=grad_from)
-            (loss * world_size).backward()                         # FSDP averages over ranks; this makes it a sum
+            (loss * n_data).backward()                             # FSDP averages over ranks; this makes it a sum
             yield all_reduce_sum([loss.detach(), (targets >= 0).sum()])
     finally:
         for hook in hooks:
@@ -105,14 +105,14 @@ def adam_scale(model, optimizers):
     """
     reshard(model)
     state = {p: s for optimizer in optimizers for p, s in optimizer.state.items()}
-    scale = {}
+    moments = {}
     for name, parameter in model.named_parameters():
         if not name.startswith('embed.'):
             if 'exp_avg_sq' not in state.get(parameter, {}):
                 raise BadInput(f"influence_scaling = 'adam' needs AdamW's second moments, and there are none of {name}.")
-            moment = state[parameter]['exp_avg_sq']
-            scale[name] = moment, 0.01 * whole(moment.sqrt().sum()).item() / moment.numel()
-    return scale
+            moments[name] = state[parameter]['exp_avg_sq']
+    sums = all_reduce_sum([own(m).sqrt().sum() / copies(model.layout, name) for name, m in moments.items()], everywhere=True)
+    return {name: (m, 0.01 * total / whole_shape(model.layout, name, m).numel()) for (name, m), total in zip(moments.items(), sums)}
 
 
 def probe_direction(model, probe, layers='last', weights=None, scale=None, units='loss'):
@@ -140,7 +140,7 @@ def probe_direction(model, probe, layers='last', weights=None, scale=None, units
             if scale is not None and name not in scale:
                 return
             if name in total:
-                products.append(inner(scaled(name, total[name]), gradient))        # with all batches before
+                products.append(inner(scaled(name, total[name]), gradient) / copies(model.layout, name))        # with all batches before
                 total[name].add_(gradient)
             else:
                 total[name] = gradient
@@ -149,7 +149,7 @@ def probe_direction(model, probe, layers='last', weights=None, scale=None, units
         if not total or tokens == 0 or squares == tokens**2:
             raise BadInput(f"influence: the probe set '{domain}' gives " + ('fewer than two batches with counted tokens.' if total else
                            f"no gradient of the layers '{layers}' that scaling by Adam leaves in."))
-        pairs, norm = all_reduce_sum([sum(products), sum(inner(scaled(n, g), g) for n, g in total.items())])
+        pairs, norm = all_reduce_sum([sum(products), sum(inner(scaled(n, g), g) / copies(model.layout, n) for n, g in total.items())], everywhere=True)
         den[domain], loss[domain] = 2 * pairs / (tokens**2 - squares), losses / tokens
         if not den[domain] > 0:
             raise RunFault(f"the batches of the probe set '{domain}' disagree (mean inner product {den[domain]:.3g}): it is too small to "
@@ -175,14 +175,14 @@ def source_products(model, batches, directions):
     def use(name, gradient):
         for i, direction in enumerate(directions):
             if name in direction.v:
-                sums[i] += inner(direction.v[name], gradient)
+                sums[i] += inner(direction.v[name], gradient) / copies(model.layout, name)
     for batch_loss, n in stream_gradients(model, batches, directions[0].layers, use):
         rows.append(sums.clone())
         sums.zero_()
         losses, tokens = losses + batch_loss, tokens + [n]
     if not sum(tokens):
         raise BadInput('influence: a sample without a single counted token.')
-    products = all_reduce_sum(torch.stack(rows).flatten().tolist())
+    products = all_reduce_sum(torch.stack(rows).flatten().tolist(), everywhere=True)
     return np.array(products).reshape(len(rows), -1), np.array(tokens), losses / sum(tokens)
 
 
@@ -241,6 +241,8 @@ def row_pass(model, batch, layers, at_module, at_head):
     Exact under flash SDPA, autocast, activation checkpointing and FSDP2; compiled blocks run eagerly for its time, for what
     is compiled would not see the hooks.
     """
+    if model.tp is not None or model.config.n_expert:
+        raise BadInput('influence of single rows cannot be measured under tensor parallelism or with experts. That of sources can.')
     inputs, _, doc_ids = batch
     selected, grad_from = select(model, layers)
     modules, leaf = dict(model.named_modules()), []

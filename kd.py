@@ -22,6 +22,7 @@ import torch
 
 import hf
 import parallel
+import ranks
 from configurator import BadInput, check_values, configure
 from kernels import CACHED_MOST, DIVERGENCES, by_triton, cached_gradient_, divergence_gradient_
 from loss import add_weight_gradient, chunk_rows, loss_dtypes
@@ -272,12 +273,14 @@ def weights_fingerprint(about):
     return digest.hexdigest()[:16]
 
 
-def open_teacher(about, device, dtype, mesh=None, compile_blocks=False):
-    """The teacher, frozen, in `dtype`, sharded over the mesh like the student (None: whole on this process)."""
+def open_teacher(about, device, dtype, layout=None, compile_blocks=False):
+    """The teacher, frozen, in `dtype`, spread over the ranks like the student (None: whole on this process)."""
     with torch.device('meta'):
-        model = GPT(about['model']).to(dtype)
-    model.requires_grad_(False)
-    parallel.spread(model, mesh, dtype, compile_blocks)
+        model = GPT(about['model'])
+        for module in model.modules():                         # parameters alone: the biases of experts stay fp32
+            for name, parameter in module.named_parameters(recurse=False):
+                setattr(module, name, torch.nn.Parameter(parameter.to(dtype), requires_grad=False))
+    parallel.spread(model, layout, dtype, compile_blocks)
     model.to_empty(device=device)
     hf.load_weights(about, model)
     return model.eval()
@@ -307,7 +310,8 @@ class Distiller:
         else:
             with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
                 hidden = self.teacher(inputs, doc_ids).flatten(0, 1)                     # (N, C_t)
-                teacher = hidden if counted is None else hidden[counted], parallel.whole(self.teacher.output_weight)
+                weight = parallel.whole(self.teacher.output_weight)
+                teacher = hidden if counted is None else hidden[counted], ranks.collect(weight, self.teacher.tp) if self.teacher.tp else weight
 
         def loss(h, weight, targets, token_weights):
             total, found = distillation_loss(h, weight, targets, token_weights, teacher=teacher, **self.options)

@@ -5,9 +5,12 @@ RMSNorm, rotary positions (with scaling), grouped-query attention, optional QK-n
 convention (two halves) are those of Hugging Face's Llama, so its weights copy over one to one.
 
 `GPT.forward` returns hidden states. The loss is a function of hidden states and the output weight (loss.py) and works through the
-rows in chunks, so the B x T x V logits never exist at once. What lies between the matrix products is in kernels.py.
+rows in chunks, so the B x T x V logits never exist at once. What lies between the matrix products is in kernels.py, mixtures of experts in moe.py.
 
-Letters in shape comments: B rows, T tokens, C n_embd, H n_head, K n_kv_head, D head_dim, F ffn_dim, V vocab_size, N = B*T.
+Under tensor parallelism (ranks.py) a module's weights are this rank's part of its heads, inner width or vocabulary, and its
+tokens between modules are its part of them, (N/n, C); attention and feed-forward begin with a gather and end with a scatter.
+
+Letters in shape comments: B rows, T tokens, C n_embd, H n_head, K n_kv_head, D head_dim, F ffn_dim, V vocab_size, N = B*T, n ranks of a group.
 """
 import functools
 import hashlib
@@ -17,13 +20,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils.checkpoint import checkpoint
 
 import kernels
+import ranks
 from attention import attend, document_boundaries
 from configurator import BadInput
 from loss import chunk_rows, linear_cross_entropy
+from moe import MixtureOfExperts
 
 
 ROPE_SCALING = {       # type -> its numbers
@@ -54,6 +57,7 @@ class ModelConfig:
     n_shared_expert: int = 0              # experts that see every token
     expert_ffn_dim: int = 0
     n_dense_layer: int = 0                # first layers that stay dense (width ffn_dim)
+    expert_score: str = 'sigmoid'         # how the router scores experts: sigmoid (DeepSeek-V3) or softmax (Mixtral)
 
     def __post_init__(self):
         for name in ('vocab_size', 'n_layer', 'n_head', 'n_kv_head', 'n_embd', 'ffn_dim', 'layer_repeat', 'head_dim'):
@@ -68,6 +72,13 @@ class ModelConfig:
             raise BadInput(f'n_head = {self.n_head} is not a multiple of n_kv_head = {self.n_kv_head}.')
         if self.head_dim % 2:
             raise BadInput(f'head_dim = {self.head_dim} is odd; rotary positions need an even one.')
+        if self.n_expert:
+            if not (1 <= self.n_expert_active <= self.n_expert and self.expert_ffn_dim >= 1 and 0 <= self.n_dense_layer <= self.n_layer
+                    and self.n_shared_expert >= 0):
+                raise BadInput(f'n_expert = {self.n_expert} needs n_expert_active (is {self.n_expert_active}) from 1 to n_expert, expert_ffn_dim '
+                               f'(is {self.expert_ffn_dim}) of at least 1, and n_dense_layer (is {self.n_dense_layer}) from 0 to n_layer.')
+            if self.expert_score not in ('sigmoid', 'softmax'):
+                raise BadInput(f"expert_score = '{self.expert_score}' must be sigmoid or softmax.")
         if self.rope_scaling is not None:
             kind = self.rope_scaling.get('type', 'llama3')
             if kind not in ROPE_SCALING:
@@ -80,10 +91,10 @@ class ModelConfig:
 # -- counts ------------------------------------------------------------------------------------------------------------
 
 def count_parameters(config):
-    """Parameters from the formula, without building the model: dict(total, embedding, non_embedding, active).
+    """Parameters from the formula, without building the model: dict(total, embedding, non_embedding, active, routed).
 
     `embedding` counts the input table, and the output table too when it is not tied; `active` is what one token passes
-    through (all of it in a dense model).
+    through (all of it in a dense model); `routed` those of routed experts.
     """
     c = config
     attention = c.n_embd * c.head_dim * (2 * c.n_head + 2 * c.n_kv_head)
@@ -93,10 +104,11 @@ def count_parameters(config):
     router = c.n_embd * c.n_expert
     blocks = c.n_layer * attention + (c.n_layer - n_moe) * 3 * c.n_embd * c.ffn_dim + c.n_embd
     moe = n_moe * (router + (c.n_expert + c.n_shared_expert) * one_expert)
+    routed = n_moe * c.n_expert * one_expert
     moe_active = n_moe * (router + (c.n_expert_active + c.n_shared_expert) * one_expert)
     embedding = c.vocab_size * c.n_embd * (1 if c.tie_embeddings else 2)
     return dict(total=blocks + moe + embedding, embedding=embedding, non_embedding=blocks + moe,
-                active=blocks + moe_active + embedding)
+                active=blocks + moe_active + embedding, routed=routed)
 
 
 def flops_per_token(config, block_size, causal=False):
@@ -148,17 +160,23 @@ def rope_frequencies(config, device=None):
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight, the mean square in fp32. Zhang & Sennrich 2019 (arXiv:1910.07467). weight may be left out."""
+    tp = None
 
     def __init__(self, dim, eps, has_weight=True):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(dim)) if has_weight else None
         self.dim, self.eps = dim, eps
 
+    def gain(self):
+        return ranks.share(self.weight, self.tp)
+
     def forward(self, x):
-        return kernels.rms_norm(x, self.weight, self.eps)
+        return kernels.rms_norm(x, self.gain(), self.eps)
 
 
 class Attention(nn.Module):
+    tp = None                                             # ranks.Group: this rank then has n_head of the heads
+
     def __init__(self, config):
         super().__init__()
         c = config
@@ -171,19 +189,19 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(c.head_dim, c.norm_eps, c.qk_norm_weight) if c.qk_norm else None
 
     def forward(self, x, cos, sin, mask=None, cu_seqlens=None, cache=None, position=0):
-        """x (B, T, C) -> (B, T, C).
+        """x (B, T, C), or this rank's tokens of it (N/n, C) -> the same shape. cos, sin (T, D).
 
         mask        (B or 1, 1, T, T_total) bool, True where a query may look; None: plain causal
         cu_seqlens  (documents + 1,) int32, document boundaries in the B*T stream: attention stays between them
         cache       (2, B, T_max, K, D): keys and values of the first `position` tokens, extended in place
         """
-        B, T, _ = x.shape
-        q = self.wq(x).view(B, T, self.n_head, self.head_dim)                         # (B, T, H, D)
-        k = self.wk(x).view(B, T, self.n_kv_head, self.head_dim)                      # (B, T, K, D)
-        v = self.wv(x).view(B, T, self.n_kv_head, self.head_dim)                      # (B, T, K, D)
+        x, T = ranks.gather(x, self.tp), len(cos)
+        q = self.wq(x).view(-1, T, self.n_head, self.head_dim)                        # (B, T, H, D)
+        k = self.wk(x).view(-1, T, self.n_kv_head, self.head_dim)                     # (B, T, K, D)
+        v = self.wv(x).view(-1, T, self.n_kv_head, self.head_dim)                     # (B, T, K, D)
         norm = ()
         if self.q_norm is not None and kernels.across_modules(q):
-            norm = True, self.q_norm.weight, self.k_norm.weight, self.q_norm.eps
+            norm = True, self.q_norm.gain(), self.k_norm.gain(), self.q_norm.eps
         elif self.q_norm is not None:                     # as modules: influence.py has hooks on them
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = kernels.rotate_heads(q, k, cos, sin, *norm)
@@ -191,57 +209,61 @@ class Attention(nn.Module):
             cache[0, :, position:position + T] = k
             cache[1, :, position:position + T] = v
             k, v = cache[0, :, :position + T], cache[1, :, :position + T]
-        return self.wo(attend(q, k, v, mask, cu_seqlens, causal=T > 1).reshape(B, T, -1))
+        y = attend(q, k, v, mask, cu_seqlens, causal=T > 1).reshape(*x.shape[:-1], -1)          # (B, T, H*D)
+        return ranks.scatter(self.wo(y), self.tp)
 
 
 class FeedForward(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x)). Shazeer 2020 (arXiv:2002.05202)."""
+    tp = None                                             # ranks.Group: this rank then has its part of the inner width
 
-    def __init__(self, config):
+    def __init__(self, config, inner):
         super().__init__()
-        self.w_gate = nn.Linear(config.n_embd, config.ffn_dim, bias=False)
-        self.w_up = nn.Linear(config.n_embd, config.ffn_dim, bias=False)
-        self.w_down = nn.Linear(config.ffn_dim, config.n_embd, bias=False)
+        self.w_gate = nn.Linear(config.n_embd, inner, bias=False)
+        self.w_up = nn.Linear(config.n_embd, inner, bias=False)
+        self.w_down = nn.Linear(inner, config.n_embd, bias=False)
 
     def forward(self, x):
-        return self.w_down(kernels.swiglu(self.w_gate(x), self.w_up(x)))       # (B, T, F) inside
+        x = ranks.gather(x, self.tp)
+        return ranks.scatter(self.w_down(kernels.swiglu(self.w_gate(x), self.w_up(x))), self.tp)       # (B, T, F) inside
 
 
 class Block(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, has_experts):
         super().__init__()
         self.attn_norm = RMSNorm(config.n_embd, config.norm_eps)
         self.attn = Attention(config)
         self.ffn_norm = RMSNorm(config.n_embd, config.norm_eps)
-        self.ffn = FeedForward(config)
+        self.ffn = MixtureOfExperts(config, FeedForward) if has_experts else FeedForward(config, config.ffn_dim)
 
     def forward(self, x, cos, sin, mask=None, cu_seqlens=None, cache=None, position=0):
+        """As Attention's, with the balance loss of the layer's experts beside (None: there is none)."""
         change = self.attn(self.attn_norm(x), cos, sin, mask, cu_seqlens, cache, position)
         if kernels.across_modules(x):
-            h, x = kernels.add_rms_norm(change, x, self.ffn_norm.weight, self.ffn_norm.eps)
+            h, x = kernels.add_rms_norm(change, x, self.ffn_norm.gain(), self.ffn_norm.eps)
         else:                                             # as a module: influence.py has hooks on it
             x = x + change
             h = self.ffn_norm(x)
-        return x + self.ffn(h)
+        change, imbalance = self.ffn(h, len(cos)) if isinstance(self.ffn, MixtureOfExperts) else (self.ffn(h), None)
+        return x + change, imbalance
 
 
 class GPT(nn.Module):
-    """The whole network. Build it on the meta device, shard it, `to_empty` it, then call `init_weights`."""
+    """The whole network. Build it on the meta device, shard it (parallel.spread), `to_empty` it, then call `init_weights`."""
+    layout = tp = None                                    # ranks.Layout and its tensor-parallel Group, set by parallel.spread
+    balance_loss = 0.0                                    # weight of the experts' balance loss while training
 
     def __init__(self, config):
         super().__init__()
-        if config.n_expert:
-            raise BadInput(f'n_expert = {config.n_expert}: mixture-of-experts layers cannot be built yet, only counted. '
-                           'Set n_expert=0 for the dense model.')
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.blocks = nn.ModuleList(Block(config, config.n_expert and i >= config.n_dense_layer) for i in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd, config.norm_eps)
         self.lm_head = None if config.tie_embeddings else nn.Linear(config.n_embd, config.vocab_size, bias=False)
 
     @property
     def output_weight(self):
-        """The output layer's weight (V, C): the embedding table itself when tied."""
+        """The output layer's weight (V, C), or this rank's part of it: the embedding table itself when tied."""
         return self.embed.weight if self.lm_head is None else self.lm_head.weight
 
     def forward(self, idx, doc_ids=None, cache=None, position=0, first=None, grad_from=0):
@@ -254,12 +276,22 @@ class GPT(nn.Module):
         cache     list of n_layer * layer_repeat tensors (2, B, T_max, K, D), filled in place; position: tokens in it
         first     (B,) int64 or None: index of every row's first token, for rows padded on the left (only with a cache)
         grad_from first block whose parameters get a gradient; above 0 the embedding gets none either
-        Returns (B, T, C) in the compute dtype (autocast's when it is on).
+        Returns (B, T, C) in the compute dtype (autocast's when it is on). Under tensor parallelism all ranks of the group have all of it,
+        and are to use it alike.
         """
+        x, _ = self.hidden(idx, doc_ids, cache, position, first, grad_from)
+        return ranks.gather(x, self.tp, alike=True).view(*idx.shape, -1)
+
+    def hidden(self, idx, doc_ids=None, cache=None, position=0, first=None, grad_from=0):
+        """As `forward`, but (B, T, C) or this rank's tokens of it, (N/n, C); beside it the sum of the layers' balance losses, None: there is none."""
         T = idx.shape[1]
+        if self.tp is not None:
+            self.tp.splits = cache is None and idx.numel() % self.tp.size == 0
+            if not self.tp.splits and torch.is_grad_enabled():
+                raise BadInput(f'{idx.numel():,} tokens of a batch cannot be split over tp = {self.tp.size} ranks. Change batch_size or block_size.')
         wanted = torch.is_grad_enabled()
         with torch.set_grad_enabled(wanted and grad_from == 0):
-            x = self.embed(idx)                                                       # (B, T, C)
+            x = ranks.embed(idx, self.embed.weight, self.tp) if self.tp is not None else self.embed(idx)          # (B, T, C)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))     # the residual stream too, as under FSDP's bf16 policy
         angles = torch.arange(position, position + T, device=x.device)[:, None] * rope_frequencies(self.config, x.device)
@@ -275,13 +307,14 @@ class GPT(nn.Module):
             if first is not None:             # padding sees itself alone, for an empty softmax is NaN
                 keys = torch.arange(position + T, device=x.device)
                 mask = mask & (keys >= first[:, None, None, None]) | (keys == keys[position:, None])          # (B, 1, T, T_total)
-        application = 0
+        application, imbalance = 0, None
         for i, block in enumerate(self.blocks):
             with torch.set_grad_enabled(wanted and i >= grad_from):
                 for _ in range(self.config.layer_repeat):
-                    x = block(x, cos, sin, mask, cu_seqlens, None if cache is None else cache[application], position)
+                    x, more = block(x, cos, sin, mask, cu_seqlens, None if cache is None else cache[application], position)
+                    imbalance = more if imbalance is None else imbalance + more
                     application += 1
-        return self.norm(x)
+        return self.norm(x), imbalance
 
     def loss(self, idx, targets, token_weights=None, doc_ids=None, grad_from=0, objective=None, counted=None):
         """Forward and loss in one call (under FSDP2 this is where the output weight is whole).
@@ -290,19 +323,27 @@ class GPT(nn.Module):
         results: sum () fp32 with gradient; losses (B, T) and hits (B, T) without. grad_from: as in `forward`; above 0 the output
         weight gets no gradient. objective: a function in the place of linear_cross_entropy (distillation), None: that. counted: what
         `positions_counted` says of targets, so that others cost nothing in the output layer, and the objective sees these positions alone;
-        None: all go through it, but for linear_cross_entropy on the CPU, where looking costs nothing.
+        None: all go through it, but for linear_cross_entropy on the CPU, where looking costs nothing. Under tensor parallelism an objective sees
+        the positions that this rank is given in `counted`, which are to be a part of them for every rank: losses and hits are of these.
         """
-        h, targets = self.forward(idx, doc_ids, grad_from=grad_from).flatten(0, 1), targets.flatten()
+        x, imbalance = self.hidden(idx, doc_ids, grad_from=grad_from)
+        h, targets = ranks.gather(x, self.tp, alike=objective is None).flatten(0, -2), targets.flatten()       # (N, C), (N,)
         flat_weights = None if token_weights is None else token_weights.flatten()
         weight = self.output_weight.detach() if grad_from else self.output_weight
         if counted is None and objective is None and targets.device.type == 'cpu':
             counted = positions_counted(targets)
-        objective = objective or linear_cross_entropy
+        if objective is None:
+            part_of = None if self.tp is None else (self.tp.group, self.tp.rank * len(weight))
+            objective = functools.partial(linear_cross_entropy, part_of=part_of)
+        elif self.tp is not None:                         # tokens are split in place of the vocabulary: then any objective will do
+            weight = ranks.gather(weight, self.tp)
         if counted is None:
             total, losses, hits = objective(h, weight, targets, flat_weights)
         else:
             total, *some = objective(h[counted], weight, targets[counted], None if flat_weights is None else flat_weights[counted])
             losses, hits = (torch.zeros(len(h), dtype=t.dtype, device=t.device).index_copy_(0, counted, t) for t in some)
+        if imbalance is not None and self.balance_loss:
+            total = total + self.balance_loss * imbalance * idx.shape[1]        # of a mean over tokens, once the total is divided by their number
         return total, losses.view_as(idx), hits.view_as(idx)
 
     @torch.no_grad()
@@ -312,7 +353,7 @@ class GPT(nn.Module):
         idx (B, T), padded on the right. Logits are made for these n places alone. Returns losses (n,) fp32 nats, hits (n,) bool.
         """
         h = self.forward(idx)[rows, positions]                                        # (n, C)
-        weight = self.output_weight.to(h.dtype)
+        weight = self.whole_output_weight().to(h.dtype)
         losses, hits = [], []
         step = chunk_rows(len(h), len(weight), h.device, torch.float32)
         for part, target in zip(h.split(step), targets.split(step)):
@@ -325,7 +366,11 @@ class GPT(nn.Module):
     def logits(self, idx, cache=None, position=0, first=None):
         """Logits of the last position only: (B, V) fp32."""
         h = self.forward(idx, cache=cache, position=position, first=first)[:, -1]
-        return F.linear(h, self.output_weight.to(h.dtype)).float()
+        z = F.linear(h, self.output_weight.to(h.dtype)).float()
+        return z if self.tp is None else ranks.collect(z.T, self.tp).T
+
+    def whole_output_weight(self):
+        return self.output_weight if self.tp is None else ranks.collect(self.output_weight, self.tp)
 
     @torch.no_grad()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, seed=0, first=None):
@@ -338,7 +383,7 @@ class GPT(nn.Module):
         c, device = self.config, idx.device
         dtype = (torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type)
                  else self.blocks[0].attn.wk.weight.dtype)
-        cache = [torch.zeros(2, B, T + max_new_tokens, c.n_kv_head, c.head_dim, device=device, dtype=dtype)
+        cache = [torch.zeros(2, B, T + max_new_tokens, self.blocks[0].attn.n_kv_head, c.head_dim, device=device, dtype=dtype)
                  for _ in range(c.n_layer * c.layer_repeat)]
         generator = torch.Generator(device).manual_seed(seed)
         token, position = idx.long(), 0
@@ -386,39 +431,38 @@ def positions_counted(targets):
     return None if len(counted) == targets.numel() else counted
 
 
-def checkpoint_activations(model):
-    """From now on a block keeps its input alone and runs its forward again in the backward (Chen et al. 2016, arXiv:1604.06174).
-
-    Call it before blocks are sharded.
-    """
-    for block in model.blocks:
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
-
-
 @torch.no_grad()
 def init_weights(model, seed):
     """Random weights in place, the same for any number of ranks and any device.
 
-    Every parameter has its own generator, seeded by its name, on the CPU; a sharded parameter keeps its part. Matrices are
+    Every parameter (of experts every one) has its own generator, seeded by its name, on the CPU; a sharded parameter keeps its part. Matrices are
     normal with std 0.02, those that write into the residual stream divided by sqrt(2 * layers) (GPT-2), the output weight
     small enough that a fresh model's loss is ln(vocab_size) within 2 %; norms are 1, biases 0.
     """
     c = model.config
-    for name, parameter in model.named_parameters():
-        full = torch.empty(parameter.shape)
-        generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(f'{seed}/{name}'.encode()).digest()[:8],
-                                                                 'little') >> 1)
+
+    def fill(tensor, name, is_output):
+        generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(f'{seed}/{name}'.encode()).digest()[:8], 'little') >> 1)
         if 'norm' in name:
-            full.fill_(1.0)
+            tensor.fill_(1.0)
         elif name.endswith('bias'):
-            full.zero_()
-        elif name.endswith(('wo.weight', 'w_down.weight')):
-            full.normal_(std=0.02 / math.sqrt(2 * c.n_layer * c.layer_repeat), generator=generator)
-        elif parameter is model.output_weight:
-            full.normal_(std=min(0.02, 0.4 / math.sqrt(c.n_embd)), generator=generator)     # logits of std <= 0.4
+            tensor.zero_()
+        elif 'wo.' in name or 'w_down' in name:
+            tensor.normal_(std=0.02 / math.sqrt(2 * c.n_layer * c.layer_repeat), generator=generator)
+        elif is_output:
+            tensor.normal_(std=min(0.02, 0.4 / math.sqrt(c.n_embd)), generator=generator)     # logits of std <= 0.4
         else:
-            full.normal_(std=0.02, generator=generator)
-        full = full.to(parameter.device, parameter.dtype)
-        if isinstance(parameter, DTensor):
-            full = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
-        parameter.copy_(full)
+            tensor.normal_(std=0.02, generator=generator)
+    for name, parameter in model.named_parameters():
+        if '.experts.' in name:                           # the rank's own ones alone: all of a large model's would take hours
+            own = torch.empty(parameter.shape)
+            first = model.layout.experts.rank * len(own) if ranks.part_of(model.layout, name) else 0
+            for i, expert in enumerate(own):
+                fill(expert, f'{name}.{first + i}', False)
+            parameter.copy_(ranks.sharded(parameter, own))
+        else:
+            whole = torch.empty(ranks.whole_shape(model.layout, name, parameter))
+            fill(whole, name, parameter is model.output_weight)
+            parameter.copy_(ranks.placed(model.layout, name, parameter, whole))
+    for buffer in model.buffers():                        # of experts: biases and loads
+        buffer.zero_()

@@ -25,6 +25,12 @@ def choose_compile(asked, total_flops, peak, world_size, device):
     return minutes > 20 and compiler, f'about {minutes:,.0f} minutes of work' + ('' if compiler else ', no C++ compiler')
 
 
+def too_large_whole(config, sizes):
+    """Whether whole weights in bf16 and whole gradients in fp32, of a rank's part, take more than 8 GiB: then they are kept in shards."""
+    counts = count_parameters(config)
+    return 6 * ((counts['total'] - counts['routed']) / sizes['tp'] + counts['routed'] / (sizes['tp'] * sizes['ep'])) > 8 * 2**30
+
+
 def saved_bytes_per_token(config, low, fused):
     """Bytes that the backward of one block keeps of a token, as (everything, its input alone).
 

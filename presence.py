@@ -11,10 +11,11 @@ import math
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
 
 from configurator import BadInput, check_values
 from influence import check_layers, select
+from parallel import own
+from ranks import copies
 
 MODES, SCHEDULES = ('off', 'store', 'stream'), ('constant', 'two_stage', 'cosine')
 EQUAL = 1e-3            # scores whose deviation is a smaller share of their mean are noise: all count alike
@@ -48,7 +49,9 @@ class MicroBatches:
 
     def __init__(self, model, layers, mode, n, saved=None):
         """layers: those that s is taken of, as in influence.py; n: micro-batches of a step; saved: `state` of the run that goes on."""
-        self.parameters, self.scored = list(model.parameters()), list(select(model, layers)[0].values())
+        scored = select(model, layers)[0]
+        self.parameters, self.scored = list(model.parameters()), list(scored.values())
+        self.counts = torch.tensor([1 / copies(model.layout, name) for name in scored], dtype=torch.float64, device=self.scored[0].device)
         self.mode, self.layers, self.n, self.sigma = mode, layers, n, saved['sigma'] if saved else None
         if saved and (saved['n'], saved['layers']) != (n, layers):
             raise BadInput(f"the run weighed {saved['n']} micro-batches by the layers '{saved['layers']}', it would weigh {n} by '{layers}' now. Put "
@@ -89,8 +92,8 @@ class MicroBatches:
 
     def score(self):
         """Squared norm of .grad over the scored parameters and all ranks: () fp64."""
-        parts = [p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in self.scored]
-        s = torch.stack(torch._foreach_norm(parts, dtype=torch.float64)).square().sum()
+        norms = torch.stack(torch._foreach_norm([own(p.grad) for p in self.scored], dtype=torch.float64))
+        s = (norms.square() * self.counts).sum()
         if dist.is_initialized():
             dist.all_reduce(s)
         return s
@@ -125,7 +128,7 @@ class MicroBatches:
 @torch.no_grad()
 def accumulate(total, gradients, before, factor):
     """total = before * total + factor * gradients, lists of tensors in place; before and factor are () fp64 tensors."""
-    total, gradients = ([t.to_local() if isinstance(t, DTensor) else t for t in tensors] for tensors in (total, gradients))
+    total, gradients = ([own(t) for t in tensors] for tensors in (total, gradients))
     for i, t in enumerate(total):
         t.mul_(before.to(t.dtype))
         if gradients:

@@ -53,6 +53,9 @@ def check(config, sources, probes, interval_rows, world_size):
         raise BadInput(f"influence_scaling = 'adam' needs AdamW's moments, and optimizer = '{config['optimizer']}'.")
     if config['influence_scaling'] == 'datainf' and world_size > 1:
         raise BadInput(f"influence_scaling = 'datainf' works on one rank only, and there are {world_size}. Use none or adam.")
+    by_rows = config['influence_scaling'] == 'datainf' and "influence_scaling = 'datainf'" or config['select'] == 'online' and "select = 'online'"
+    if by_rows and (config['tp'] > 1 or config['n_expert']):
+        raise BadInput(f'{by_rows} looks at single rows, which it cannot do under tensor parallelism or with experts. Leave it out, or set tp=1.')
     weights, source_rows, probe_rows = config['probe'], config['influence_rows'], config['probe_rows']
     if not probes:
         raise BadInput("influence needs probe sets: --probe=\"{'math': 1.0}\" with data_dir/probe/math (prepare/probe.py makes it).")

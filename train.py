@@ -20,16 +20,19 @@ import time
 from dataclasses import asdict, fields
 
 import torch
-from torch.distributed.device_mesh import init_device_mesh
 from tqdm import tqdm
 
 import checkpoint
+import common
 import hf
 import kd
+import moe
 import parallel
 import plan
 import presence as self_influence
+import ranks
 import reweight
+import schedule as schedules
 import teacher_cache
 import validate
 from attention import check_documents, document_boundaries
@@ -117,11 +120,14 @@ layer_repeat = 1                        # times that every layer runs in a row
 norm_eps = 1e-5                         # epsilon of RMSNorm
 rope_theta = 500000.0                   # base of the rotary frequencies
 rope_scaling: dict | None = None        # longer context: type=llama3 | linear | yarn, factor, ... (model.ROPE_SCALING)
-n_expert = 0                            # routed experts of a layer; 0: dense. Counted, not yet built
+n_expert = 0                            # routed experts of a layer; 0: dense
 n_expert_active = 0                     # routed experts per token
 n_shared_expert = 0                     # experts that see every token
 expert_ffn_dim = 0                      # inner width of an expert
 n_dense_layer = 0                       # first layers without experts
+expert_score = 'sigmoid'                # of the router: sigmoid | softmax
+balance_rate = 1e-3                     # step of the biases that even out the load of experts; 0: they stay as they are
+balance_loss = 1e-4                     # weight of the loss on uneven loads within a row; 0: none
 # -- optimizer and schedule --
 optimizer = 'adamw'                     # adamw | muon (matrices of the blocks; AdamW for the rest)
 learning_rate = 4e-3                    # peak
@@ -143,7 +149,12 @@ device = 'auto'                         # auto | cpu | cuda
 dtype = 'auto'                          # auto | float32 | bfloat16 (autocast over fp32 weights)
 kernels = 'auto'                        # auto: Triton on CUDA, but for layers inside torch.compile | triton: everywhere | torch: the references
 compile: bool | None = None             # torch.compile every block; None: when the run is long enough to gain by it
-activation_checkpointing = 'none'       # full: blocks keep their input only and run again in the backward, a third more work
+activation_checkpointing = 'none'       # full: blocks keep their input only and run again in the backward | selective: but for attention, narrow products
+dp_replicate = 1                        # copies of the sharded model (HSDP). The four sizes make the number of ranks; one may be -1, the rest
+dp_shard = -1                           # ranks that a copy is spread over (FSDP2), with those of ep
+tp = 1                                  # ranks that heads, inner widths, vocabulary and tokens are split over (tensor and sequence parallelism)
+ep = 1                                  # ranks, times tp, that the experts of a layer are spread over
+reshard_after_forward: bool | None = None       # shards weights again after a block's forward, and gradients after every micro-step; None: of large models
 dry_run = False                         # print what the run would cost, on paper, and stop; needs no data
 config = configure(globals())
 
@@ -155,52 +166,34 @@ torch.manual_seed(seed + rank)
 dtype, dtype_reason = pick_dtype(config['dtype'], device)
 kernels_in_use = use_kernels(kernels, device)
 check_values(config, dict(optimizer=('adamw', 'muon'), schedule=('linear', 'cosine', 'wsd', 'constant'), mixture=reweight.MIXTURES, overlong=OVERLONG,
-                          packing=('window', 'document'), weigh_by=('rows', 'size'), wandb_mode=('online', 'offline', 'disabled'), activation_checkpointing=('none', 'full')),
+                          packing=('window', 'document'), weigh_by=('rows', 'size'), wandb_mode=('online', 'offline', 'disabled'), activation_checkpointing=('none', 'selective', 'full')),
              {**dict.fromkeys(('block_size', 'batch_size', 'total_batch_tokens', 'log_interval', 'eval_interval', 'eval_rows', 'eval_tasks_interval',
                                'save_interval', 'mixture_interval'), (1, math.inf)),
-              **dict.fromkeys(('keep_last', 'warmup_steps', 'weight_decay', 'adam_eps', 'grad_clip', 'learning_rate', 'sample_tokens', 'seed'), (0, math.inf)),
+              **dict.fromkeys(('keep_last', 'warmup_steps', 'weight_decay', 'adam_eps', 'grad_clip', 'learning_rate', 'sample_tokens', 'seed', 'balance_rate', 'balance_loss'), (0, math.inf)),
               **dict.fromkeys(('min_lr_frac', 'warmup_frac'), (0, 1)), 'beta1': (0, 0.9999), 'beta2': (0, 0.999999), 'decay_frac': (1e-9, 1), 'select_keep': (0.01, 1)})
 if not sources:
     raise BadInput("sources is empty. Give a config file, or --sources=\"{'name': weight}\" with folders of data_dir.")
 if max_steps is None and max_tokens is None and epochs is None:
     raise BadInput('neither max_steps nor max_tokens nor epochs says how long to train. Set one.')
-micro_tokens = batch_size * block_size * world_size            # tokens of a micro-step over all ranks
+sizes = ranks.resolve_sizes(world_size, dp_replicate, dp_shard, tp, ep)
+n_data = world_size // tp                                      # ranks that have rows of their own
+micro_tokens = batch_size * block_size * n_data                # tokens of a micro-step over all ranks
 if total_batch_tokens % micro_tokens:
-    raise BadInput(f'total_batch_tokens = {total_batch_tokens:,} is not a multiple of batch_size * block_size * world_size = '
-                   f'{batch_size} * {block_size} * {world_size} = {micro_tokens:,}. '
+    raise BadInput(f'total_batch_tokens = {total_batch_tokens:,} is not a multiple of batch_size * block_size * (ranks / tp) = '
+                   f'{batch_size} * {block_size} * {n_data} = {micro_tokens:,}. '
                    f'Try {max(1, round(total_batch_tokens / micro_tokens)) * micro_tokens}.')
 grad_accum = total_batch_tokens // micro_tokens
 batch_rows = total_batch_tokens // block_size                  # rows of a global batch
 self_influence.check(presence, presence_schedule, presence_layers, grad_accum)
 distils = kd.check(config)
 model_config = ModelConfig(**{f.name: config[f.name] for f in fields(ModelConfig)})
-
-
-def count_steps(n_rows):
-    """Optimizer steps of the run, the fewest that a knob asks for. n_rows: of all sources, None: not known (and epochs do not count)."""
-    asked = (max_steps, max_tokens and -(-max_tokens // total_batch_tokens), epochs and n_rows and math.ceil(epochs * n_rows / batch_rows))
-    return min((n for n in asked if n is not None), default=None)
-
-
-def get_lr(step):
-    """Learning rate of a step: linear warm-up, then the schedule down to min_lr_frac * learning_rate at n_steps."""
-    if step < n_warmup:
-        return learning_rate * (step + 1) / n_warmup
-    done = (step - n_warmup) / max(1, n_steps - n_warmup)
-    if schedule == 'linear':
-        share = 1 - done
-    elif schedule == 'cosine':
-        share = 0.5 * (1 + math.cos(math.pi * done))
-    elif schedule == 'wsd':
-        share = min(1.0, (1 - done) / decay_frac)
-    else:
-        return learning_rate
-    return learning_rate * (min_lr_frac + (1 - min_lr_frac) * share)
-
+ranks.check_sizes(sizes, model_config, batch_size * block_size)
+if optimizer == 'muon' and (tp > 1 or n_expert):
+    raise BadInput("optimizer = 'muon' needs whole matrices, and " + (f'tp = {tp} splits them' if tp > 1 else 'experts are stacks of them') + '. Use adamw.')
 
 if dry_run:
     if is_master:
-        plan.print_plan(model_config, config, world_size, dtype, device, count_steps(None),
+        plan.print_plan(model_config, config, world_size, dtype, device, schedules.count_steps(config, None),
                         hf.find_model(teacher, weights=False)['model'] if teacher and not kd_cache else None)
     leave_ranks(0)
 
@@ -211,6 +204,9 @@ if used and not resume:
     raise BadInput(f"out_dir '{out_dir}' already holds a run ({', '.join(used)}). Go on with it by --resume=True, or choose "
                    'another --out_dir.')
 barrier()                                                      # nobody writes before everybody has looked
+layout = ranks.make_layout(device.type, rank, world_size, sizes)
+data_rank = layout.data_rank if layout else 0
+common.rows_group = layout and layout.rows
 checkpointer = checkpoint.Checkpointer(out_dir, keep_last, device.type == 'cuda' if async_save is None else async_save)
 
 # -- data --------------------------------------------------------------------------------------------------------------
@@ -231,7 +227,7 @@ about_teacher = kd.find_teacher(teacher, vocab_size, shards_tokenizer) if teache
 caches = teacher_cache.open_caches(config, active, about_teacher, vocab_size) if kd_cache else {}
 kept_shares = reweight.keep_scored(data_dir, active, config) if select == 'scores' else {}
 start_weights = {s.name: sources[s.name] * (s.n_windows if weigh_by == 'size' else 1) for s in train_sources}
-n_steps = count_steps(sum(s.n_windows for s in active))
+n_steps = schedules.count_steps(config, sum(s.n_windows for s in active))
 n_warmup = warmup_steps if warmup_frac is None else round(warmup_frac * n_steps)
 if n_steps < 1:
     raise BadInput(f'max_steps = {max_steps}, max_tokens = {max_tokens}, epochs = {epochs} give {n_steps} steps; at least 1 is needed.')
@@ -242,9 +238,9 @@ for _source in train_sources:
     if sources[_source.name] > 0 and _source.n_windows < batch_rows:
         raise BadInput(f"source '{_source.name}' has {_source.n_windows} windows of {block_size} tokens, fewer than one batch "
                        f'({batch_rows} rows). Prepare more of it, or lower total_batch_tokens or block_size.')
-measures = reweight.check(config, active, probes, mixture_interval * batch_rows, world_size)
+measures = reweight.check(config, active, probes, mixture_interval * batch_rows, n_data)
 if measures and found is None:
-    reweight.check_texts(probes, active, val_sources, shards_tokenizer and shards_tokenizer['bos_id'], rank, world_size)
+    reweight.check_texts(probes, active, val_sources, shards_tokenizer and shards_tokenizer['bos_id'], data_rank, n_data)
 if document_mask and shards_tokenizer is None:
     raise BadInput('document_mask needs the beginning-of-document token, and these sources have no meta.json that names it.')
 bos_id = shards_tokenizer['bos_id'] if document_mask or packing == 'document' else None
@@ -274,10 +270,12 @@ def to_device(rows):
 with torch.device('meta'):
     model = GPT(model_config)
 peak, token_flops = peak_flops(device), flops_per_token(model_config, block_size)
+if reshard_after_forward is None:
+    reshard_after_forward = plan.too_large_whole(model_config, sizes)
 compile, _reason = plan.choose_compile(compile, n_steps * total_batch_tokens * token_flops, peak, world_size, device)
-mesh = init_device_mesh(device.type, (world_size,)) if world_size > 1 else None
-parallel.spread(model, mesh, dtype, compile, activation_checkpointing)
+parallel.spread(model, layout, dtype, compile, activation_checkpointing, reshard_after_forward)
 model.to_empty(device=device)
+model.balance_loss = balance_loss
 counts = count_parameters(model_config)
 if is_master:
     print(f"model: {counts['total'] / 1e6:.2f}M parameters, {counts['non_embedding'] / 1e6:.2f}M without embeddings; "
@@ -287,19 +285,11 @@ if is_master:
     print(f'batch: {batch_rows} rows of {block_size} = {total_batch_tokens:,} tokens, {grad_accum} micro-steps; {n_steps} steps')
 distiller = None
 if distils:
-    distiller = kd.Distiller(config, None if kd_cache else kd.open_teacher(about_teacher, device, dtype, mesh, compile), caches, train_sources, device)
+    distiller = kd.Distiller(config, None if kd_cache else kd.open_teacher(about_teacher, device, dtype, layout, compile), caches, train_sources, device)
 autocast = (torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext())
 
 # -- optimizer ---------------------------------------------------------------------------------------------------------
-block_matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and name.startswith('blocks.')]
-other_matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and not name.startswith('blocks.')]
-vectors = [p for p in model.parameters() if p.ndim < 2]        # norms and biases: no weight decay
-by_adamw = other_matrices if optimizer == 'muon' else block_matrices + other_matrices
-optimizers = [torch.optim.AdamW([dict(params=by_adamw, weight_decay=weight_decay), dict(params=vectors, weight_decay=0.0)],
-                                lr=learning_rate, betas=(beta1, beta2), eps=adam_eps, fused=True)]
-if optimizer == 'muon':     # the update is scaled to AdamW's RMS, so one learning rate serves both (arXiv:2502.16982)
-    optimizers.append(torch.optim.Muon(block_matrices, lr=learning_rate, weight_decay=weight_decay,
-                                       adjust_lr_fn='match_rms_adamw'))
+optimizers = parallel.make_optimizers(model, optimizer, learning_rate, weight_decay, (beta1, beta2), adam_eps)
 
 # -- init_from, resume -------------------------------------------------------------------------------------------------
 first_step, mixture_state, presence_state = 0, {}, None
@@ -344,7 +334,7 @@ barrier()
 def evaluate():
     """Loss and bits per byte of every source on its first eval_rows validation rows, and of the probe sets on theirs: metrics to log."""
     with autocast:
-        return validate.evaluate(model, val_sources, probes, loader.weights, eval_rows, batch_size, to_device, token_bytes, rank, world_size)
+        return validate.evaluate(model, val_sources, probes, loader.weights, eval_rows, batch_size, to_device, token_bytes, data_rank, n_data)
 
 
 def run_benchmarks():
@@ -366,7 +356,7 @@ def save(step):
 def report(step, sums, event, n_valid, source_counts, read_s, metrics):
     """What a step found, read on a GPU when the next one is under way, so that it never waits for the host. metrics: to be logged, None: nothing."""
     global window_start, window_steps, data_s
-    loss_sum, n_hits, *kd_sums, grad_norm = parallel.read(sums, event)
+    loss_sum, n_hits, *more, grad_norm = parallel.read(sums, event)
     if not math.isfinite(loss_sum) or not math.isfinite(grad_norm):
         checkpointer.finish()
         good = checkpoint.complete_checkpoints(os.path.join(out_dir, 'ckpt'))
@@ -385,25 +375,24 @@ def report(step, sums, event, n_valid, source_counts, read_s, metrics):
         'train/mfu': tokens_per_second * token_flops / (peak * world_size) if peak else None,
         'system/step_ms': dt * 1e3, 'system/data_ms': data_s / window_steps * 1e3,
         'system/gpu_memory': torch.cuda.max_memory_allocated(device) / 2**30 if device.type == 'cuda' else None,
-        **metrics, **(kd.metrics(kd_sums, n_valid) if distiller else {})})
+        **metrics, **(kd.metrics(more, n_valid) if distiller else {}), **(dict(zip(moe.METRICS, more[-3:])) if n_expert else {})})
     bar.set_postfix_str(f'loss {train_loss:.3f}, {tokens_per_second:,.0f} tokens/s')
     window_start, window_steps, data_s = time.perf_counter(), 0, 0.0
 
 
-parameters = list(model.parameters())
 micro = self_influence.MicroBatches(model, presence_layers, presence, grad_accum, presence_state) if presence != 'off' else None
-my_rows = rows_of_rank(batch_rows, batch_size, rank, world_size).reshape(grad_accum, batch_size)
+my_rows = rows_of_rank(batch_rows, batch_size, data_rank, n_data).reshape(grad_accum, batch_size)
 first_reweighting = max(1, max(n_warmup, n_steps // 20) if mixture_warmup is None else mixture_warmup)
 last_saved, drawn_before = first_step if found else None, loader.drawn()
 window_start, window_steps, data_s = time.perf_counter(), 0, 0.0
 stop, unread, spoilt = checkpoint.StopRequest(), [], torch.zeros((), device=device)            # arguments of `report`; 1 from the first loss or norm on that is not finite
 bar = tqdm(total=n_steps, initial=first_step, disable=not is_master, unit='step', dynamic_ncols=True)
 for step in range(first_step, n_steps + 1):
-    lr = get_lr(step)
+    lr = schedules.learning_rate_at(step, config, n_steps, n_warmup)
     for group in (g for o in optimizers for g in o.param_groups):
         group['lr'] = lr
     checkpointer.poll()
-    terminated, interrupted = all_reduce_sum([stop.signal == signal.SIGTERM, stop.signal == signal.SIGINT])
+    terminated, interrupted = all_reduce_sum([stop.signal == signal.SIGTERM, stop.signal == signal.SIGINT], everywhere=True)
     stopping = int(signal.SIGTERM) if terminated else int(signal.SIGINT) if interrupted else 0      # the same on every rank
     saves = (step % save_interval == 0 or step == n_steps or stopping) and step > 0 and step != last_saved
     news, benchmarks_due = kept_shares if step == first_step else {}, benchmarks and (step % eval_tasks_interval == 0 or step == n_steps)
@@ -422,9 +411,11 @@ for step in range(first_step, n_steps + 1):
         model.train()
     if reweights:
         checkpointer.finish()                                  # an error in there must not cost the checkpoint that is being written
+        model.eval()                                           # experts do not count what is only measured
         with autocast:
             mixture_state, measured = reweight.update(model, loader, active, probes, config, mixture_state, step, n_steps, batch_rows,
-                                                      optimizers, to_device, rank, world_size)
+                                                      optimizers, to_device, data_rank, n_data)
+        model.train()
         news = news | measured
     if news:
         if is_master:
@@ -448,31 +439,32 @@ for step in range(first_step, n_steps + 1):
         micro.begin(self_influence.tau_at(step, n_steps, presence_tau, presence_schedule, presence_switch))
     loss_sum, n_hits = torch.zeros(2, device=device, dtype=torch.float64)
     for micro_step, (inputs, targets, doc_ids, counted) in enumerate(micro_batches):
-        if world_size > 1:                                     # gradients cross the network once, after the last micro-step
-            model.set_requires_gradient_sync(bool(micro) or micro_step == grad_accum - 1)
+        if layout is not None:                                 # gradients cross the network once, after the last micro-step, where there is room for whole ones
+            model.set_requires_gradient_sync(bool(micro or reshard_after_forward) or micro_step == grad_accum - 1)
         with autocast:
             part = my_rows[micro_step]
             objective = distiller and distiller.objective(inputs, doc_ids, source_index[part], cursors[part], counted)
             loss, losses, hits = model.loss(inputs, targets, doc_ids=doc_ids, objective=objective, counted=counted)
-        (loss * (world_size / n_valid)).backward()             # FSDP averages over ranks; the loss is a sum over all of them
+        (loss * (n_data / n_valid)).backward()                 # FSDP averages over ranks; the loss is a sum over all of them
         loss_sum += losses.sum()                               # cross-entropy, also where the loss is another
         n_hits += hits.sum()
         if micro:                                              # takes the gradient away; `finish` puts the weighted sum in its place
             micro.add(n_tokens[micro_step] / n_valid)
     presence_metrics = micro.finish() if micro else {}
-    grad_norm = parallel.whole(torch.nn.utils.get_total_norm([p.grad for p in parameters], foreach=True))
-    sums = parallel.sum_over_ranks(torch.stack((loss_sum, n_hits, *(distiller.take() if distiller else ()))))
+    grad_norm = parallel.gradient_norm(model)
+    sums = parallel.sum_over_ranks(torch.stack((loss_sum, n_hits, *(distiller.take() if distiller else ()))), layout)
     spoilt = torch.maximum(spoilt, (~torch.isfinite(sums[0] + grad_norm)).float())
     if grad_clip > 0:
-        torch.nn.utils.clip_grads_with_norm_(parameters, grad_clip, grad_norm, foreach=True)
+        parallel.clip_gradients(model, grad_clip, grad_norm)
     for o in optimizers:
         parallel.step(o, spoilt)                               # leaves everything as it is once a number was not finite
         o.zero_grad(set_to_none=True)
+    loads = moe.balance(model, balance_rate)
     logs = is_master and ((step + 1) % log_interval == 0 or step + 1 == n_steps)
     if logs:
         drawn = {name: n - drawn_before[name] for name, n in loader.drawn().items()}
         drawn_before = loader.drawn()
-    unread.append((step, *parallel.to_host(torch.cat((sums, grad_norm[None]))), n_valid, {name: int((source_index == i).sum()) for i, name in enumerate(loader.names)}, read_s, {
+    unread.append((step, *parallel.to_host(torch.cat((sums, loads, grad_norm[None]))), n_valid, {name: int((source_index == i).sum()) for i, name in enumerate(loader.names)}, read_s, {
         'train/learning_rate': lr, **{f'mixture/weight_{name}': weight for name, weight in loader.weights.items()},
         **{f'mixture/drawn_{name}': n / sum(drawn.values()) for name, n in drawn.items()},
         **{f'mixture/epochs_{name}': n for name, n in loader.epochs().items()}, **presence_metrics} if logs else None))

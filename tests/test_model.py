@@ -334,16 +334,12 @@ def load_model_config(name, **changes):
 
 @pytest.mark.parametrize('name, millions, tolerance', [
     ('mobilellm_140m', 140.25, 0.001), ('mobilellm_360m', 359.4, 0.001), ('mobilellm_950m', 949.7, 0.001),
-    ('mobilellm_7b', 7_000, 0.05), ('mobilellm_70b', 70_000, 0.05), ('mobilellm_671b', 671_000, 0.03),
+    ('mobilellm_7b', 7_000, 0.05), ('mobilellm_70b', 70_000, 0.05), ('mobilellm_671b', 671_000, 0.01),
     ('smollm2_135m', 134.515008, 1e-9), ('smollm2_360m', 361.82112, 1e-9), ('llama3_8b', 8030.261248, 1e-9)])
 def test_every_model_has_the_published_number_of_parameters(name, millions, tolerance):
     c = load_model_config(f'model/{name}')
     counts = count_parameters(c)
     assert abs(counts['total'] / 1e6 / millions - 1) <= tolerance
-    if c.n_expert:
-        with pytest.raises(configurator.BadInput, match='mixture-of-experts'):
-            GPT(c)
-        return
     with torch.device('meta'):
         model = GPT(c)
     assert sum(p.numel() for p in model.parameters()) == counts['total']

@@ -12,8 +12,9 @@ from chat import encode_chat, marked
 from configurator import BadInput
 from conftest import metrics, run, run_here, train, train_command
 from data import MixtureLoader, Source, batch_of, open_mask, open_shard, token_ids
-from model import GPT, ModelConfig, checkpoint_activations, init_weights
+from model import GPT, ModelConfig, init_weights
 from packing import best_fit, pack_documents
+from parallel import spread
 from prepare.shards import PartWriter, finish_source
 from tokenizer import DIGITS_PATTERN, make_tokenizer
 
@@ -95,12 +96,11 @@ def test_rows_hold_every_conversation_once_with_its_mask(chat_data):
     assert marked(TOKENIZER, *first).count('[[') == len(said) and f'[[{said[0]}<|im_end|>]]' in marked(TOKENIZER, *first)
 
 
-@pytest.mark.parametrize('checkpointing', [False, True])
+@pytest.mark.parametrize('checkpointing', ['none', 'selective', 'full'])
 def test_a_packed_row_equals_its_conversations_run_alone(chat_data, checkpointing):
     model = GPT(ModelConfig(vocab_size=259, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, ffn_dim=48)).double()
     init_weights(model, 3)
-    if checkpointing:
-        checkpoint_activations(model)
+    spread(model, None, torch.float64, checkpointing=checkpointing)
     rows = torch.from_numpy(Source(chat_data, 'chat', 'train', 160, 7, 259, 'document').rows(range(3)))
     inputs, targets, doc_ids = batch_of(rows, 0)
     assert doc_ids.max() >= 3 and (targets >= 0).sum() == (rows[:, 1:] >= 0).sum()
