@@ -4,8 +4,9 @@
                                   manifest.json (every file and its size, written last)
     out/run/ckpt/latest           the name of the newest complete one
 
-A checkpoint is written under a temporary name and renamed when it is whole, so a kill at any moment leaves the one before
-it good. On CUDA the tensors are copied to the CPU and written by a thread while training goes on.
+A checkpoint counts from the moment that its manifest is there, so a kill at any moment leaves the one before it good, on a disk as in an object store
+(storage.py). It holds whole tensors, whatever the layout of the ranks that wrote it, and is read into any other. On CUDA the
+tensors are copied to the CPU and written by a thread while training goes on.
 """
 import contextlib
 import io
@@ -13,7 +14,6 @@ import json
 import os
 import random
 import re
-import shutil
 import signal
 import time
 import warnings
@@ -22,8 +22,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
 from torch.distributed.checkpoint.api import CheckpointException
 
+import storage
 from common import barrier
 from configurator import BadInput, RunFault
 from ranks import stored_form, whole_shape
@@ -36,9 +38,11 @@ FIXED = ('seed', 'block_size', 'total_batch_tokens', 'packing', 'overlong', 'opt
 
 
 def _remove(folder):
-    """Deletes a checkpoint; renamed first, so that a kill half-way leaves nothing that looks complete."""
-    os.replace(folder, folder + '.old.tmp')
-    shutil.rmtree(folder + '.old.tmp')
+    """Deletes a checkpoint, its manifest first, so that a kill half-way leaves nothing that looks complete."""
+    manifest = os.path.join(folder, 'manifest.json')
+    if storage.is_file(manifest):
+        storage.remove_file(manifest)
+    storage.remove_folder(folder)
 
 
 def _rank():
@@ -97,62 +101,64 @@ class StopRequest:
 
 
 class Checkpointer:
-    """Saves into out_dir/ckpt and keeps the newest `keep_last` (0: all). Every rank makes one and calls every method."""
+    """Saves into out_dir/ckpt and keeps the newest `keep_last` (0: all) and every one whose step is a multiple of keep_every (0: no others).
 
-    def __init__(self, out_dir, keep_last, asynchronous):
-        self.folder = os.path.join(out_dir, 'ckpt')
-        self.keep_last, self.asynchronous = keep_last, asynchronous
-        self.pending = None          # (future, temporary folder, step) of a save that a thread is writing
+    Every rank makes one and calls every method.
+    """
+
+    def __init__(self, out_dir, keep_last, asynchronous, keep_every=0):
+        self.out_dir, self.folder = out_dir, os.path.join(out_dir, 'ckpt')
+        self.keep_last, self.keep_every, self.asynchronous = keep_last, keep_every, asynchronous
+        self.pending = None          # (future, folder, step) of a save that a thread is writing
         # the thread's collectives need a group of their own: on a shared one they would meet training's out of order
         self.group = dist.new_group(backend='gloo') if asynchronous and dist.is_initialized() else None
-        if _rank() == 0 and os.path.isdir(self.folder):
-            for name in os.listdir(self.folder):
-                if name.endswith('.tmp'):           # a killed run's half-written checkpoint
-                    path = os.path.join(self.folder, name)
-                    shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
+        if _rank() == 0:
+            for name in torn_checkpoints(self.folder):              # what a killed run left
+                storage.remove_folder(os.path.join(self.folder, name))
         barrier()
 
     def save(self, step, model, optimizers, state):
-        """Saves the run as it stands before `step` is trained. state: JSON-able dict, the same on every rank.
+        """Saves the run as it stands before `step` is trained. state: JSON-able dict, the same on every rank. Returns seconds that training waited.
 
         Raises RunFault when it cannot be written (full disk); the checkpoint before stays good.
         """
+        start = time.perf_counter()
         self.finish()
-        temporary = os.path.join(self.folder, f'step_{step:06d}.tmp')
+        folder = os.path.join(self.folder, f'step_{step:06d}')
         try:
             if _rank() == 0:
-                shutil.rmtree(temporary, ignore_errors=True)
-                os.makedirs(temporary)
+                if storage.is_folder(folder):                       # saved before, by a run that was since resumed from an older one
+                    _remove(folder)
+                storage.make_folder(folder)
             barrier()
-            rng = io.BytesIO()               # torch.save into a file turns a full disk into another kind of error
+            rng = io.BytesIO()
             torch.save(rng_state(), rng)
-            with open(os.path.join(temporary, f'rng_{_rank()}.pt'), 'wb') as f:
-                f.write(rng.getvalue())
+            storage.write(os.path.join(folder, f'rng_{_rank()}.pt'), rng.getvalue())
             if _rank() == 0:
-                with open(os.path.join(temporary, 'state.json'), 'w', encoding='utf-8') as f:
-                    json.dump({'step': step, **state}, f)
+                storage.write(os.path.join(folder, 'state.json'), json.dumps({'step': step, **state}).encode())
             tensors = _tensors(model, optimizers)
             if self.asynchronous:
-                self.pending = dcp.async_save(tensors, checkpoint_id=temporary, process_group=self.group), temporary, step
+                self.pending = dcp.async_save(tensors, checkpoint_id=folder, process_group=self.group), folder, step
             else:
-                dcp.save(tensors, checkpoint_id=temporary, no_dist=not dist.is_initialized())
-                self._publish(temporary, step)
+                dcp.save(tensors, checkpoint_id=folder, no_dist=not dist.is_initialized())
+                self._publish(folder, step)
         except (OSError, CheckpointException) as error:
-            self._fail(temporary, step, error)
+            self._fail(folder, step, error)
+        return time.perf_counter() - start
 
     def finish(self):
-        """Waits for a save in the background and puts it in its place."""
+        """Waits for a save in the background and completes it."""
         if self.pending is not None:
-            future, temporary, step = self.pending
+            future, folder, step = self.pending
             self.pending = None
             try:
                 future.result()
-                self._publish(temporary, step)
+                self._publish(folder, step)
             except (OSError, CheckpointException) as error:
-                self._fail(temporary, step, error)
+                self._fail(folder, step, error)
 
     def poll(self):
-        """Puts a background save in its place once every rank has written it; call it every step, it does not wait."""
+        """Completes a background save once every rank has written its part; call it every step, it does not wait."""
         if self.pending is not None:
             done = torch.tensor(int(self.pending[0].done()))
             if dist.is_initialized():
@@ -160,32 +166,22 @@ class Checkpointer:
             if done.item():
                 self.finish()
 
-    def _publish(self, temporary, step):
-        """Rank 0: manifest, rename, `latest`, and the oldest out. A rename is atomic, so is each of these steps."""
+    def _publish(self, folder, step):
+        """Rank 0: manifest, `latest`, small files of a run in a store, and the oldest out."""
         barrier()
         if _rank() == 0:
-            files = {name: os.path.getsize(os.path.join(temporary, name)) for name in sorted(os.listdir(temporary))}
-            with open(os.path.join(temporary, 'manifest.json'), 'w', encoding='utf-8') as f:
-                json.dump(files, f, indent=1)
-                f.flush()
-                os.fsync(f.fileno())
-            final = temporary.removesuffix('.tmp')
-            if os.path.isdir(final):                 # saved before, by a run that was since resumed from an older one
-                _remove(final)
-            os.replace(temporary, final)
-            latest = os.path.join(self.folder, 'latest')
-            with open(latest + '.tmp', 'w', encoding='utf-8') as f:
-                f.write(os.path.basename(final))
-                f.flush()
-                os.fsync(f.fileno())
-            os.replace(latest + '.tmp', latest)
+            storage.write(os.path.join(folder, 'manifest.json'), json.dumps(storage.sizes(folder), indent=1).encode())
+            storage.write(os.path.join(self.folder, 'latest'), os.path.basename(folder).encode())
+            storage.upload(self.out_dir)
             older = [name for name in complete_checkpoints(self.folder) if int(name[5:]) <= step]
             for name in older[:-self.keep_last] if self.keep_last else []:
-                _remove(os.path.join(self.folder, name))
+                if not self.keep_every or int(name[5:]) % self.keep_every:
+                    _remove(os.path.join(self.folder, name))
         barrier()
 
-    def _fail(self, temporary, step, error):
-        shutil.rmtree(temporary, ignore_errors=True)
+    def _fail(self, folder, step, error):
+        if _rank() == 0:
+            storage.remove_folder(folder)
         good = complete_checkpoints(self.folder)
         where = f'{self.folder}/{good[-1]} is the last good one' if good else 'there is no earlier one'
         reason = str(error).strip().splitlines()[-1]
@@ -193,52 +189,84 @@ class Checkpointer:
                        'Free some space and go on with --resume=True.') from error
 
 
+def _steps(folder):
+    """Names of checkpoints in a ckpt folder, complete or not, oldest first."""
+    return sorted((name for name in storage.names(folder) if re.fullmatch(r'step_\d+', name)), key=lambda name: int(name[5:]))
+
+
 def complete_checkpoints(folder):
     """Names of the finished checkpoints in a ckpt folder, oldest first."""
-    if not os.path.isdir(folder):
-        return []
-    return sorted((name for name in os.listdir(folder) if re.fullmatch(r'step_\d+', name)), key=lambda name: int(name[5:]))
+    return [name for name in _steps(folder) if storage.is_file(os.path.join(folder, name, 'manifest.json'))]
+
+
+def torn_checkpoints(folder):
+    """Names of those that were never finished."""
+    return [name for name in _steps(folder) if not storage.is_file(os.path.join(folder, name, 'manifest.json'))]
+
+
+def fault_of(checkpoint):
+    """What is wrong with a checkpoint folder, '' when nothing is."""
+    manifest = os.path.join(checkpoint, 'manifest.json')
+    if not storage.is_file(manifest):
+        return 'it was never finished (no manifest.json)'
+    found = storage.sizes(checkpoint)
+    for name, size in json.loads(storage.read(manifest)).items():
+        if name not in found:
+            return f'{name} is missing'
+        if found[name] != size:
+            return f'{name} has {found[name]:,} bytes, not {size:,}'
+    return ''
 
 
 def find_checkpoint(path):
-    """The checkpoint folder that a run folder (its latest) or a checkpoint folder means, verified; None when a run has none.
+    """The checkpoint folder that a run folder or a checkpoint folder means; None when a run has none. Of a run it is the one named in `latest`, or,
+    where that is damaged (which is said), the newest good one.
 
-    Raises BadInput when the path does not exist or a file of the checkpoint is missing or has another size.
+    Rank 0 looks, and tells the others. BadInput when the path does not exist, a checkpoint that was named itself is damaged, or all of a run are.
     """
-    if not os.path.isdir(path):
+    if not dist.is_initialized():
+        return _find(path)
+    box = [None]
+    if _rank() == 0:
+        try:
+            box = [_find(path)]
+        except BadInput as error:
+            box = [error]
+    dist.broadcast_object_list(box, 0)
+    if isinstance(box[0], BadInput):
+        raise box[0]
+    return box[0]
+
+
+def _find(path):
+    if not storage.is_folder(path):
         raise BadInput(f"'{path}' is no folder; give a run's out_dir or one of its ckpt/step_* folders.")
-    folder, chosen = os.path.join(path, 'ckpt'), path
-    if os.path.isdir(folder) or not os.path.basename(os.path.normpath(path)).startswith('step_'):
-        names = complete_checkpoints(folder)
-        if not names:
-            return None
-        latest = os.path.join(folder, 'latest')
-        if os.path.isfile(latest):
-            with open(latest, encoding='utf-8') as f:
-                named = f.read().strip()
-            chosen = os.path.join(folder, named)
+    folder = os.path.join(path, 'ckpt')
+    if not storage.is_folder(folder) and os.path.basename(os.path.normpath(path)).startswith('step_'):
+        if fault := fault_of(path):
+            raise BadInput(f'checkpoint {path} is damaged: {fault}. Others here: {", ".join(complete_checkpoints(os.path.dirname(os.path.normpath(path)))) or "none"}.')
+        return path
+    candidates = _steps(folder)[::-1]
+    latest = os.path.join(folder, 'latest')
+    if storage.is_file(latest) and (named := storage.read(latest).decode().strip()) in candidates:
+        candidates = [named] + [name for name in candidates if name != named]
+    torn, damaged = torn_checkpoints(folder), []
+    for name in candidates:
+        if name in torn:
+            print(f'checkpoint: {folder}/{name} was never finished, and is passed over')
+        elif fault := fault_of(os.path.join(folder, name)):
+            damaged.append(f'{name}: {fault}')
+            print(f'checkpoint: {folder}/{name} is damaged ({fault}), and is passed over')
         else:
-            chosen = os.path.join(folder, names[-1])
-    others = [n for n in complete_checkpoints(os.path.dirname(chosen)) if n != os.path.basename(chosen)]
-    hint = f' Others here: {", ".join(others)}; to use one, write its name into {os.path.dirname(chosen)}/latest.' if others else ''
-    manifest = os.path.join(chosen, 'manifest.json')
-    if not os.path.isfile(manifest):
-        raise BadInput(f'checkpoint {chosen} is incomplete: manifest.json is missing.{hint}')
-    with open(manifest, encoding='utf-8') as f:
-        files = json.load(f)
-    for name, size in files.items():
-        file = os.path.join(chosen, name)
-        if not os.path.isfile(file):
-            raise BadInput(f'checkpoint {chosen} is incomplete: {name} is missing.{hint}')
-        if os.path.getsize(file) != size:
-            raise BadInput(f'checkpoint {chosen} is damaged: {name} has {os.path.getsize(file):,} bytes, not {size:,}.{hint}')
-    return chosen
+            return os.path.join(folder, name)
+    if damaged:
+        raise BadInput(f'every checkpoint in {folder} is damaged: {"; ".join(damaged)}. Put one back, or start anew in another out_dir.')
+    return None
 
 
 def read_state(checkpoint):
     """The state.json of a checkpoint: step, model, config, loader and whatever else was saved."""
-    with open(os.path.join(checkpoint, 'state.json'), encoding='utf-8') as f:
-        return json.load(f)
+    return json.loads(storage.read(os.path.join(checkpoint, 'state.json')))
 
 
 def check_same_model(checkpoint, saved, wanted):
@@ -270,7 +298,7 @@ def load_weights(checkpoint, model):
 
 def load(checkpoint, model, optimizers):
     """Weights, optimizer state and this rank's random generators, in place. Returns a note for the user, '' when all is as it was."""
-    stored = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    stored = (FsspecReader if storage.is_remote(checkpoint) else dcp.FileSystemReader)(checkpoint).read_metadata().state_dict_metadata
     tensors = _tensors(model, [])
     names = {parameter: name for name, parameter in model.named_parameters()}
     states = {}
@@ -292,7 +320,7 @@ def load(checkpoint, model, optimizers):
     for (optimizer, parameter), state in states.items():
         optimizer.state[parameter] = state
     rng = os.path.join(checkpoint, f'rng_{_rank()}.pt')
-    if not os.path.isfile(rng):
+    if not storage.is_file(rng):
         return f'rank {_rank()} was not there when the checkpoint was written; its random generators start anew'
-    set_rng_state(torch.load(rng, weights_only=True))
+    set_rng_state(torch.load(io.BytesIO(storage.read(rng)), weights_only=True))
     return ''

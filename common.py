@@ -1,5 +1,6 @@
 """What several scripts share: the device and its dtype, ranks, peak FLOPs, memory settings, the metrics log."""
 import ctypes
+import datetime
 import json
 import os
 import platform
@@ -35,8 +36,8 @@ def start_ranks(device, join=True):
     here = torch.device('cpu') if kind == 'cpu' else torch.device('cuda', int(os.environ.get('LOCAL_RANK') or int(os.environ['RANK']) % torch.cuda.device_count()))
     if kind == 'cuda':
         torch.cuda.set_device(here)
-    if join:
-        dist.init_process_group('cpu:gloo,cuda:nccl' if kind == 'cuda' else 'gloo')
+    if join:        # watch.py ends what hangs; rank 0 may prepare data for hours while the others wait
+        dist.init_process_group('cpu:gloo,cuda:nccl' if kind == 'cuda' else 'gloo', timeout=datetime.timedelta(days=1))
         sys.excepthook = report_error       # init_process_group wraps the hook in one that would swallow our message
     return int(os.environ['RANK']), int(os.environ['WORLD_SIZE']), here
 

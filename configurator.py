@@ -34,7 +34,7 @@ class RunFault(RuntimeError):
 
 
 def report_error(kind, error, traceback):
-    """sys.excepthook: one sentence for BadInput (exit 2), RunFault and a full disk (exit 1); a traceback for the rest."""
+    """sys.excepthook: one sentence for BadInput (exit 2), RunFault, a full disk and a lost rank (exit 1); a traceback for the rest."""
     sys.stdout.flush()
     rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get('WORLD_SIZE', 1)) > 1 else ''
     if issubclass(kind, (BadInput, RunFault)):
@@ -43,6 +43,10 @@ def report_error(kind, error, traceback):
     if issubclass(kind, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         print(f'{rank}error: {error.strerror} while writing {error.filename or "a file"}. '
               'Free some space; what was complete before is intact.', file=sys.stderr, flush=True)
+        raise SystemExit(1)
+    if kind.__name__ in ('DistBackendError', 'DistNetworkError', 'DistStoreError') or kind is RuntimeError and 'gloo' in str(error):
+        print(f'{rank}error: the connection to another rank broke ({str(error).strip().splitlines()[0][:200]}): it ended or was killed, and has said why '
+              'itself if it could. Go on with --resume=True.', file=sys.stderr, flush=True)
         raise SystemExit(1)
     sys.__excepthook__(kind, error, traceback)
 

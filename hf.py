@@ -22,6 +22,7 @@ import torch
 import checkpoint
 import moe
 import ranks
+import storage
 from configurator import BadInput, configure, did_you_mean
 from model import GPT, ModelConfig
 from tokenizer import load_tokenizer, read_json, save_tokenizer_json, stop_ids
@@ -268,12 +269,12 @@ def find_model(path, revision=None, weights=True):
     (tokens), tokenizer (Tokenizer, or the BadInput that says why there is none), fingerprint (of the tokenizer, None: unknown),
     add_bos (whether text begins with BOS), prefix_id (the token before a text without context).
     """
-    folder = find_folder(path, revision, weights)
-    is_ours = os.path.isdir(os.path.join(folder, 'ckpt')) or os.path.isfile(os.path.join(folder, 'manifest.json'))
+    folder = path if storage.is_remote(path) else find_folder(path, revision, weights)
+    is_ours = storage.is_folder(os.path.join(folder, 'ckpt')) or storage.is_file(os.path.join(folder, 'manifest.json'))
     found = checkpoint.find_checkpoint(folder) if is_ours else None
     if found is not None:
         state = checkpoint.read_state(found)
-        about = dict(folder=os.path.dirname(os.path.dirname(os.path.abspath(found))), checkpoint=found, hf=state.get('hf'), state=state,
+        about = dict(folder=storage.download(os.path.dirname(os.path.dirname(found if storage.is_remote(found) else os.path.abspath(found)))), checkpoint=found, hf=state.get('hf'), state=state,
                      model=ModelConfig(**state['model']), context=state.get('context') or state['config']['block_size'])
     elif os.path.isfile(os.path.join(folder, 'config.json')) and 'model_type' in read_json(os.path.join(folder, 'config.json')):
         hf = read_json(os.path.join(folder, 'config.json'))

@@ -17,12 +17,14 @@ import os
 import sys
 from dataclasses import asdict, dataclass
 
+import fsspec
 import numpy as np
 import torch
 
 import hf
 import parallel
 import ranks
+import storage
 from configurator import BadInput, check_values, configure
 from kernels import CACHED_MOST, DIVERGENCES, by_triton, cached_gradient_, divergence_gradient_
 from loss import add_weight_gradient, chunk_rows, loss_dtypes
@@ -263,8 +265,8 @@ def weights_fingerprint(about):
     """16 hex digits over a model's shape and the ends and sizes of its weight files: another model gives others."""
     digest = hashlib.sha256(repr(sorted(asdict(about['model']).items())).encode())
     folder = about['checkpoint'] or about['folder']
-    for name in sorted(n for n in os.listdir(folder) if n.endswith(('.distcp', '.safetensors'))):
-        with open(os.path.join(folder, name), 'rb') as f:
+    for name in sorted(n for n in storage.names(folder) if n.endswith(('.distcp', '.safetensors'))):
+        with fsspec.open(os.path.join(folder, name), 'rb') as f:
             size = f.seek(0, os.SEEK_END)
             digest.update(f'{name} {size}'.encode())
             for at in (0, size // 2, max(0, size - 2**16)):

@@ -33,8 +33,10 @@ import presence as self_influence
 import ranks
 import reweight
 import schedule as schedules
+import storage
 import teacher_cache
 import validate
+import watch
 from attention import check_documents, document_boundaries
 from common import (MetricsLog, all_reduce_sum, barrier, device_name, leave_ranks, peak_flops, pick_dtype, start_ranks,
                     tune_malloc)
@@ -57,6 +59,7 @@ eval_tasks_interval = 5000              # steps between two runs of them, the fi
 eval_tasks_limit: int | None = 200      # documents of each; None: all
 save_interval = 1000                    # steps between two checkpoints; there is one after the last step
 keep_last = 2                           # checkpoints kept; 0: all
+keep_every = 0                          # and every one whose step is a multiple of it; 0: no others
 async_save: bool | None = None          # write checkpoints while training goes on; None: on CUDA
 wandb_mode = 'disabled'                 # online | offline | disabled
 wandb_project = 'cheapertraining'       # W&B project
@@ -155,11 +158,12 @@ dp_shard = -1                           # ranks that a copy is spread over (FSDP
 tp = 1                                  # ranks that heads, inner widths, vocabulary and tokens are split over (tensor and sequence parallelism)
 ep = 1                                  # ranks, times tp, that the experts of a layer are spread over
 reshard_after_forward: bool | None = None       # shards weights again after a block's forward, and gradients after every micro-step; None: of large models
+hang_timeout = 1800.0                   # seconds without progress after which a run of several ranks ends, with the name of the one that hangs; 0: never
 dry_run = False                         # print what the run would cost, on paper, and stop; needs no data
 config = configure(globals())
 
 # -- derived values and checks -----------------------------------------------------------------------------------------
-keeps_memory = tune_malloc()
+keeps_memory, resume = tune_malloc(), resume or watch.is_restarted()
 rank, world_size, device = start_ranks(config['device'])
 is_master = rank == 0
 torch.manual_seed(seed + rank)
@@ -169,7 +173,7 @@ check_values(config, dict(optimizer=('adamw', 'muon'), schedule=('linear', 'cosi
                           packing=('window', 'document'), weigh_by=('rows', 'size'), wandb_mode=('online', 'offline', 'disabled'), activation_checkpointing=('none', 'selective', 'full')),
              {**dict.fromkeys(('block_size', 'batch_size', 'total_batch_tokens', 'log_interval', 'eval_interval', 'eval_rows', 'eval_tasks_interval',
                                'save_interval', 'mixture_interval'), (1, math.inf)),
-              **dict.fromkeys(('keep_last', 'warmup_steps', 'weight_decay', 'adam_eps', 'grad_clip', 'learning_rate', 'sample_tokens', 'seed', 'balance_rate', 'balance_loss'), (0, math.inf)),
+              **dict.fromkeys(('keep_last', 'keep_every', 'warmup_steps', 'weight_decay', 'adam_eps', 'grad_clip', 'learning_rate', 'sample_tokens', 'seed', 'balance_rate', 'balance_loss', 'hang_timeout'), (0, math.inf)),
               **dict.fromkeys(('min_lr_frac', 'warmup_frac'), (0, 1)), 'beta1': (0, 0.9999), 'beta2': (0, 0.999999), 'decay_frac': (1e-9, 1), 'select_keep': (0.01, 1)})
 if not sources:
     raise BadInput("sources is empty. Give a config file, or --sources=\"{'name': weight}\" with folders of data_dir.")
@@ -198,8 +202,9 @@ if dry_run:
     leave_ranks(0)
 
 # -- the run folder ----------------------------------------------------------------------------------------------------
-found = checkpoint.find_checkpoint(out_dir) if resume and os.path.isdir(out_dir) else None
-used = [name for name in ('metrics.jsonl', 'ckpt') if os.path.exists(os.path.join(out_dir, name))]
+found = checkpoint.find_checkpoint(out_dir) if resume and storage.is_folder(out_dir) else None
+used = [name for name in ('metrics.jsonl', 'ckpt') if name in storage.names(out_dir)]
+run_folder = storage.local_folder(out_dir)                     # of the small files; out_dir, unless that is in an object store
 if used and not resume:
     raise BadInput(f"out_dir '{out_dir}' already holds a run ({', '.join(used)}). Go on with it by --resume=True, or choose "
                    'another --out_dir.')
@@ -207,7 +212,7 @@ barrier()                                                      # nobody writes b
 layout = ranks.make_layout(device.type, rank, world_size, sizes)
 data_rank = layout.data_rank if layout else 0
 common.rows_group = layout and layout.rows
-checkpointer = checkpoint.Checkpointer(out_dir, keep_last, device.type == 'cuda' if async_save is None else async_save)
+checkpointer = checkpoint.Checkpointer(out_dir, keep_last, device.type == 'cuda' if async_save is None else async_save, keep_every)
 
 # -- data --------------------------------------------------------------------------------------------------------------
 if prepare is not None and any(not os.path.isfile(os.path.join(data_dir, name, 'meta.json')) for name in sources):
@@ -321,12 +326,12 @@ else:
         print(f'resume: {out_dir} has no checkpoint yet; starting at step 0')
 metrics_log = None
 if is_master:
-    os.makedirs(out_dir, exist_ok=True)
-    with open(os.path.join(out_dir, 'config.json'), 'w', encoding='utf-8') as f:
+    os.makedirs(storage.download(out_dir) if found else run_folder, exist_ok=True)
+    with open(os.path.join(run_folder, 'config.json'), 'w', encoding='utf-8') as f:
         json.dump(config, f, indent=1)
     if tokenizer is not None:
-        save_tokenizer(out_dir, tokenizer)
-    metrics_log = MetricsLog(out_dir, first_step, config, wandb_mode, wandb_project)
+        save_tokenizer(run_folder, tokenizer)
+    metrics_log = MetricsLog(run_folder, first_step, config, wandb_mode, wandb_project)
 barrier()
 
 
@@ -346,8 +351,8 @@ def run_benchmarks():
 
 
 def save(step):
-    """A checkpoint of the run before `step` is trained."""
-    checkpointer.save(step, model, optimizers, dict(
+    """A checkpoint of the run before `step` is trained. Returns seconds that it took from training."""
+    return checkpointer.save(step, model, optimizers, dict(
         config=config, model=asdict(model_config), loader=loader.state_dict(), tokenizer=tokenizer and tokenizer.fingerprint,
         context=block_size, mixture_state=mixture_state, presence_state=micro and micro.state()))
 
@@ -385,12 +390,14 @@ my_rows = rows_of_rank(batch_rows, batch_size, data_rank, n_data).reshape(grad_a
 first_reweighting = max(1, max(n_warmup, n_steps // 20) if mixture_warmup is None else mixture_warmup)
 last_saved, drawn_before = first_step if found else None, loader.drawn()
 window_start, window_steps, data_s = time.perf_counter(), 0, 0.0
+watcher = watch.Watch(rank, world_size, hang_timeout)
 stop, unread, spoilt = checkpoint.StopRequest(), [], torch.zeros((), device=device)            # arguments of `report`; 1 from the first loss or norm on that is not finite
 bar = tqdm(total=n_steps, initial=first_step, disable=not is_master, unit='step', dynamic_ncols=True)
 for step in range(first_step, n_steps + 1):
     lr = schedules.learning_rate_at(step, config, n_steps, n_warmup)
     for group in (g for o in optimizers for g in o.param_groups):
         group['lr'] = lr
+    watcher.at(step, 'begins')
     checkpointer.poll()
     terminated, interrupted = all_reduce_sum([stop.signal == signal.SIGTERM, stop.signal == signal.SIGINT], everywhere=True)
     stopping = int(signal.SIGTERM) if terminated else int(signal.SIGINT) if interrupted else 0      # the same on every rank
@@ -401,15 +408,18 @@ for step in range(first_step, n_steps + 1):
     while unread and (len(unread) > (device.type == 'cuda') or saves or stopping or evaluates or reweights):
         report(*unread.pop(0))
     if saves:
-        save(step)                                             # before the evaluation: nothing that it does can lose the step
+        watcher.at(step, 'saves')
+        news = news | {'system/save_ms': 1e3 * save(step)}     # before the evaluation: nothing that it does can lose the step
         last_saved = step
     if stopping:
         break
     if evaluates:
+        watcher.at(step, 'evaluates', patient=bool(benchmarks_due))
         model.eval()
         news = news | evaluate() | (run_benchmarks() if benchmarks_due else {})
         model.train()
     if reweights:
+        watcher.at(step, 'measures influence')
         checkpointer.finish()                                  # an error in there must not cost the checkpoint that is being written
         model.eval()                                           # experts do not count what is only measured
         with autocast:
@@ -425,11 +435,13 @@ for step in range(first_step, n_steps + 1):
         break
 
     # this rank's rows of the global batch; the number of valid tokens over all ranks is known before the first backward
+    watcher.at(step, 'reads its rows')
     t0 = time.perf_counter()
     source_index, cursors = loader.next_batch(batch_rows)
     rows = [loader.read(source_index[part], cursors[part]) for part in my_rows]
     micro_batches = [(*to_device(r), parallel.put(positions_counted(torch.from_numpy(r[:, 1:])), device)) for r in rows]
     read_s = time.perf_counter() - t0
+    watcher.at(step, 'trains')
     n_tokens = all_reduce_sum([(r[:, 1:] >= 0).sum() for r in rows])
     n_valid = sum(n_tokens)
     if not n_valid:
@@ -468,6 +480,7 @@ for step in range(first_step, n_steps + 1):
         'train/learning_rate': lr, **{f'mixture/weight_{name}': weight for name, weight in loader.weights.items()},
         **{f'mixture/drawn_{name}': n / sum(drawn.values()) for name, n in drawn.items()},
         **{f'mixture/epochs_{name}': n for name, n in loader.epochs().items()}, **presence_metrics} if logs else None))
+watcher.at(step, 'ends', patient=True)
 bar.close()
 checkpointer.finish()
 
@@ -478,8 +491,8 @@ if stopping:
               flush=True)
 elif is_master:
     from plots import draw_run, print_run
-    print_run(out_dir, loader.epochs())
-    print(f'curves: {draw_run(out_dir)}\ncheckpoint: {os.path.join(out_dir, "ckpt", f"step_{n_steps:06d}")}')
+    print_run(run_folder, loader.epochs())
+    print(f'curves: {draw_run(run_folder)}\ncheckpoint: {os.path.join(out_dir, "ckpt", f"step_{n_steps:06d}")}')
 if not stopping and sample_tokens and tokenizer is not None:
     prompt = torch.tensor([[tokenizer.bos_id, *tokenizer.encode(sample_prompt)]], device=device)
     with autocast:
@@ -488,4 +501,5 @@ if not stopping and sample_tokens and tokenizer is not None:
         print(f'sample: {tokenizer.decode([i for i in ids[0].tolist() if i != tokenizer.bos_id])}')
 if is_master:
     metrics_log.close()
+    storage.upload(out_dir)
 leave_ranks(128 + stopping if stopping else 0)

@@ -292,13 +292,6 @@ def test_resume_with_changed_shards_model_or_damaged_files_is_refused(finished, 
     with pytest.raises(BadInput, match='step 12, beyond the 6 steps'):
         train(finished, tiny_data, resume=True, max_steps=6)
     refused(r"sources are \['a', 'b'\]", sources={'a': 1.0})
-    shard = next(checkpoint.glob('*.distcp'))
-    content = shard.read_bytes()
-    shard.write_bytes(content[:-1])
-    refused(f'damaged: {shard.name}.*step_000008')
-    shard.unlink()
-    refused(f'{shard.name} is missing.*step_000008')
-    shard.write_bytes(content)
     make_source(tiny_data, 'b', seed=5)
     refused("source 'b'.*changed")
     make_source(tiny_data, 'b')
