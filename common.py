@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from configurator import BadInput, report_error
+from watch import meeting_point
 
 # dense bf16 peaks without sparsity, FLOP/s, from the makers' data sheets; matched against the device's name, first hit wins
 PEAK_FLOPS = {'H200': 989e12, 'H100 PCIe': 756e12, 'H100': 989e12, 'GH200': 989e12, 'B200': 2250e12, 'A100': 312e12,
@@ -37,7 +38,8 @@ def start_ranks(device, join=True):
     if kind == 'cuda':
         torch.cuda.set_device(here)
     if join:        # watch.py ends what hangs; rank 0 may prepare data for hours while the others wait
-        dist.init_process_group('cpu:gloo,cuda:nccl' if kind == 'cuda' else 'gloo', timeout=datetime.timedelta(days=1))
+        dist.init_process_group('cpu:gloo,cuda:nccl' if kind == 'cuda' else 'gloo', timeout=datetime.timedelta(days=1), rank=int(os.environ['RANK']),
+                                world_size=int(os.environ['WORLD_SIZE']), store=meeting_point(hosts=os.environ['RANK'] == '0'))
         sys.excepthook = report_error       # init_process_group wraps the hook in one that would swallow our message
     return int(os.environ['RANK']), int(os.environ['WORLD_SIZE']), here
 

@@ -45,7 +45,7 @@ def report_error(kind, error, traceback):
               'Free some space; what was complete before is intact.', file=sys.stderr, flush=True)
         raise SystemExit(1)
     if kind.__name__ in ('DistBackendError', 'DistNetworkError', 'DistStoreError') or kind is RuntimeError and 'gloo' in str(error):
-        print(f'{rank}error: the connection to another rank broke ({str(error).strip().splitlines()[0][:200]}): it ended or was killed, and has said why '
+        print(f'\n{rank}error: the connection to another rank broke ({str(error).strip().splitlines()[0][:200]}): it ended or was killed, and has said why '
               'itself if it could. Go on with --resume=True.', file=sys.stderr, flush=True)
         raise SystemExit(1)
     sys.__excepthook__(kind, error, traceback)

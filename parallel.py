@@ -28,7 +28,7 @@ def spread(model, layout, dtype, compile_blocks=False, checkpointing='none', res
     if layout is not None:
         split(model, layout)
     for block in model.blocks:
-        prepare_block(block, compile_blocks, checkpointing, model.config)
+        prepare_block(block, compile_blocks, checkpointing)
     if layout is None:
         return
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32) if dtype != torch.float32 else MixedPrecisionPolicy()
@@ -67,24 +67,25 @@ def split(model, layout):
         block.attn.n_kv_head //= layout.tp.size
 
 
-def prepare_block(block, compiles, checkpointing, config):
+def prepare_block(block, compiles, checkpointing):
     """Compiles a block's forward and lets it keep less of its activations."""
     if checkpointing == 'full':
         inner = torch.compile(block.forward) if compiles else block.forward        # within the checkpoint: around one nothing would be compiled
         block.forward = functools.partial(checkpoint, inner, use_reentrant=False, preserve_rng_state=False)
     elif checkpointing == 'selective':
+        wide = {p.shape[-2] for name, p in block.named_parameters() if 'w_gate' in name}            # inner widths, of this rank's part
         inner = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False,
-                                  context_fn=functools.partial(create_selective_checkpoint_contexts, functools.partial(kept, config.ffn_dim)))
+                                  context_fn=functools.partial(create_selective_checkpoint_contexts, functools.partial(kept, wide)))
         block.forward = torch.compile(inner) if compiles else inner                # around it: what is kept is chosen by operators
     elif compiles:
         block.compile()
 
 
-def kept(ffn_dim, context, op, *args, **_):
+def kept(widths, context, op, *args, **_):
     """The policy of selective checkpointing, of every operator in a block's forward."""
     name = op._schema.name.split('::')[1]
-    wide = name in ('mm', 'addmm') and ffn_dim in args[-1].shape
-    return CheckpointPolicy.MUST_SAVE if name in ATTENTION or name in ('mm', 'addmm') and not wide else CheckpointPolicy.PREFER_RECOMPUTE
+    narrow = name in ('mm', 'addmm') and not widths & set(args[-1].shape)
+    return CheckpointPolicy.MUST_SAVE if narrow or name in ATTENTION else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def whole(tensor):

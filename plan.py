@@ -1,16 +1,57 @@
-"""What a run will cost, on paper: memory of a process term by term, work, time (`train.py --dry_run=True`), and whether compiling pays."""
+"""What a run will cost, on paper: memory of a rank term by term, work, traffic, time, money (`train.py --dry_run=True`), and whether compiling pays.
+
+    python train.py config/model/mobilellm_7b.py config/stage1.py --dry_run=True --plan_on=64xH100 --tp=4
+    python plan.py                                                    # every model on the machines of HARDWARE, in one table
+
+Nothing is allocated and no data is needed. `python bench_parts.py --parts="['memory']"` holds the memory against measured peaks.
+"""
 import math
 import os
 import shutil
+import sys
+from dataclasses import dataclass
 
 import torch
 
+from configurator import BadInput, did_you_mean
 from kd import kd_chunk_rows
 from loss import chunk_rows
-from model import count_parameters, flops_per_token
+from model import ModelConfig, count_parameters, flops_per_token
+from ranks import resolve_sizes
 
-H100 = 989e12               # dense bf16 FLOP/s of the GPU that plans are made for on a machine without one
-GPU_GIB = 80
+GIB = 2**30
+SPARE = 0.92            # of a GPU's memory that a plan may fill: the rest goes to the CUDA context, NCCL and pieces the allocator cannot use
+
+
+@dataclass
+class Machine:
+    """count devices: dense bf16 FLOP/s, bytes of memory, bytes per second to a device of the same node and of another."""
+    name: str
+    count: int
+    flops: float
+    memory: float
+    near: float
+    far: float
+    node: int = 8
+
+
+# makers' data sheets: NVLink one way, and a 200 or 400 Gbit/s network card for every GPU
+KINDS = {'A100-40GB': (312e12, 40, 300e9, 25e9), 'A100-80GB': (312e12, 80, 300e9, 25e9), 'H100': (989e12, 80, 450e9, 50e9),
+         'H200': (989e12, 141, 450e9, 50e9), 'B200': (2250e12, 180, 900e9, 50e9)}
+
+
+def machine(named, world_size, device):
+    """The Machine of plan_on ('64xH100'), or world_size of what there is here: GPUs, with device 'cpu' this computer, without GPUs H100s are assumed."""
+    if named is not None:
+        count, _, kind = named.partition('x')
+        if not count.isdigit() or int(count) < 1 or kind not in KINDS:
+            raise BadInput(f"plan_on = '{named}' must be a number and a GPU, like 8xH100.{did_you_mean(kind, KINDS)} Known: {', '.join(KINDS)}.")
+        flops, gib, near, far = KINDS[kind]
+        return Machine(kind, int(count), flops, gib * GIB, near, far)
+    if device == 'cpu':
+        return Machine('CPU', world_size, 1e11, os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / world_size, 1e9, 1e9)
+    kind = next((k for k in KINDS if k in torch.cuda.get_device_name()), 'A100-80GB') if torch.cuda.is_available() else 'H100'
+    return machine(f'{world_size}x{kind}', world_size, device)
 
 
 def choose_compile(asked, total_flops, peak, world_size, device):
@@ -25,88 +66,261 @@ def choose_compile(asked, total_flops, peak, world_size, device):
     return minutes > 20 and compiler, f'about {minutes:,.0f} minutes of work' + ('' if compiler else ', no C++ compiler')
 
 
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+def rank_parameters(config, sizes):
+    """Parameters of a rank's part before FSDP spreads it: dict(block, root, experts): one block without its routed experts, the tables and what else is
+    outside of blocks, the routed experts of one block."""
+    c, counts = config, count_parameters(config)
+    n_moe = c.n_layer - c.n_dense_layer if c.n_expert else 0
+    return dict(block=(counts['non_embedding'] - counts['routed'] - c.n_embd) / c.n_layer / sizes['tp'], root=counts['embedding'] / sizes['tp'] + c.n_embd,
+                experts=counts['routed'] / n_moe / (sizes['ep'] * sizes['tp']) if n_moe else 0)
+
+
 def too_large_whole(config, sizes):
     """Whether whole weights in bf16 and whole gradients in fp32, of a rank's part, take more than 8 GiB: then they are kept in shards."""
-    counts = count_parameters(config)
-    return 6 * ((counts['total'] - counts['routed']) / sizes['tp'] + counts['routed'] / (sizes['tp'] * sizes['ep'])) > 8 * 2**30
+    part = rank_parameters(config, sizes)
+    n_moe = config.n_layer - config.n_dense_layer if config.n_expert else 0
+    return 6 * (part['block'] * config.n_layer + part['root'] + part['experts'] * n_moe) > 8 * GIB
 
 
-def saved_bytes_per_token(config, low, fused):
-    """Bytes that the backward of one block keeps of a token, as (everything, its input alone).
+def saved_bytes_per_token(config, low, fused, tp=1, has_experts=False):
+    """Bytes that the backward of one block keeps of a token: dict(none, selective, full) by activation_checkpointing.
 
-    low: bytes of an element under autocast (2) or in fp32 (4); fused: a layer keeps its inputs only (on CUDA, by kernels or by the compiler), else
-    RMSNorm keeps input and result in fp32 as well, and SwiGLU its silu. Without the low-precision copies of weights.
+    low: bytes of an element in products (2 under bf16, 4 in fp32); fused: a layer keeps its inputs only (on CUDA, by kernels or by the compiler), else
+    RMSNorm keeps input and result in fp32 as well, and SwiGLU its silu. tp: ranks that share the tokens between products, and the widths
+    within. Without the low-precision copies of weights.
     """
     c = config
-    heads, kv_heads = c.n_head * c.head_dim, c.n_kv_head * c.head_dim
-    elements = 2 * c.n_embd + 2 * heads + 2 * kv_heads + (3 if fused else 4) * c.ffn_dim      # normed inputs; q and its output, k and v; gate, up, silu, product
-    norms, small = 2 * c.n_embd, c.n_head + 2
+    C, heads, kv_heads = c.n_embd, c.n_head * c.head_dim, c.n_kv_head * c.head_dim
+    inner = 3 if fused else 4                                           # gate, up, (silu,) product
+    attention = 2 * heads + 2 * kv_heads                                # q and what it becomes, k and v
+    norms, small = 2 * C, c.n_head + 2
     if c.qk_norm:
         norms, small = norms + heads + kv_heads, small + c.n_head + c.n_kv_head
-    return elements * low + (norms * low if fused else (2 * norms - (c.qk_norm and heads + kv_heads)) * 4) + 4 * small, low * c.n_embd
+    norm_bytes = norms * low if fused else (2 * norms - (c.qk_norm and heads + kv_heads)) * 4
+    if has_experts:
+        k, shared = c.n_expert_active, c.n_shared_expert * c.expert_ffn_dim
+        ffn = C * (c.n_shared_expert > 0) + (shared * inner + k * (c.expert_ffn_dim * inner + 3 * C) + C) / tp     # rows sent out, and twice what returns
+        small += 4 * c.n_expert + 4 * k                                 # scores before and after, shares
+    else:
+        ffn = C + c.ffn_dim * inner / tp
+    everything = (C + attention / tp + ffn) * low + (norm_bytes + 4 * small) / tp
+    selective = (C + (C + 2 * heads + 2 * kv_heads) / tp) * low + 4 * c.n_head / tp    # input; q, k, v before they are turned, attention's and wo's results
+    return dict(none=everything, selective=selective, full=low * C / tp)
 
 
-def memory_plan(config, rows, block_size, shards, low, activation_checkpointing, optimizer, on_cuda, teacher=None):
-    """Bytes that a process holds at its fullest, term -> bytes.
+def memory_plan(config, knobs, sizes, low, on_cuda, teacher=None):
+    """Bytes that a rank holds at its fullest, term -> bytes, and in words when that is.
 
-    config: ModelConfig; rows of a micro-step; shards: ranks that parameters are spread over; low: bytes of an element in products;
-    teacher: ModelConfig of a teacher that runs along.
+    knobs: train.py's; sizes: ranks.resolve_sizes; low: bytes of an element in products; teacher: ModelConfig of a teacher that runs along.
     """
-    c, P, tokens = config, count_parameters(config)['total'], rows * block_size
-    everything, block_input = saved_bytes_per_token(c, low, on_cuda)
-    layers = c.n_layer * c.layer_repeat
-    device = torch.device('cuda' if on_cuda else 'cpu')
-    kept = everything * layers if activation_checkpointing == 'none' else block_input * layers + everything
-    one_block = (P - c.vocab_size * c.n_embd) // c.n_layer
-    # in one process autocast keeps a low-precision copy of every weight, else FSDP gathers two blocks at a time and the root's tables
-    copies = P * low if shards == 1 and low == 2 else (c.vocab_size * c.n_embd * (1 if c.tie_embeddings else 2) + 2 * one_block) * low if shards > 1 else 0
-    n_logits = (kd_chunk_rows if teacher else chunk_rows)(tokens, c.vocab_size, device, torch.bfloat16 if low == 2 else torch.float32)
+    c, tp = config, sizes['tp']
+    tokens = knobs['batch_size'] * knobs['block_size']
+    world = math.prod(sizes.values())
+    shards, expert_shards = sizes['dp_shard'] * sizes['ep'], sizes['dp_shard']
+    grad_accum = max(1, knobs['total_batch_tokens'] // (tokens * (world // tp)))
+    part = rank_parameters(c, sizes)
+    moe_layers = c.n_layer - c.n_dense_layer if c.n_expert else 0
+    P = (part['block'] * c.n_layer + part['root']) / shards + part['experts'] * moe_layers / expert_shards
+    whole = part['block'] * c.n_layer + part['root'] + part['experts'] * moe_layers
+    reshards = too_large_whole(c, sizes) if knobs['reshard_after_forward'] is None else knobs['reshard_after_forward']
+    table = c.vocab_size * c.n_embd / tp
+    ck, L = knobs['activation_checkpointing'], c.layer_repeat
+    block = {kind: saved_bytes_per_token(c, low, on_cuda, tp, kind) for kind in (False, True)}
+    kept = tokens * L * (sum(block[False][ck] for _ in range(c.n_layer - moe_layers)) + moe_layers * block[True][ck])
+    largest = tokens * max(block[bool(moe_layers)]['none'], block[False]['none'] if moe_layers < c.n_layer else 0)
+    inner = max(c.ffn_dim / tp, c.n_expert_active * c.expert_ffn_dim / tp if moe_layers else 0)
+    # of one process autocast keeps a low-precision copy of every weight; FSDP has the tables whole, and two blocks or all of them
+    if world == 1:
+        in_use = whole * low if low == 2 else 0
+    else:
+        in_use = low * (whole if not reshards else part['root'] + 2 * (part['block'] + part['experts']))
+    reducing = (4 + low) * (part['block'] + part['experts']) if world > 1 else 0                  # a block's gradients, and the same on their way
+    device, dtype = torch.device('cuda' if on_cuda else 'cpu'), torch.bfloat16 if low == 2 else torch.float32
+    rows = (kd_chunk_rows if teacher else chunk_rows)(tokens, c.vocab_size // tp, device, dtype)
+    if knobs['teacher'] and tp > 1:
+        rows = kd_chunk_rows(tokens // tp, c.vocab_size, device, dtype)
+    accumulated = 0 if grad_accum == 1 else 4 * (P if reshards or world == 1 else whole)
+    hidden = tokens * c.n_embd * (2 * low + low / tp + 4 / tp)           # final states before and after their norm, whole, and their gradient
+    head = 4 * table + rows * c.vocab_size / (1 if teacher else tp) * low * (2 if teacher else 1) + hidden
+    backward = largest * (ck != 'none') + tokens * (2 * inner + c.n_embd) * low
+    moments = {                                                          # gradients, activations, what else is there
+        'in the loss': (accumulated, kept, head),
+        'in the backward of the last block': (accumulated, kept, 4 * table + hidden + backward + reducing),
+        'at the end of the backward': (max(accumulated, 4 * P if reshards or world == 1 or grad_accum == 1 else 4 * whole), largest, reducing + 4 * table * (world > 1)),
+    }
+    when = max(moments, key=lambda m: sum(moments[m]))
+    gradients, activations, rest = moments[when]
     terms = {
-        'parameters (fp32)': 4 * P // shards,
-        'gradients (fp32)': 4 * P // shards,
-        'optimizer': (8 if optimizer == 'adamw' else 4) * P // shards + (4 * c.vocab_size * c.n_embd // shards if optimizer == 'muon' else 0),
-        'weights in use': copies,
-        'activations': tokens * (kept + 3 * c.ffn_dim * low),               # and what the backward of one block makes
-        'loss': n_logits * c.vocab_size * low * (2 if teacher else 1) + 4 * c.vocab_size * c.n_embd + 2 * tokens * c.n_embd * low,
+        'parameters (fp32)': 4 * P,
+        'optimizer': (8 if knobs['optimizer'] == 'adamw' else 4) * P + (4 * part['root'] / shards if knobs['optimizer'] == 'muon' else 0),
+        'gradients (fp32)': gradients,
+        'weights in use': in_use,
+        'activations': activations,
+        'loss' if when == 'in the loss' else 'backward': rest,
     }
     if teacher is not None:
-        T = count_parameters(teacher)['total']
-        terms['teacher'] = T * low // shards + tokens * low * (6 * teacher.n_embd + 3 * teacher.ffn_dim) + (
-            (teacher.vocab_size * teacher.n_embd * (1 if teacher.tie_embeddings else 2) + 2 * T // teacher.n_layer) * low if shards > 1 else 0)
-    return terms
+        t = rank_parameters(teacher, sizes)
+        T = (t['block'] * teacher.n_layer + t['root']) / shards
+        terms['teacher'] = T * low + tokens * low * (6 * teacher.n_embd + 3 * teacher.ffn_dim) / tp + (
+            (t['root'] + 2 * t['block']) * low if world > 1 else 0) + (teacher.vocab_size * teacher.n_embd * low if tp > 1 else 0)
+    return terms, when
 
 
-def print_plan(config, knobs, world_size, dtype, device, n_steps, teacher=None):
-    """What `--dry_run` prints. knobs: train.py's config; n_steps None: known only when the data is there (epochs).
+# -- traffic and time --------------------------------------------------------------------------------------------------
 
-    A plan is for GPUs, in bfloat16 unless told otherwise, on a machine that has none as well; with device='cpu' for this machine.
-    """
-    on_cuda = knobs['device'] != 'cpu'
-    dtype = dtype if knobs['dtype'] != 'auto' or not on_cuda else torch.bfloat16
-    low = dtype.itemsize
-    terms = memory_plan(config, knobs['batch_size'], knobs['block_size'], world_size, low, knobs['activation_checkpointing'], knobs['optimizer'],
-                        on_cuda, teacher)
-    counts = count_parameters(config)
-    flops = flops_per_token(config, knobs['block_size'], causal=True) + (flops_per_token(teacher, knobs['block_size'], causal=True) / 3 if teacher else 0)
-    if knobs['activation_checkpointing'] == 'full':
-        flops *= 4 / 3
-    print(f"dry run: {counts['total'] / 1e6:,.1f}M parameters ({counts['non_embedding'] / 1e6:,.1f}M without embeddings), {world_size} process(es), "
-          f"{knobs['batch_size']} rows of {knobs['block_size']:,} tokens each in {dtype}, activation_checkpointing={knobs['activation_checkpointing']}, on "
-          + ('GPUs' if on_cuda else 'the CPU'))
-    for term, n_bytes in terms.items():
-        print(f'  {term:<24}{n_bytes / 2**30:>10.2f} GiB')
-    total = sum(terms.values()) / 2**30
-    have = (torch.cuda.get_device_properties(device).total_memory if device.type == 'cuda' else
-            GPU_GIB * 2**30 if on_cuda else os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')) / 2**30
-    spare = 0.95 * have - total
-    print(f'  {"sum":<24}{total:>10.2f} GiB: ' + (f'fits into {have:.0f} GiB with {spare:.1f} to spare' if spare >= 0 else
-          f'does not fit into {have:.0f} GiB, by {-spare:.1f} GiB: lower batch_size, '
-          + ('set activation_checkpointing=full, ' if knobs['activation_checkpointing'] == 'none' else '') + 'or take more ranks'))
-    tokens = knobs['total_batch_tokens']
-    seconds = tokens * flops / (0.4 * H100)
-    print(f"a step of {tokens:,} tokens: {tokens * flops / 1e15:,.2f} PFLOP" + (' with the teacher' if teacher else '')
-          + (' and the second forward' if knobs['activation_checkpointing'] == 'full' else '') + f', {seconds:,.1f} GPU-seconds on H100 at 40 % of their peak')
+def traffic(config, knobs, sizes, low):
+    """Bytes that a rank sends in a step: dict(fsdp, replicas, tp, experts, teacher's and checkpoints' not). From the sizes of what is exchanged:
+    (n - 1) / n of it for a gather or a reduce-scatter among n ranks, twice that for an all-reduce."""
+    c, tp = config, sizes['tp']
+    tokens = knobs['batch_size'] * knobs['block_size']
+    grad_accum = max(1, knobs['total_batch_tokens'] // (tokens * (math.prod(sizes.values()) // tp)))
+    part = rank_parameters(c, sizes)
+    n_moe = c.n_layer - c.n_dense_layer if c.n_expert else 0
+    reshards = too_large_whole(c, sizes) if knobs['reshard_after_forward'] is None else knobs['reshard_after_forward']
+    gathers, reduces = (2 * grad_accum, grad_accum) if reshards else (1, 1)
+
+    def among(n, whole):
+        return (n - 1) / n * whole * (gathers * low + reduces * 4)
+    dense, experts = part['block'] * c.n_layer + part['root'], part['experts'] * n_moe
+    fsdp = among(sizes['dp_shard'] * sizes['ep'], dense) + among(sizes['dp_shard'], experts)
+    R = sizes['dp_replicate']
+    replicas = 2 * (R - 1) / R * 4 * (dense / (sizes['dp_shard'] * sizes['ep']) + experts / sizes['dp_shard'])
+    passes = {'none': 2, 'selective': 2, 'full': 3}[knobs['activation_checkpointing']]          # full runs the forward's exchanges again
+    per_layer = 4 * c.n_layer - (2 * n_moe if not c.n_shared_expert else 0)                     # gather and scatter of attention and of feed-forward
+    in_tp = (tp - 1) / tp * tokens * c.n_embd * low * (per_layer * c.layer_repeat * passes + 4) * grad_accum
+    n = sizes['ep'] * tp
+    in_experts = (n - 1) / n * tokens / tp * c.n_expert_active * c.n_embd * low * 2 * n_moe * passes * grad_accum
+    return dict(fsdp=fsdp, replicas=replicas, tp=in_tp, experts=in_experts)
+
+
+def step_time(config, knobs, sizes, low, on, teacher=None):
+    """Seconds of a step: dict(compute, overlapped, waiting, total). Gathers and reductions of FSDP run beside the products; tensor parallelism and experts
+    have to be waited for."""
+    flops = flops_per_token(config, knobs['block_size'], causal=True) * {'none': 1, 'selective': 1 + recomputed(config) / 3, 'full': 4 / 3}[
+        knobs['activation_checkpointing']] + (flops_per_token(teacher, knobs['block_size'], causal=True) / 3 if teacher else 0)
+    compute = knobs['total_batch_tokens'] * flops / (knobs['plan_mfu'] * on.flops * on.count)
+    sent = traffic(config, knobs, sizes, low)
+    far = knobs['plan_link'] * 1e9 if knobs['plan_link'] else on.far
+    n = sizes['ep'] * sizes['tp']
+    overlapped = (sent['fsdp'] + sent['replicas']) / (on.near if on.count <= on.node else far)
+    waiting = sent['tp'] / (on.near if sizes['tp'] <= on.node else far) + sent['experts'] / (on.near if n <= on.node else far)
+    return dict(flops=flops, compute=compute, overlapped=overlapped, waiting=waiting, total=max(compute, overlapped) + waiting)
+
+
+def recomputed(config):
+    """Share of a block's forward that selective checkpointing does again: gate and up of the feed-forward network."""
+    c = config
+    wide = c.n_expert_active * c.expert_ffn_dim + c.n_shared_expert * c.expert_ffn_dim if c.n_expert else c.ffn_dim
+    products = c.n_embd * c.head_dim * (2 * c.n_head + 2 * c.n_kv_head)
+    return 2 * wide * c.n_embd / (products + 3 * wide * c.n_embd)
+
+
+# -- what is printed ---------------------------------------------------------------------------------------------------
+
+def plan(config, knobs, on, dtype=torch.bfloat16, teacher=None):
+    """Everything about one run: dict(sizes, terms, when, total, limit, fits, sent, time). BadInput for sizes that do not make on.count ranks."""
+    sizes = resolve_sizes(on.count, *(knobs[name] for name in ('dp_replicate', 'dp_shard', 'tp', 'ep')))
+    on_cuda = on.name != 'CPU'
+    terms, when = memory_plan(config, knobs, sizes, dtype.itemsize, on_cuda, teacher)
+    total, limit = sum(terms.values()), SPARE * on.memory
+    return dict(sizes=sizes, terms=terms, when=when, total=total, limit=limit, fits=total <= limit, sent=traffic(config, knobs, sizes, dtype.itemsize),
+                time=step_time(config, knobs, sizes, dtype.itemsize, on, teacher))
+
+
+def remedy(config, knobs, on, dtype, teacher):
+    """The first changes of knobs with which it fits, in words: checkpointing, then a smaller micro-batch, tensor parallelism, more GPUs."""
+    tried = []
+    for ck in ('selective', 'full'):
+        tried.append(dict(activation_checkpointing=ck))
+    rows = knobs['batch_size']
+    while rows > 1:
+        rows //= 2
+        tried.append(dict(activation_checkpointing='full', batch_size=rows))
+    tps = [tp for tp in (2, 4, 8) if tp > knobs['tp'] and on.count % (tp * knobs['ep']) == 0 and config.n_kv_head % tp == 0]
+    tried += [dict(activation_checkpointing='full', batch_size=rows, tp=tp) for tp in tps]
+    for changes in tried:
+        if plan(config, {**knobs, **changes}, on, dtype, teacher)['fits']:
+            return 'It fits with ' + ' '.join(f'--{name}={value}' for name, value in changes.items())
+    count = on.count
+    while count < 2**20:
+        count *= 2
+        more = Machine(on.name, count, on.flops, on.memory, on.near, on.far)
+        for changes in tried:
+            if changes.get('batch_size', knobs['batch_size']) == rows and plan(config, {**knobs, **changes}, more, dtype, teacher)['fits']:
+                return f'It takes {count} of them, with ' + ' '.join(f'--{name}={value}' for name, value in changes.items())
+    return 'No number of them is enough: lower block_size'
+
+
+def print_plan(config, knobs, on, dtype, n_steps, teacher=None):
+    """What `--dry_run` prints. knobs: train.py's config; n_steps None: known only when the data is there (epochs)."""
+    p, counts = plan(config, knobs, on, dtype, teacher), count_parameters(config)
+    sizes, t = p['sizes'], p['time']
+    print(f"dry run: {counts['total'] / 1e6:,.1f}M parameters ({counts['non_embedding'] / 1e6:,.1f}M without embeddings"
+          + (f", {counts['active'] / 1e6:,.1f}M for a token" if config.n_expert else '') + f'), {on.count} x {on.name}: '
+          + ' x '.join(f'{name} {n}' for name, n in sizes.items()))
+    print(f"  {knobs['batch_size']} rows of {knobs['block_size']:,} tokens each in {dtype}, activation_checkpointing={knobs['activation_checkpointing']}; "
+          f"fullest {p['when']}")
+    for term, n_bytes in p['terms'].items():
+        print(f'  {term:<24}{n_bytes / GIB:>10.2f} GiB')
+    gap = (p['limit'] - p['total']) / GIB
+    print(f"  {'sum':<24}{p['total'] / GIB:>10.2f} GiB: " + (
+        f'fits into {on.memory / GIB:.0f} GiB, {gap:.1f} below the {SPARE:.0%} that may be filled' if p['fits'] else
+        f"does not fit into {on.memory / GIB:.0f} GiB, by {-gap:.1f} GiB. {remedy(config, knobs, on, dtype, teacher)}."))
+    tokens, plain = knobs['total_batch_tokens'], flops_per_token(config, knobs['block_size'], causal=True)
+    print(f"a step of {tokens:,} tokens: {plain / 1e9:,.2f} GFLOP per token" + (f", {t['flops'] / 1e9:,.2f} with " + ' and '.join(
+        ['the teacher'] * bool(teacher) + ['what runs again'] * (knobs['activation_checkpointing'] != 'none')) if t['flops'] != plain else '')
+        + f", {tokens * t['flops'] / 1e15:,.2f} PFLOP in all")
+    if on.count > 1:
+        print('  a rank sends ' + ', '.join(f'{n / 1e9:,.2f} GB for {name}' for name, n in p['sent'].items() if n))
+    print(f"  {t['total']:,.2f} s: {t['compute']:,.2f} s of work at an MFU of {knobs['plan_mfu']:.0%}"
+          + (f", {t['overlapped']:,.2f} s of traffic beside it, {t['waiting']:,.2f} s that is waited for" if on.count > 1 else '')
+          + f" ({tokens / t['total'] / on.count:,.0f} tokens/s per GPU)")
     if n_steps is None:
         print('steps: as many as `epochs` of the sources take, which a run with the data prints')
     else:
-        print(f'{n_steps:,} steps: {n_steps * tokens / 1e9:,.2f}B tokens, {math.ceil(n_steps * seconds / 3600):,} GPU-hours')
+        hours = n_steps * t['total'] / 3600
+        print(f"{n_steps:,} steps: {n_steps * tokens / 1e9:,.2f}B tokens, {hours / 24:,.1f} days, {hours * on.count:,.0f} GPU-hours, "
+              f"${hours * on.count * knobs['plan_price']:,.0f} at ${knobs['plan_price']:g} an hour")
+    if knobs['block_size'] >= 32768 and counts['total'] > 6e9:
+        print('context parallelism is not built (torch\'s own does not run on the CPUs that this is tested on): long rows are split by tp alone')
+
+
+# -- the table of models and machines ----------------------------------------------------------------------------------
+
+# model, fewest GPUs and a comfortable number, with the knobs that such a run would have
+HARDWARE = [
+    ('mobilellm_140m', ('1xA100-40GB', '8xA100-80GB'), dict(batch_size=16)),
+    ('mobilellm_360m', ('1xA100-40GB', '8xA100-80GB'), dict(batch_size=16)),
+    ('mobilellm_950m', ('1xA100-80GB', '16xA100-80GB'), dict(batch_size=16)),
+    ('mobilellm_7b', ('8xA100-80GB', '64xH100'), dict(batch_size=2)),
+    ('mobilellm_70b', ('32xH100', '128xH100'), dict(batch_size=2, tp=8, activation_checkpointing='full')),
+    ('mobilellm_671b', ('256xH100', '512xH100'), dict(batch_size=2, tp=8, ep=16, activation_checkpointing='full')),
+]
+
+
+def print_table(knobs, tokens):
+    """HARDWARE, a row each: what a GPU holds, whether that fits, and what `tokens` tokens take."""
+    print(f"{'model':<16}{'machine':<15}{'batch':>6}{'tp':>4}{'ep':>4} {'recompute':<10}{'GiB a GPU':>10}  {'s a step':>9}{'tokens/s':>11}{'days':>8}{'GPU-hours':>12}")
+    for name, machines, changes in HARDWARE:
+        scope = {}
+        with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'config', 'model', f'{name}.py'), encoding='utf-8') as f:
+            exec(compile(f.read(), name, 'exec'), scope)
+        config = ModelConfig(**{k: v for k, v in scope.items() if k in ModelConfig.__dataclass_fields__})
+        for named in machines:
+            on = machine(named, 1, 'cuda')
+            k = {**knobs, **changes}
+            p = plan(config, k, on)
+            days = tokens / k['total_batch_tokens'] * p['time']['total'] / 86400
+            print(f"{name:<16}{named:<15}{k['batch_size']:>6}{k['tp']:>4}{k['ep']:>4} {k['activation_checkpointing']:<10}{p['total'] / GIB:>10.1f}"
+                  f"{'  ' if p['fits'] else ' !'}{p['time']['total']:>9.2f}{k['total_batch_tokens'] / p['time']['total']:>11,.0f}{days:>8,.0f}{24 * days * on.count:>12,.0f}")
+            if not p['fits']:
+                print(f"{'':<16}! does not fit by {(p['total'] - p['limit']) / GIB:.1f} GiB. {remedy(config, k, on, torch.bfloat16, None)}")
+
+
+if __name__ == '__main__':
+    if sys.argv[1:]:
+        raise BadInput('plan.py takes no arguments: it prints its table of models and machines. For one run: train.py ... --dry_run=True')
+    print_table(dict(block_size=2048, total_batch_tokens=4_194_304, optimizer='adamw', activation_checkpointing='none', teacher=None, reshard_after_forward=None,
+                     dp_replicate=1, dp_shard=-1, tp=1, ep=1, plan_mfu=0.4, plan_link=None), 2_000_000_000_000)

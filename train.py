@@ -160,6 +160,10 @@ ep = 1                                  # ranks, times tp, that the experts of a
 reshard_after_forward: bool | None = None       # shards weights again after a block's forward, and gradients after every micro-step; None: of large models
 hang_timeout = 1800.0                   # seconds without progress after which a run of several ranks ends, with the name of the one that hangs; 0: never
 dry_run = False                         # print what the run would cost, on paper, and stop; needs no data
+plan_on: str | None = None              # dry_run: on which GPUs, like 64xH100; None: on what there is here
+plan_mfu = 0.4                          # dry_run: share of the peak that products reach
+plan_link: float | None = None          # dry_run: GB/s from a GPU to other nodes; None: 25 (A100) or 50
+plan_price = 2.5                        # dry_run: dollars of a GPU-hour
 config = configure(globals())
 
 # -- derived values and checks -----------------------------------------------------------------------------------------
@@ -179,6 +183,8 @@ if not sources:
     raise BadInput("sources is empty. Give a config file, or --sources=\"{'name': weight}\" with folders of data_dir.")
 if max_steps is None and max_tokens is None and epochs is None:
     raise BadInput('neither max_steps nor max_tokens nor epochs says how long to train. Set one.')
+planned = plan.machine(plan_on, world_size, config['device']) if dry_run else None
+world_size = planned.count if dry_run else world_size
 sizes = ranks.resolve_sizes(world_size, dp_replicate, dp_shard, tp, ep)
 n_data = world_size // tp                                      # ranks that have rows of their own
 micro_tokens = batch_size * block_size * n_data                # tokens of a micro-step over all ranks
@@ -197,8 +203,8 @@ if optimizer == 'muon' and (tp > 1 or n_expert):
 
 if dry_run:
     if is_master:
-        plan.print_plan(model_config, config, world_size, dtype, device, schedules.count_steps(config, None),
-                        hf.find_model(teacher, weights=False)['model'] if teacher and not kd_cache else None)
+        plan.print_plan(model_config, config, planned, torch.bfloat16 if planned.name != 'CPU' and config['dtype'] == 'auto' else dtype,
+                        schedules.count_steps(config, None), hf.find_model(teacher, weights=False)['model'] if teacher and not kd_cache else None)
     leave_ranks(0)
 
 # -- the run folder ----------------------------------------------------------------------------------------------------

@@ -21,6 +21,14 @@ def is_restarted():
     return any(int(os.environ.get(name) or 0) > 0 for name in ('TORCHELASTIC_RESTART_COUNT', 'SLURM_RESTART_COUNT'))
 
 
+def meeting_point(hosts=False):
+    """The store that ranks meet at, its keys apart from those of attempts before: torchrun keeps one store over restarts, and a rank that finds the address
+    of a dead one there does not start. hosts: this rank makes it, where the launcher has not."""
+    hosted = os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True'
+    store = dist.TCPStore(os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), is_master=hosts and not hosted, wait_for_workers=False, multi_tenant=True)
+    return dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
 class Watch:
     """`at` says where this rank is. Does nothing in a single process, or with timeout 0."""
 
@@ -29,8 +37,7 @@ class Watch:
         self.beats, self.ticks, self.step, self.doing, self.since, self.patient = 0, 0, 0, 'starts', time.monotonic(), True
         self.main = threading.get_ident()
         if world_size > 1 and timeout:
-            self.keys = f"watch/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/"
-            self.store = dist.TCPStore(os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), is_master=False)
+            self.store = meeting_point()
             threading.Thread(target=self.run, daemon=True).start()
 
     def at(self, step, doing, patient=False):
@@ -51,7 +58,7 @@ class Watch:
 
     def tell(self):
         self.ticks += 1
-        self.store.set(f'{self.keys}{self.rank}', json.dumps(dict(
+        self.store.set(f'watch/{self.rank}', json.dumps(dict(
             ticks=self.ticks, beats=self.beats, step=self.step, doing=self.doing, where=self.where(), host=os.uname().nodename)))
 
     def where(self):
@@ -62,11 +69,11 @@ class Watch:
         return 'unknown' if frame is None else f'{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}{called}'
 
     def told(self):
-        return {r: json.loads(self.store.get(f'{self.keys}{r}')) for r in range(self.world_size)}
+        return {r: json.loads(self.store.get(f'watch/{r}')) for r in range(self.world_size)}
 
     def end(self, tick):
         """One rank says what is wrong; all end."""
-        if self.store.add(f'{self.keys}reported', 1) > 1:
+        if self.store.add('watch/reported', 1) > 1:
             time.sleep(3 * tick)
             os._exit(1)
         before = self.told()
