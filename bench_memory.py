@@ -26,10 +26,10 @@ CASES = {
     'bf16': (1, S1, dict(dtype='bfloat16', batch_size=4)), 'vocabulary': (1, S3, dict(batch_size=2)), 'long': (1, S3, dict(batch_size=1, block_size=2048)),
     'few tokens': (1, S3, dict(batch_size=1, block_size=128)), 'experts': (1, EXPERTS, dict(batch_size=4)),
     'fsdp 2': (2, S1, dict(batch_size=4, dp_shard=2, reshard_after_forward=True)),
-    'fsdp 2, whole': (2, S1, dict(batch_size=4, dp_shard=2, reshard_after_forward=False, grad_accum=2)),
-    'fsdp 2, few tokens': (2, S3, dict(batch_size=1, block_size=128, dp_shard=2, reshard_after_forward=True)),
+    'fsdp 2 whole': (2, S1, dict(batch_size=4, dp_shard=2, reshard_after_forward=False, grad_accum=2)),
+    'fsdp 2 few tokens': (2, S3, dict(batch_size=1, block_size=128, dp_shard=2, reshard_after_forward=True)),
     'tp 2': (2, dict(S1, n_head=8, head_dim=48), dict(batch_size=4, tp=2)),
-    'tp 2, selective': (2, dict(S1, n_head=8, head_dim=48), dict(batch_size=4, tp=2, activation_checkpointing='selective')),
+    'tp 2 selective': (2, dict(S1, n_head=8, head_dim=48), dict(batch_size=4, tp=2, activation_checkpointing='selective')),
     'ep 2': (2, EXPERTS, dict(batch_size=4, ep=2)), 'fsdp 2 x tp 2': (4, dict(S1, n_head=8, head_dim=48), dict(batch_size=4, dp_shard=2, tp=2)),
 }
 KNOBS = dict(batch_size=8, block_size=512, activation_checkpointing='none', optimizer='adamw', teacher=None, reshard_after_forward=None, dp_replicate=1, dp_shard=1,

@@ -129,7 +129,7 @@ def memory_plan(config, knobs, sizes, low, on_cuda, teacher=None):
     ck, L = knobs['activation_checkpointing'], c.layer_repeat
     block = {kind: saved_bytes_per_token(c, low, on_cuda, tp, kind) for kind in (False, True)}
     kept = tokens * L * (sum(block[False][ck] for _ in range(c.n_layer - moe_layers)) + moe_layers * block[True][ck])
-    largest = tokens * max(block[bool(moe_layers)]['none'], block[False]['none'] if moe_layers < c.n_layer else 0)
+    largest = max((block[kind] for kind in ([True] if moe_layers else []) + ([False] if moe_layers < c.n_layer else [])), key=lambda b: b['none'])
     inner = max(c.ffn_dim / tp, c.n_expert_active * c.expert_ffn_dim / tp if moe_layers else 0)
     # of one process autocast keeps a low-precision copy of every weight; FSDP has the tables whole, and two blocks or all of them
     if world == 1:
@@ -144,11 +144,12 @@ def memory_plan(config, knobs, sizes, low, on_cuda, teacher=None):
     accumulated = 0 if grad_accum == 1 else 4 * (P if reshards or world == 1 else whole)
     hidden = tokens * c.n_embd * (2 * low + low / tp + 4 / tp)           # final states before and after their norm, whole, and their gradient
     head = 4 * table + rows * c.vocab_size / (1 if teacher else tp) * low * (2 if teacher else 1) + hidden
-    backward = largest * (ck != 'none') + tokens * (2 * inner + c.n_embd) * low
+    backward = tokens * (largest['none'] - largest[ck] + (2 * inner + c.n_embd) * low)        # what runs again, and gradients between its operators
+    twice = 1 + c.tie_embeddings                                         # a tied table's two gradients
     moments = {                                                          # gradients, activations, what else is there
         'in the loss': (accumulated, kept, head),
         'in the backward of the last block': (accumulated, kept, 4 * table + hidden + backward + reducing),
-        'at the end of the backward': (max(accumulated, 4 * P if reshards or world == 1 or grad_accum == 1 else 4 * whole), largest, reducing + 4 * table * (world > 1)),
+        'at the end of the backward': (max(accumulated, 4 * P - (4 * part['root'] / shards if world > 1 else 4 * table)), tokens * L * largest[ck], 4 * table * twice),
     }
     when = max(moments, key=lambda m: sum(moments[m]))
     gradients, activations, rest = moments[when]

@@ -45,6 +45,7 @@ from data import MixtureLoader, Source, batch_of, common_tokenizer, report_packi
 from kernels import use as use_kernels
 from model import GPT, ModelConfig, count_parameters, flops_per_token, init_weights, positions_counted
 from packing import OVERLONG
+from progress import Progress, start_trace
 
 # -- input and output --
 out_dir = 'out/run'                     # folder of this run; must be new unless resume=True
@@ -159,6 +160,7 @@ tp = 1                                  # ranks that heads, inner widths, vocabu
 ep = 1                                  # ranks, times tp, that the experts of a layer are spread over
 reshard_after_forward: bool | None = None       # shards weights again after a block's forward, and gradients after every micro-step; None: of large models
 hang_timeout = 1800.0                   # seconds without progress after which a run of several ranks ends, with the name of the one that hangs; 0: never
+profile = False                         # write a trace of a few steps, rank 0's, to out_dir/trace.json (ui.perfetto.dev shows it)
 dry_run = False                         # print what the run would cost, on paper, and stop; needs no data
 plan_on: str | None = None              # dry_run: on which GPUs, like 64xH100; None: on what there is here
 plan_mfu = 0.4                          # dry_run: share of the peak that products reach
@@ -363,42 +365,21 @@ def save(step):
         context=block_size, mixture_state=mixture_state, presence_state=micro and micro.state()))
 
 
+def more_metrics(values, n_valid):
+    """Of the sums over ranks that distillation and experts add to a step's."""
+    return {**(kd.metrics(values, n_valid) if distiller else {}), **(dict(zip(moe.METRICS, values[-3:])) if n_expert else {})}
+
+
 # -- the loop ----------------------------------------------------------------------------------------------------------
-def report(step, sums, event, n_valid, source_counts, read_s, metrics):
-    """What a step found, read on a GPU when the next one is under way, so that it never waits for the host. metrics: to be logged, None: nothing."""
-    global window_start, window_steps, data_s
-    loss_sum, n_hits, *more, grad_norm = parallel.read(sums, event)
-    if not math.isfinite(loss_sum) or not math.isfinite(grad_norm):
-        checkpointer.finish()
-        good = checkpoint.complete_checkpoints(os.path.join(out_dir, 'ckpt'))
-        raise RunFault(f'loss is {loss_sum / n_valid:.4g} and gradient norm {grad_norm:.4g} at step {step}; the optimizer '
-                       f'was not stepped. Last good checkpoint: {os.path.join(out_dir, "ckpt", good[-1]) if good else "none"}. '
-                       f'Rows of the batch by source: {source_counts}. Lower learning_rate or look at these sources, then --resume=True.')
-    window_steps, data_s = window_steps + 1, data_s + read_s
-    bar.update()
-    if metrics is None:
-        return
-    dt = (time.perf_counter() - window_start) / window_steps
-    tokens_per_second, train_loss = total_batch_tokens / dt, loss_sum / n_valid
-    metrics_log.write(step, {
-        'train/loss': train_loss, 'train/perplexity': math.exp(min(train_loss, 50)), 'train/accuracy': n_hits / n_valid,
-        'train/grad_norm': grad_norm, 'train/tokens': (step + 1) * total_batch_tokens, 'train/tokens_per_second': tokens_per_second,
-        'train/mfu': tokens_per_second * token_flops / (peak * world_size) if peak else None,
-        'system/step_ms': dt * 1e3, 'system/data_ms': data_s / window_steps * 1e3,
-        'system/gpu_memory': torch.cuda.max_memory_allocated(device) / 2**30 if device.type == 'cuda' else None,
-        **metrics, **(kd.metrics(more, n_valid) if distiller else {}), **(dict(zip(moe.METRICS, more[-3:])) if n_expert else {})})
-    bar.set_postfix_str(f'loss {train_loss:.3f}, {tokens_per_second:,.0f} tokens/s')
-    window_start, window_steps, data_s = time.perf_counter(), 0, 0.0
-
-
 micro = self_influence.MicroBatches(model, presence_layers, presence, grad_accum, presence_state) if presence != 'off' else None
 my_rows = rows_of_rank(batch_rows, batch_size, data_rank, n_data).reshape(grad_accum, batch_size)
 first_reweighting = max(1, max(n_warmup, n_steps // 20) if mixture_warmup is None else mixture_warmup)
 last_saved, drawn_before = first_step if found else None, loader.drawn()
-window_start, window_steps, data_s = time.perf_counter(), 0, 0.0
 watcher = watch.Watch(rank, world_size, hang_timeout)
-stop, unread, spoilt = checkpoint.StopRequest(), [], torch.zeros((), device=device)            # arguments of `report`; 1 from the first loss or norm on that is not finite
+stop, spoilt = checkpoint.StopRequest(), torch.zeros((), device=device)        # 1 from the first loss or norm on that is not finite
 bar = tqdm(total=n_steps, initial=first_step, disable=not is_master, unit='step', dynamic_ncols=True)
+progress = Progress(bar, metrics_log, checkpointer, total_batch_tokens, token_flops, peak and peak * world_size, device)
+tracer = start_trace(os.path.join(run_folder, 'trace.json')) if profile and is_master else None
 for step in range(first_step, n_steps + 1):
     lr = schedules.learning_rate_at(step, config, n_steps, n_warmup)
     for group in (g for o in optimizers for g in o.param_groups):
@@ -411,8 +392,7 @@ for step in range(first_step, n_steps + 1):
     news, benchmarks_due = kept_shares if step == first_step else {}, benchmarks and (step % eval_tasks_interval == 0 or step == n_steps)
     evaluates = step % eval_interval == 0 or step == n_steps or benchmarks_due
     reweights = measures and first_reweighting <= step < n_steps and step % mixture_interval == 0
-    while unread and (len(unread) > (device.type == 'cuda') or saves or stopping or evaluates or reweights):
-        report(*unread.pop(0))
+    progress.read(saves or stopping or evaluates or reweights)
     if saves:
         watcher.at(step, 'saves')
         news = news | {'system/save_ms': 1e3 * save(step)}     # before the evaluation: nothing that it does can lose the step
@@ -436,7 +416,7 @@ for step in range(first_step, n_steps + 1):
     if news:
         if is_master:
             metrics_log.write(step, news)
-        window_start, window_steps, data_s = time.perf_counter(), 0, 0.0
+        progress.restart()
     if step == n_steps:
         break
 
@@ -451,7 +431,7 @@ for step in range(first_step, n_steps + 1):
     n_tokens = all_reduce_sum([(r[:, 1:] >= 0).sum() for r in rows])
     n_valid = sum(n_tokens)
     if not n_valid:
-        [report(*late) for late in unread]
+        progress.read(True)
         raise RunFault(f'the batch of step {step} has no token that the loss counts. Raise total_batch_tokens, or look at the masks of the sources.')
     if micro:
         micro.begin(self_influence.tau_at(step, n_steps, presence_tau, presence_schedule, presence_switch))
@@ -482,13 +462,17 @@ for step in range(first_step, n_steps + 1):
     if logs:
         drawn = {name: n - drawn_before[name] for name, n in loader.drawn().items()}
         drawn_before = loader.drawn()
-    unread.append((step, *parallel.to_host(torch.cat((sums, loads, grad_norm[None]))), n_valid, {name: int((source_index == i).sum()) for i, name in enumerate(loader.names)}, read_s, {
+    if tracer:
+        tracer.step()
+    progress.add(step, torch.cat((sums, loads, grad_norm[None])), n_valid, {name: int((source_index == i).sum()) for i, name in enumerate(loader.names)}, read_s, {
         'train/learning_rate': lr, **{f'mixture/weight_{name}': weight for name, weight in loader.weights.items()},
         **{f'mixture/drawn_{name}': n / sum(drawn.values()) for name, n in drawn.items()},
-        **{f'mixture/epochs_{name}': n for name, n in loader.epochs().items()}, **presence_metrics} if logs else None))
+        **{f'mixture/epochs_{name}': n for name, n in loader.epochs().items()}, **presence_metrics} if logs else None, more_metrics)
 watcher.at(step, 'ends', patient=True)
 bar.close()
 checkpointer.finish()
+if tracer:
+    tracer.stop()
 
 # -- what is left behind -----------------------------------------------------------------------------------------------
 if stopping:

@@ -1,0 +1,14 @@
+# The demo's model with experts: 6.6M parameters, of which a token passes through 3.8M (8 routed experts of 192, two for a token, one shared; the first layer is
+# dense). python train.py config/demo.py config/model/moe_demo.py --out_dir=out/moe_demo, or on two ranks with --ep=2
+vocab_size = 4096
+n_layer = 6
+n_head = 6
+n_kv_head = 2
+n_embd = 192
+ffn_dim = 512
+rope_theta = 10000.0
+n_expert = 8
+n_expert_active = 2
+n_shared_expert = 1
+expert_ffn_dim = 192
+n_dense_layer = 1
