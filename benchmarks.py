@@ -68,7 +68,8 @@ class Scorer(TemplateLM):
         super().__init__()
         self.model, self.tokens, self.add_bos, self.prefix_id, self.context = model, tokenizer, add_bos, prefix_id, context
         self.on, self.batch_tokens, self.autocast, self.template, self.quiet = device, batch_tokens, autocast, template, quiet
-        self.my_rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        layout = model.layout                   # ranks of a tensor-parallel group do the same batches
+        self.my_rank, self.ranks = (layout.data_rank, layout.n_data) if layout else (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.n_scored = self.n_cut = 0          # tokens that went through the model; requests that had to be cut
         self.text_of_special = {i: name for name, i in tokenizer.encoding._special_tokens.items()}
 
@@ -113,7 +114,7 @@ class Scorer(TemplateLM):
             if at < len(batches):
                 answers |= done
         if self.ranks > 1:
-            parts = [None] * self.ranks
+            parts = [None] * dist.get_world_size()
             dist.all_gather_object(parts, answers)
             answers = {key: value for part in parts for key, value in part.items()}
         return answers
@@ -296,7 +297,7 @@ def run_tasks(scorer, tasks, limit=None, allow_code=False, done=lambda results: 
                                 confirm_run_unsafe_code=allow_code, random_seed=0, numpy_random_seed=1234, torch_random_seed=1234,
                                 task_manager=task_manager(), bootstrap_iters=1000)
         box = [found and summarize(found, time.perf_counter() - start)]
-        if scorer.ranks > 1:                    # lm-eval gives its results to rank 0 alone
+        if dist.is_initialized():               # lm-eval gives its results to rank 0 alone
             dist.broadcast_object_list(box, 0)
         results |= box[0]
         done(results)

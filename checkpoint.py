@@ -53,7 +53,7 @@ def _tensors(model, optimizers):
     """Flat dict of everything that DCP stores: 'model.<name>' and 'optim.<name>.<key>'."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     tensors = {f'model.{name}': stored_form(model.layout, name, parameter.detach()) for parameter, name in names.items()}
-    tensors |= {f'model.{name}': value for name, value in model.state_dict().items() if name not in names.values()}        # biases of experts
+    tensors |= {f'model.{name}': value for name, value in model.state_dict().items() if name not in names.values()}        # biases and loads of experts
     for optimizer in optimizers:
         for parameter, state in optimizer.state.items():
             tensors |= {f'optim.{names[parameter]}.{key}': stored_form(model.layout, names[parameter], value) for key, value in state.items()}

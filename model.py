@@ -425,9 +425,14 @@ def sample_token(logits, temperature, top_k, top_p, generator):
     return torch.multinomial(probabilities, 1, generator=generator)
 
 
-def positions_counted(targets):
-    """Where targets, int64 of any shape on the CPU, are counted (>= 0), in the flat order: (n,) int64, or None where all are."""
+def positions_counted(targets, group=None):
+    """Where targets, int64 of any shape on the CPU, are counted (>= 0), in the flat order: (n,) int64, or None where all are.
+
+    group: a tensor-parallel ranks.Group whose ranks are each to have their share of them, for `GPT.loss` with an objective.
+    """
     counted = (targets.flatten() >= 0).nonzero()[:, 0]
+    if group is not None:
+        return counted[group.rank::group.size]
     return None if len(counted) == targets.numel() else counted
 
 

@@ -51,7 +51,7 @@ class MixtureOfExperts(nn.Module):
         self.experts = Experts(config)
         self.shared = feed_forward(config, config.n_shared_expert * config.expert_ffn_dim) if config.n_shared_expert else None
         self.register_buffer('bias', torch.zeros(config.n_expert))                         # on the scores, for the choice alone
-        self.register_buffer('load', torch.zeros(config.n_expert), persistent=False)       # tokens of every expert since the last `balance`
+        self.register_buffer('load', torch.zeros(config.n_expert))       # tokens of every expert since the last `balance`
 
     def forward(self, x, T):
         """x (B, T, C), or (N, C) of a rank that has a part of the tokens -> (the same shape, () fp32 balance loss or None without gradients).

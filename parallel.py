@@ -119,16 +119,11 @@ def read(copy, event):
     return copy.tolist()
 
 
-def sum_over_ranks(tensor, layout):
-    """The sum over the ranks that have rows of their own, in place and without waiting for the device."""
+def sum_over_ranks(tensor, layout, everywhere=False):
+    """The sum over the ranks that have rows of their own (everywhere: over all), in place and without waiting for the device."""
     if layout is not None:
-        dist.all_reduce(tensor, group=layout.rows)
+        dist.all_reduce(tensor, group=None if everywhere else layout.rows)
     return tensor
-
-
-def inner_weights(model):
-    """What a rank's part of an inner product over each parameter counts in the sum over all ranks, so that nothing counts twice: name -> float."""
-    return {name: 1 / ranks.copies(model.layout, name) for name, _ in model.named_parameters()}
 
 
 def gradient_norm(model):

@@ -425,7 +425,7 @@ for step in range(first_step, n_steps + 1):
     t0 = time.perf_counter()
     source_index, cursors = loader.next_batch(batch_rows)
     rows = [loader.read(source_index[part], cursors[part]) for part in my_rows]
-    micro_batches = [(*to_device(r), parallel.put(positions_counted(torch.from_numpy(r[:, 1:])), device)) for r in rows]
+    micro_batches = [(*to_device(r), parallel.put(positions_counted(torch.from_numpy(r[:, 1:]), model.tp if distiller else None), device)) for r in rows]
     read_s = time.perf_counter() - t0
     watcher.at(step, 'trains')
     n_tokens = all_reduce_sum([(r[:, 1:] >= 0).sum() for r in rows])
@@ -450,7 +450,7 @@ for step in range(first_step, n_steps + 1):
             micro.add(n_tokens[micro_step] / n_valid)
     presence_metrics = micro.finish() if micro else {}
     grad_norm = parallel.gradient_norm(model)
-    sums = parallel.sum_over_ranks(torch.stack((loss_sum, n_hits, *(distiller.take() if distiller else ()))), layout)
+    sums = parallel.sum_over_ranks(torch.stack((loss_sum, n_hits, *(distiller.take() if distiller else ()))), layout, everywhere=bool(distiller))
     spoilt = torch.maximum(spoilt, (~torch.isfinite(sums[0] + grad_norm)).float())
     if grad_clip > 0:
         parallel.clip_gradients(model, grad_clip, grad_norm)
