@@ -492,4 +492,5 @@ if not stopping and sample_tokens and tokenizer is not None:
 if is_master:
     metrics_log.close()
     storage.upload(out_dir)
+barrier()                                                      # a launcher may kill the others when one has ended
 leave_ranks(128 + stopping if stopping else 0)

@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# SLURM, one task a GPU:  sbatch --nodes=4 config/launch/slurm.sh config/model/mobilellm_7b.py config/stage1.py --tp=4
+# Two minutes before its time is up, or when it is preempted, the job gets SIGTERM: the run saves after its step and ends with 143, and is queued again.
+# So it is after a fault (1), up to 20 times. A mistake in the config (2) ends it.
+#SBATCH --job-name=train
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=8
+#SBATCH --time=24:00:00
+#SBATCH --signal=TERM@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=slurm-%j.log
+set -uo pipefail
+export OMP_NUM_THREADS=1
+export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+srun --kill-on-bad-exit=1 bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS exec python train.py "$@"' train "$@"
+code=$?
+if [ $code -ne 0 ] && [ $code -ne 2 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 20 ]; then
+    echo "train.py ended with $code: queued again"
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit $code
