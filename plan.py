@@ -230,27 +230,39 @@ def plan(config, knobs, on, dtype=torch.bfloat16, teacher=None):
                 time=step_time(config, knobs, sizes, dtype.itemsize, on, teacher))
 
 
+def fastest(config, knobs, on, dtype=torch.bfloat16, teacher=None):
+    """The knobs with the shortest step that fits (sizes, recomputing, rows of a micro-step): (changes, its plan), or (None, None)."""
+    best, found = None, None
+    powers = [2**i for i in range(11)]
+    for tp in (n for n in powers[:4] if on.count % n == 0 and not any(x % n for x in (config.n_head, config.n_kv_head, config.vocab_size, config.ffn_dim))):
+        for ep in powers if config.n_expert else [1]:
+            if on.count % (tp * ep) or config.n_expert % (tp * ep):
+                continue
+            for rows in powers[6::-1]:
+                micro = rows * knobs['block_size'] * on.count // tp
+                if knobs['total_batch_tokens'] % micro:
+                    continue
+                for ck in ('none', 'selective', 'full'):
+                    changes = dict(batch_size=rows, activation_checkpointing=ck, tp=tp, **({'ep': ep} if config.n_expert else {}))
+                    p = plan(config, {**knobs, **changes, 'dp_replicate': 1, 'dp_shard': -1}, on, dtype, teacher)
+                    if p['fits'] and (best is None or p['time']['total'] < 0.99 * found['time']['total']):
+                        best, found = changes, p
+    return best, found
+
+
+def as_options(knobs, changes):
+    return ' '.join(f'--{name}={value}' for name, value in changes.items() if knobs[name] != value) or 'these knobs'
+
+
 def remedy(config, knobs, on, dtype, teacher):
-    """The first changes of knobs with which it fits, in words: checkpointing, then a smaller micro-batch, tensor parallelism, more GPUs."""
-    tried = []
-    for ck in ('selective', 'full'):
-        tried.append(dict(activation_checkpointing=ck))
-    rows = knobs['batch_size']
-    while rows > 1:
-        rows //= 2
-        tried.append(dict(activation_checkpointing='full', batch_size=rows))
-    tps = [tp for tp in (2, 4, 8) if tp > knobs['tp'] and on.count % (tp * knobs['ep']) == 0 and config.n_kv_head % tp == 0]
-    tried += [dict(activation_checkpointing='full', batch_size=rows, tp=tp) for tp in tps]
-    for changes in tried:
-        if plan(config, {**knobs, **changes}, on, dtype, teacher)['fits']:
-            return 'It fits with ' + ' '.join(f'--{name}={value}' for name, value in changes.items())
+    """What to change for a plan that does not fit, in words: the fastest that does, on these GPUs or on more."""
     count = on.count
-    while count < 2**20:
-        count *= 2
+    while count <= 2**16:
         more = Machine(on.name, count, on.flops, on.memory, on.near, on.far)
-        for changes in tried:
-            if changes.get('batch_size', knobs['batch_size']) == rows and plan(config, {**knobs, **changes}, more, dtype, teacher)['fits']:
-                return f'It takes {count} of them, with ' + ' '.join(f'--{name}={value}' for name, value in changes.items())
+        changes, _ = fastest(config, knobs, more, dtype, teacher)
+        if changes:
+            return ('It fits with ' if count == on.count else f'It takes {count} of them, with ') + as_options(knobs, changes)
+        count *= 2
     return 'No number of them is enough: lower block_size'
 
 
@@ -290,38 +302,37 @@ def print_plan(config, knobs, on, dtype, n_steps, teacher=None):
 
 # -- the table of models and machines ----------------------------------------------------------------------------------
 
-# model, fewest GPUs and a comfortable number, with the knobs that such a run would have
-HARDWARE = [
-    ('mobilellm_140m', ('1xA100-40GB', '8xA100-80GB'), dict(batch_size=16)),
-    ('mobilellm_360m', ('1xA100-40GB', '8xA100-80GB'), dict(batch_size=16)),
-    ('mobilellm_950m', ('1xA100-80GB', '16xA100-80GB'), dict(batch_size=16)),
-    ('mobilellm_7b', ('8xA100-80GB', '64xH100'), dict(batch_size=2)),
-    ('mobilellm_70b', ('32xH100', '128xH100'), dict(batch_size=2, tp=8, activation_checkpointing='full')),
-    ('mobilellm_671b', ('256xH100', '512xH100'), dict(batch_size=2, tp=8, ep=16, activation_checkpointing='full')),
-]
+# model, fewest GPUs and a comfortable number
+HARDWARE = [('mobilellm_140m', '1xA100-40GB', '8xA100-80GB'), ('mobilellm_360m', '1xA100-40GB', '8xA100-80GB'), ('mobilellm_950m', '1xA100-80GB', '16xA100-80GB'),
+            ('mobilellm_7b', '8xA100-80GB', '64xH100'), ('mobilellm_70b', '32xH100', '128xH100'), ('mobilellm_671b', '256xH100', '512xH100')]
 
 
 def print_table(knobs, tokens):
-    """HARDWARE, a row each: what a GPU holds, whether that fits, and what `tokens` tokens take."""
-    print(f"{'model':<16}{'machine':<15}{'batch':>6}{'tp':>4}{'ep':>4} {'recompute':<10}{'GiB a GPU':>10}  {'s a step':>9}{'tokens/s':>11}{'days':>8}{'GPU-hours':>12}")
-    for name, machines, changes in HARDWARE:
+    """HARDWARE, a row each: what a GPU would hold with these knobs as they are; the fastest knobs that fit; and what `tokens` tokens take then."""
+    print(f"{knobs['batch_size']} rows of {knobs['block_size']:,} tokens a micro-step as they are, steps of {knobs['total_batch_tokens']:,} tokens, MFU "
+          f"{knobs['plan_mfu']:.0%}, {tokens / 1e12:g}T tokens")
+    print(f"{'model':<16}{'machine':<14}{'GiB as is':>10}   {'batch':>5}{'tp':>3}{'ep':>4} {'recompute':<10}{'GiB':>6}{'s a step':>10}{'tokens/s':>11}{'days':>7}{'GPU-hours':>12}")
+    for name, *machines in HARDWARE:
         scope = {}
         with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'config', 'model', f'{name}.py'), encoding='utf-8') as f:
             exec(compile(f.read(), name, 'exec'), scope)
         config = ModelConfig(**{k: v for k, v in scope.items() if k in ModelConfig.__dataclass_fields__})
         for named in machines:
             on = machine(named, 1, 'cuda')
-            k = {**knobs, **changes}
-            p = plan(config, k, on)
-            days = tokens / k['total_batch_tokens'] * p['time']['total'] / 86400
-            print(f"{name:<16}{named:<15}{k['batch_size']:>6}{k['tp']:>4}{k['ep']:>4} {k['activation_checkpointing']:<10}{p['total'] / GIB:>10.1f}"
-                  f"{'  ' if p['fits'] else ' !'}{p['time']['total']:>9.2f}{k['total_batch_tokens'] / p['time']['total']:>11,.0f}{days:>8,.0f}{24 * days * on.count:>12,.0f}")
-            if not p['fits']:
-                print(f"{'':<16}! does not fit by {(p['total'] - p['limit']) / GIB:.1f} GiB. {remedy(config, k, on, torch.bfloat16, None)}")
+            asked = plan(config, knobs, on)
+            row = f"{name:<16}{named:<14}{asked['total'] / GIB:>10.1f}{'  ' if asked['fits'] else ' !'} "
+            changes, p = fastest(config, knobs, on)
+            if changes is None:
+                print(row + f'does not fit in any way. {remedy(config, knobs, on, torch.bfloat16, None)}.')
+                continue
+            days = tokens / knobs['total_batch_tokens'] * p['time']['total'] / 86400
+            print(row + f"{changes['batch_size']:>5}{changes['tp']:>3}{changes.get('ep', 1):>4} {changes['activation_checkpointing']:<10}{p['total'] / GIB:>6.1f}"
+                  f"{p['time']['total']:>10.2f}{knobs['total_batch_tokens'] / p['time']['total']:>11,.0f}{days:>7,.0f}{24 * days * on.count:>12,.0f}")
+    print('!: does not fit as it is')
 
 
 if __name__ == '__main__':
     if sys.argv[1:]:
         raise BadInput('plan.py takes no arguments: it prints its table of models and machines. For one run: train.py ... --dry_run=True')
-    print_table(dict(block_size=2048, total_batch_tokens=4_194_304, optimizer='adamw', activation_checkpointing='none', teacher=None, reshard_after_forward=None,
-                     dp_replicate=1, dp_shard=-1, tp=1, ep=1, plan_mfu=0.4, plan_link=None), 2_000_000_000_000)
+    print_table(dict(batch_size=16, block_size=2048, total_batch_tokens=4_194_304, optimizer='adamw', activation_checkpointing='none', teacher=None,
+                     reshard_after_forward=None, dp_replicate=1, dp_shard=-1, tp=1, ep=1, plan_mfu=0.4, plan_link=None), 2_000_000_000_000)

@@ -115,10 +115,10 @@ def as_rank(arguments, environment, log):
         os._exit(1)
 
 
-def run_ranks(command, ranks, timeout=300):
+def run_ranks(command, ranks, timeout=300, during=lambda processes: None):
     """Runs a script of ours as so many ranks, forked from one process that has imported torch: its start costs seconds, torchrun's as well.
 
-    Returns subprocess.CompletedProcess, what all printed in stdout and stderr alike.
+    during: called with the processes when all are started. Returns subprocess.CompletedProcess, what all printed in stdout and stderr alike.
     """
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload(['conftest', 'checkpoint', 'kd', 'parallel', 'presence', 'reweight', 'validate', 'tqdm'])
@@ -131,6 +131,7 @@ def run_ranks(command, ranks, timeout=300):
         processes = [context.Process(target=as_rank, args=(arguments, {**environment, 'RANK': str(r), 'LOCAL_RANK': str(r)}, log)) for r in range(ranks)]
         for process in processes:
             process.start()
+        during(processes)
         deadline = time.monotonic() + timeout
         while any(p.is_alive() for p in processes):
             wait([p.sentinel for p in processes if p.is_alive()], timeout=1)
