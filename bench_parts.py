@@ -15,6 +15,7 @@ kd       a step of distillation, from a teacher that runs along and from a cache
          a vocabulary of 128,256
 loss     the output layer and its loss, 128,256 x 576: ours against full logits, torch's F.linear_cross_entropy (2.13) and, on a GPU, Liger's
 attention  forward and backward of causal attention on the CPU: ours by blocks against torch's
+saves    a checkpoint of weights and AdamW's states: wall seconds that training waits for it, written at once and in the background
 kernels  on a GPU: every Triton kernel of a layer against its reference under torch.compile, at training shapes
 bench.py has whole steps.
 """
@@ -30,7 +31,7 @@ from bench_common import in_turns, loader_rate, random_cache, spread
 from configurator import configure
 
 # -- knobs --
-parts = ['data', 'prepare', 'evaluate', 'influence', 'presence', 'kd', 'loss', 'attention', 'kernels']      # what to measure
+parts = ['data', 'prepare', 'evaluate', 'influence', 'presence', 'kd', 'loss', 'attention', 'saves', 'kernels']      # what to measure
 dtypes = ['float32', 'bfloat16']     # float32, and bfloat16 autocast over fp32 weights
 rounds = 3                       # alternating rounds
 n_layer = 30                     # 30 is SmolLM2-135M; fewer for a quick look
@@ -432,6 +433,35 @@ def bench_attention():
         print(f"| {B}, {H}, {K}, {T} | {medians['theirs'] * 1e3:.0f} | {medians['ours'] * 1e3:.0f} | {spread(ratios['theirs'])} |", flush=True)
 
 
+def bench_saves():
+    """SmolLM2-135M's shape (of n_layer), where the temporary folder is; steps go on while a background save is written."""
+    import torch
+    from checkpoint import Checkpointer
+    model, optimizer, rows = small_model(vocab_size=49152, n_layer=n_layer, n_head=9, n_kv_head=3, n_embd=576, ffn_dim=1536)
+    batch = [rows(1)]
+    if torch.cuda.is_available():
+        model, batch = model.cuda(), [tuple(t.cuda() for t in batch[0][:2]) + (None,)]
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    train_step(model, optimizer, batch)
+    waited, n_steps = {'at once': [], 'background': []}, 0
+    with tempfile.TemporaryDirectory() as folder:
+        savers = {name: Checkpointer(os.path.join(folder, name.split()[0]), 1, name == 'background') for name in waited}
+        for i in range(rounds + 1):
+            for name, saver in savers.items():
+                seconds, start = saver.save(i, model, [optimizer], {}), time.perf_counter()
+                while saver.pending is not None:
+                    train_step(model, optimizer, batch)
+                    n_steps += 1
+                    saver.poll()
+                if i:
+                    waited[name].append(seconds)
+                    if name == 'background':
+                        written = time.perf_counter() - start + seconds
+        size = sum(os.path.getsize(os.path.join(at, f)) for at, _, files in os.walk(savers['at once'].folder) for f in files)
+    print(f"\nsaves of {size / 1e9:.2f} GB: training waits {spread(waited['at once'])} s when written at once, {spread(waited['background'])} s in the background "
+          f'({written:.1f} s until it is complete, {n_steps / (rounds + 1):.1f} steps meanwhile)')
+
+
 def bench_kernels():
     """Kernels of layers, forward and backward, against their references compiled, for 32,768 tokens; and of rows' gradients."""
     import torch
@@ -493,6 +523,8 @@ else:
         bench_loss()
     if 'attention' in parts:
         bench_attention()
+    if 'saves' in parts:
+        bench_saves()
     if 'kernels' in parts:
         if torch.cuda.is_available():
             bench_kernels()
