@@ -67,7 +67,7 @@ def resolve_sizes(world_size, dp_replicate, dp_shard, tp, ep):
     return {name: world_size // fixed if n == -1 else n for name, n in sizes.items()}
 
 
-def check_sizes(sizes, config, micro_tokens):
+def check_sizes(sizes, config, micro_tokens, whose=''):
     """BadInput that lists everything in a ModelConfig that cannot be divided so. micro_tokens: of a rank's micro-step."""
     tp, spread = sizes['tp'], sizes['ep'] * sizes['tp']
     whole = dict(n_head=config.n_head, n_kv_head=config.n_kv_head, ffn_dim=config.ffn_dim, vocab_size=config.vocab_size,
@@ -78,7 +78,7 @@ def check_sizes(sizes, config, micro_tokens):
     if sizes['ep'] > 1 and not config.n_expert:
         faults.append(f"ep = {sizes['ep']} spreads experts, and this model has none (n_expert = 0)")
     if faults:
-        raise BadInput('; '.join(faults) + '.')
+        raise BadInput(whose + '; '.join(faults) + '.')
 
 
 def make_layout(device_type, rank, world_size, sizes):

@@ -202,7 +202,6 @@ model_config = ModelConfig(**{f.name: config[f.name] for f in fields(ModelConfig
 ranks.check_sizes(sizes, model_config, batch_size * block_size)
 if optimizer == 'muon' and (tp > 1 or n_expert):
     raise BadInput("optimizer = 'muon' needs whole matrices, and " + (f'tp = {tp} splits them' if tp > 1 else 'experts are stacks of them') + '. Use adamw.')
-
 if dry_run:
     if is_master:
         plan.print_plan(model_config, config, planned, torch.bfloat16 if planned.name != 'CPU' and config['dtype'] == 'auto' else dtype,
@@ -438,7 +437,9 @@ for step in range(first_step, n_steps + 1):
     loss_sum, n_hits = torch.zeros(2, device=device, dtype=torch.float64)
     for micro_step, (inputs, targets, doc_ids, counted) in enumerate(micro_batches):
         if layout is not None:                                 # gradients cross the network once, after the last micro-step, where there is room for whole ones
-            model.set_requires_gradient_sync(bool(micro or reshard_after_forward) or micro_step == grad_accum - 1)
+            is_last = micro_step == grad_accum - 1
+            model.set_requires_gradient_sync(bool(micro or reshard_after_forward) or is_last)
+            model.set_requires_all_reduce(bool(micro) or is_last)           # between copies of the model, in any case
         with autocast:
             part = my_rows[micro_step]
             objective = distiller and distiller.objective(inputs, doc_ids, source_index[part], cursors[part], counted)

@@ -2,6 +2,7 @@
 import pytest
 import torch
 
+import moe
 from conftest import metrics, train
 from loss import linear_cross_entropy
 from model import GPT, ModelConfig, init_weights
@@ -132,3 +133,44 @@ def test_a_step_does_not_wait_for_the_host(tmp_path, changes):
             torch.cuda.set_sync_debug_mode('default')
         waits.append(sum('synchronizing CUDA operation' in str(w.message) for w in seen))
     assert waits[0] == waits[1]
+
+
+@pytest.mark.parametrize('skew', [0.0, 5.0])
+def test_experts_by_grouped_products_equal_the_loop(skew):
+    # bf16 on CUDA takes torch's grouped products, fp32 a loop over experts; with a large bias some experts have no token at all
+    model = GPT(ModelConfig(vocab_size=128, n_layer=1, n_head=4, n_kv_head=2, n_embd=128, ffn_dim=128, n_expert=8, n_expert_active=2, expert_ffn_dim=64)).cuda()
+    init_weights(model, 0)
+    layer = moe.layers(model)[0]
+    layer.bias[:2] = skew
+    x, upstream = torch.randn(2, 77, 128, device='cuda'), torch.randn(2, 77, 128, device='cuda')
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        h = x.clone().requires_grad_()
+        with torch.autocast('cuda', dtype, enabled=dtype == torch.bfloat16):
+            y, _ = layer(h if dtype == torch.float32 else h.to(dtype), 77)
+        found.append([y.float().detach(), *(g.float() for g in torch.autograd.grad((y.float() * upstream).sum(), [h, *layer.experts.parameters()]))])
+    for a, b in zip(*found):
+        assert (a - b).norm() < 0.03 * a.norm()
+
+
+def test_a_run_with_experts_and_selective_checkpointing_on_cuda(tmp_path):
+    from conftest import make_source
+    make_source(tmp_path / 'data', 'a')
+    make_source(tmp_path / 'data', 'b')
+    knobs = dict(device='cuda', dtype='bfloat16', n_embd=64, n_expert=4, n_expert_active=2, expert_ffn_dim=32, n_shared_expert=1, max_steps=60, eval_interval=60)
+    plain = train(tmp_path / 'plain', tmp_path / 'data', **knobs)
+    less = train(tmp_path / 'less', tmp_path / 'data', activation_checkpointing='selective', compile=True, **knobs)
+    assert plain[60]['val/loss'] < plain[0]['val/loss'] - 1
+    assert less[60]['val/loss'] == pytest.approx(plain[60]['val/loss'], rel=0.05)
+
+
+def test_planned_memory_is_within_a_tenth_of_the_measured_peak_on_cuda():
+    import re
+    import subprocess
+    import sys
+    from conftest import ROOT
+    done = subprocess.run([sys.executable, 'bench_memory.py', '--cases=bf16,vocabulary,long,selective,full,experts'], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for line in done.stdout.splitlines()[1:]:
+        measured, planned = (float(n.replace(',', '')) for n in re.findall(r'[\d,]+\.\d', line)[:2])
+        assert planned == pytest.approx(measured, rel=0.1), line
