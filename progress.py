@@ -1,4 +1,5 @@
-"""What the steps of a run found: read late, checked, logged; and a trace of a few of them."""
+"""What the steps of a run found: read late, checked, logged; the log; and a trace of a few of them."""
+import json
 import math
 import os
 import time
@@ -7,7 +8,36 @@ import torch
 
 import checkpoint
 import parallel
+from common import read_metrics
 from configurator import RunFault
+
+
+class MetricsLog:
+    """metrics.jsonl in the run folder, one object per logged step, and W&B under the same names when it is on."""
+
+    def __init__(self, out_dir, first_step, config, wandb_mode, wandb_project):
+        """Going on at first_step drops the lines of later steps (and a torn last line) that a killed run left."""
+        self.path = os.path.join(out_dir, 'metrics.jsonl')
+        records = [r for r in read_metrics(out_dir) if r['step'] < first_step]
+        temporary = self.path + '.tmp'
+        with open(temporary, 'w', encoding='utf-8') as f:
+            f.writelines(json.dumps(r) + '\n' for r in records)
+        os.replace(temporary, self.path)
+        self.file = open(self.path, 'a', encoding='utf-8', buffering=1)      # a line is on its way when it is complete
+        self.wandb = None
+        if wandb_mode != 'disabled':
+            import wandb
+            self.wandb = wandb.init(project=wandb_project, dir=out_dir, config=config, mode=wandb_mode)
+
+    def write(self, step, metrics):
+        self.file.write(json.dumps({'step': step, **metrics}) + '\n')
+        if self.wandb is not None:
+            self.wandb.log(metrics, step=step)
+
+    def close(self):
+        self.file.close()
+        if self.wandb is not None:
+            self.wandb.finish()
 
 
 class Progress:

@@ -38,14 +38,13 @@ import teacher_cache
 import validate
 import watch
 from attention import check_documents, document_boundaries
-from common import (MetricsLog, all_reduce_sum, barrier, device_name, leave_ranks, peak_flops, pick_dtype, start_ranks,
-                    tune_malloc)
+from common import (all_reduce_sum, barrier, device_name, leave_ranks, peak_flops, pick_dtype, start_ranks, tune_malloc)
 from configurator import BadInput, RunFault, check_values, configure
 from data import MixtureLoader, Source, batch_of, common_tokenizer, report_packing, rows_of_rank
 from kernels import use as use_kernels
 from model import GPT, ModelConfig, count_parameters, flops_per_token, init_weights, positions_counted
 from packing import OVERLONG
-from progress import Progress, start_trace
+from progress import MetricsLog, Progress, start_trace
 
 # -- input and output --
 out_dir = 'out/run'                     # folder of this run; must be new unless resume=True

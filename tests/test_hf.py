@@ -1,21 +1,16 @@
 """hf.py against transformers: import, logits, export, and every kind of broken folder."""
-import contextlib
 import json
-import os
 import shutil
-import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ROOT, SHARED, make_source, run, run_here, train_command
+from conftest import ROOT, run, train_command
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-import checkpoint
 import hf
 from configurator import BadInput
-from model import GPT, ModelConfig
 from tokenizer import load_tokenizer
 
 transformers = pytest.importorskip('transformers')
