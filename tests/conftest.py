@@ -95,7 +95,7 @@ def run_here(command):
 
 
 def as_rank(arguments, environment, log):
-    """What `run_ranks` runs in every process."""
+    """What a process of `start` does."""
     os.environ.update(environment)
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(out, 1)
@@ -115,22 +115,27 @@ def as_rank(arguments, environment, log):
         os._exit(1)
 
 
+def start(command, log, environment):
+    """A script of ours in a process that is forked from one which has imported torch, for a start costs seconds: multiprocessing.Process."""
+    context = multiprocessing.get_context('forkserver')
+    context.set_forkserver_preload(['conftest', 'checkpoint', 'kd', 'parallel', 'presence', 'reweight', 'validate', 'tqdm'])
+    arguments = command[next(i for i, part in enumerate(command) if part.endswith('.py')):]
+    process = context.Process(target=as_rank, args=(arguments, environment, str(log)))
+    process.start()
+    return process
+
+
 def run_ranks(command, ranks, timeout=300, during=lambda processes: None):
-    """Runs a script of ours as so many ranks, forked from one process that has imported torch: its start costs seconds, torchrun's as well.
+    """Runs a script of ours as so many ranks, without torchrun.
 
     during: called with the processes when all are started. Returns subprocess.CompletedProcess, what all printed in stdout and stderr alike.
     """
-    context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['conftest', 'checkpoint', 'kd', 'parallel', 'presence', 'reweight', 'validate', 'tqdm'])
     with socket.socket() as probe, tempfile.TemporaryDirectory() as folder:
         probe.bind(('localhost', 0))
         environment = dict(MASTER_ADDR='localhost', MASTER_PORT=str(probe.getsockname()[1]), WORLD_SIZE=str(ranks), OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='')
         probe.close()
-        arguments = command[next(i for i, part in enumerate(command) if part.endswith('.py')):]
         log = os.path.join(folder, 'log')
-        processes = [context.Process(target=as_rank, args=(arguments, {**environment, 'RANK': str(r), 'LOCAL_RANK': str(r)}, log)) for r in range(ranks)]
-        for process in processes:
-            process.start()
+        processes = [start(command, log, {**environment, 'RANK': str(r), 'LOCAL_RANK': str(r)}) for r in range(ranks)]
         during(processes)
         deadline = time.monotonic() + timeout
         while any(p.is_alive() for p in processes):

@@ -46,7 +46,7 @@ def last_step(out):
 @pytest.mark.skipif(not os.path.isdir('/proc'), reason='needs /proc')
 def test_torchrun_brings_a_run_back_whose_ranks_are_killed(tmp_path, data):  # noqa: F811
     # one in a step, one in a save (which takes most of the time here), one in or after a measurement; the launcher does the rest
-    knobs = dict(max_steps=60, eval_interval=30, save_interval=3, hang_timeout=60, **INFLUENCE, **HEADS)
+    knobs = dict(max_steps=40, eval_interval=20, save_interval=3, hang_timeout=60, **INFLUENCE, **HEADS)
     whole = train(tmp_path / 'whole', data, ranks=2, **knobs)
     out, rng = tmp_path / 'run', random.Random(3)
     command = train_command(out, data, ranks=2, **knobs)

@@ -253,7 +253,7 @@ def test_dry_run_needs_no_data_and_its_activations_are_what_autograd_saves(tmp_p
             model(torch.zeros(2, 64, dtype=torch.long))
         return sum(t.untyped_storage().nbytes() for t in kept.values()) / 128, model.config
     (one, _), (two, config) = saved(1), saved(2)
-    assert two - one == saved_bytes_per_token(config, 4, False)[0]
+    assert two - one == saved_bytes_per_token(config, 4, False)['none']
 
 
 def prepare_chats(source, path, out, tokenizer, template='chatml'):

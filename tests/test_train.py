@@ -1,7 +1,6 @@
 """train.py as a user runs it: subprocesses on tiny data."""
 import json
 import math
-import os
 import random
 import resource
 import shutil
@@ -19,7 +18,7 @@ import parallel
 from checkpoint import find_checkpoint, read_state
 from configurator import BadInput
 from data import open_shard
-from conftest import (ROOT, assert_one_sentence, make_source, metrics, run, run_here, train, train_command,
+from conftest import (ROOT, assert_one_sentence, make_source, metrics, run, run_here, run_ranks, start, train, train_command,
                       write_shard)
 
 
@@ -83,42 +82,40 @@ def test_one_batch_can_be_overfitted(tmp_path):
 
 
 @pytest.mark.parametrize('dtype, optimizer', [('float32', 'adamw'), ('bfloat16', 'adamw'), ('float32', 'muon')])
-def test_killed_and_resumed_run_equals_the_uninterrupted_one(tmp_path, tiny_data, dtype, optimizer):
+def test_killed_and_resumed_run_equals_the_uninterrupted_one(tmp_path, tiny_data, capsys, dtype, optimizer):
     knobs = dict(dtype=dtype, optimizer=optimizer, max_steps=40, save_interval=3, document_mask=False)
     train(tmp_path / 'whole', tiny_data, **knobs)
     command = train_command(tmp_path / 'killed', tiny_data, resume=True, **knobs)
     rng, kills, log = random.Random(dtype + optimizer), 0, tmp_path / 'killed/metrics.jsonl'
     while kills < 3:
         lines = len(log.read_text().splitlines()) if log.exists() else 0
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                                   env={**os.environ, 'OMP_NUM_THREADS': '1'})
+        process = start(command, tmp_path / 'log', {})
         wanted = lines + rng.randint(1, 12)
-        while process.poll() is None and not (log.exists() and len(log.read_text().splitlines()) >= wanted):
+        while process.is_alive() and not (log.exists() and len(log.read_text().splitlines()) >= wanted):
             time.sleep(0.002)
         time.sleep(rng.random() * 0.03)
-        assert process.poll() is None, 'the run ended before it could be killed'
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        assert process.is_alive(), 'the run ended before it could be killed'
+        process.kill()
+        process.join()
         kills += 1
-    done = run(command)
-    assert done.returncode == 0 and 'resume: ' in done.stdout, done.stderr
+    capsys.readouterr()
+    assert run_here(command) == 0 and 'resume: ' in capsys.readouterr().out
     assert_same_run(tmp_path / 'whole', tmp_path / 'killed')
     assert not list((tmp_path / 'killed/ckpt').glob('*.tmp'))
 
 
 def test_sigterm_saves_and_the_resumed_run_equals_the_whole(tmp_path, tiny_data):
     knobs = dict(max_steps=300, eval_interval=300, save_interval=1000)
-    process = subprocess.Popen(train_command(tmp_path / 'run', tiny_data, **knobs), cwd=ROOT, stdout=subprocess.PIPE, text=True,
-                               stderr=subprocess.DEVNULL, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    process = start(train_command(tmp_path / 'run', tiny_data, **knobs), tmp_path / 'log', {})
     log = tmp_path / 'run/metrics.jsonl'
     while not (log.exists() and len(log.read_text().splitlines()) > 5):
         time.sleep(0.01)
     process.terminate()
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM and 'stopped by a signal' in out
+    process.join(60)
+    assert process.exitcode == 128 + signal.SIGTERM and 'stopped by a signal' in (tmp_path / 'log').read_text()
     stopped_at = read_state(find_checkpoint(str(tmp_path / 'run')))['step']
     assert 5 <= stopped_at < 300
-    assert run(train_command(tmp_path / 'run', tiny_data, resume=True, **knobs)).returncode == 0
+    train(tmp_path / 'run', tiny_data, resume=True, **knobs)
     train(tmp_path / 'whole', tiny_data, **knobs)
     assert_same_run(tmp_path / 'whole', tmp_path / 'run')
 
@@ -286,7 +283,6 @@ def test_resume_with_changed_shards_model_or_damaged_files_is_refused(finished, 
         with pytest.raises(BadInput, match=message):
             train(finished, tiny_data, resume=True, max_steps=16, **knobs)
 
-    checkpoint = finished / 'ckpt/step_000012'
     refused('another model: ffn_dim 48 there, 64 here', ffn_dim=64)
     refused('total_batch_tokens was 64', total_batch_tokens=128)
     with pytest.raises(BadInput, match='step 12, beyond the 6 steps'):
@@ -337,7 +333,7 @@ def test_a_step_of_numbers_that_are_not_finite_changes_nothing(name):
 
 
 def test_a_failed_rank_is_named(tmp_path, tiny_data):
-    done = run(train_command(tmp_path / 'run', tiny_data, ranks=2, total_batch_tokens=100))
+    done = run_ranks(train_command(tmp_path / 'run', tiny_data, ranks=2, total_batch_tokens=100), 2)
     assert done.returncode != 0 and '[rank ' in done.stderr and 'not a multiple' in done.stderr
 
 
