@@ -9,6 +9,7 @@ A checkpoint counts from the moment that its manifest is there, so a kill at any
 tensors are copied to the CPU and written by a thread while training goes on.
 """
 import contextlib
+import datetime
 import io
 import json
 import os
@@ -111,7 +112,7 @@ class Checkpointer:
         self.keep_last, self.keep_every, self.asynchronous = keep_last, keep_every, asynchronous
         self.pending = None          # (future, folder, step) of a save that a thread is writing
         # the thread's collectives need a group of their own: on a shared one they would meet training's out of order
-        self.group = dist.new_group(backend='gloo') if asynchronous and dist.is_initialized() else None
+        self.group = dist.new_group(backend='gloo', timeout=datetime.timedelta(days=1)) if asynchronous and dist.is_initialized() else None
         if _rank() == 0:
             for name in torn_checkpoints(self.folder):              # what a killed run left
                 storage.remove_folder(os.path.join(self.folder, name))
@@ -218,18 +219,27 @@ def fault_of(checkpoint):
     return ''
 
 
-def find_checkpoint(path):
+def is_of(out_dir, config):
+    """Whether the run in out_dir, if there is one, has this config: then a launcher's second start is the same run's."""
+    path = os.path.join(out_dir, 'config.json')
+    if not storage.is_file(path):
+        return True
+    return {**json.loads(storage.read(path)), 'resume': None} == {**json.loads(json.dumps(config)), 'resume': None}
+
+
+def find_checkpoint(path, may_be_missing=False):
     """The checkpoint folder that a run folder or a checkpoint folder means; None when a run has none. Of a run it is the one named in `latest`, or,
     where that is damaged (which is said), the newest good one.
 
-    Rank 0 looks, and tells the others. BadInput when the path does not exist, a checkpoint that was named itself is damaged, or all of a run are.
+    Rank 0 looks, and tells the others. BadInput when the path does not exist (but for may_be_missing), a checkpoint that was named itself is damaged, or
+    all of a run are.
     """
     if not dist.is_initialized():
-        return _find(path)
+        return _find(path, may_be_missing)
     box = [None]
     if _rank() == 0:
         try:
-            box = [_find(path)]
+            box = [_find(path, may_be_missing)]
         except BadInput as error:
             box = [error]
     dist.broadcast_object_list(box, 0)
@@ -238,8 +248,10 @@ def find_checkpoint(path):
     return box[0]
 
 
-def _find(path):
+def _find(path, may_be_missing):
     if not storage.is_folder(path):
+        if may_be_missing:
+            return None
         raise BadInput(f"'{path}' is no folder; give a run's out_dir or one of its ckpt/step_* folders.")
     folder = os.path.join(path, 'ckpt')
     if not storage.is_folder(folder) and os.path.basename(os.path.normpath(path)).startswith('step_'):

@@ -15,6 +15,7 @@ import math
 import os
 import shutil
 import sys
+import tempfile
 from dataclasses import asdict
 
 import torch
@@ -274,7 +275,8 @@ def find_model(path, revision=None, weights=True):
     found = checkpoint.find_checkpoint(folder) if is_ours else None
     if found is not None:
         state = checkpoint.read_state(found)
-        about = dict(folder=storage.download(os.path.dirname(os.path.dirname(found if storage.is_remote(found) else os.path.abspath(found)))), checkpoint=found, hf=state.get('hf'), state=state,
+        run = os.path.dirname(os.path.dirname(found if storage.is_remote(found) else os.path.abspath(found)))
+        about = dict(folder=storage.download(run, tempfile.mkdtemp() if storage.is_remote(run) else None), checkpoint=found, hf=state.get('hf'), state=state,
                      model=ModelConfig(**state['model']), context=state.get('context') or state['config']['block_size'])
     elif os.path.isfile(os.path.join(folder, 'config.json')) and 'model_type' in read_json(os.path.join(folder, 'config.json')):
         hf = read_json(os.path.join(folder, 'config.json'))

@@ -343,7 +343,7 @@ class GPT(nn.Module):
             total, *some = objective(h[counted], weight, targets[counted], None if flat_weights is None else flat_weights[counted])
             losses, hits = (torch.zeros(len(h), dtype=t.dtype, device=t.device).index_copy_(0, counted, t) for t in some)
         if imbalance is not None and self.balance_loss:
-            total = total + self.balance_loss * imbalance * idx.shape[1]        # of a mean over tokens, once the total is divided by their number
+            total = total + self.balance_loss * imbalance / len(idx) * (targets >= 0).sum()        # the rows' mean, once the total is divided by the counted tokens
         return total, losses.view_as(idx), hits.view_as(idx)
 
     @torch.no_grad()

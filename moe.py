@@ -32,7 +32,7 @@ class Experts(nn.Module):
         """x (m, C), rows in the order of their experts; counts (E,) int64 rows of each -> (m, C)."""
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         x, gate, up, down = x.to(dtype), self.w_gate.to(dtype), self.w_up.to(dtype), self.w_down.to(dtype)
-        if x.is_cuda and dtype == torch.bfloat16:
+        if x.is_cuda and dtype == torch.bfloat16 and not (x.shape[1] % 8 or gate.shape[1] % 8):         # 16 bytes from row to row
             ends = counts.cumsum(0).to(torch.int32)             # the last must lie before the end of the rows: one more of them
             h = kernels.swiglu(*(F.grouped_mm(F.pad(x, (0, 0, 0, 1)), w.mT, offs=ends) for w in (gate, up)))
             return F.grouped_mm(h, down.mT, offs=ends)[:len(x)]
@@ -60,13 +60,14 @@ class MixtureOfExperts(nn.Module):
         """
         c, tokens = self.config, x.flatten(0, -2)
         scores, chosen, gates = self.route(tokens)
-        loss = None
+        flat, loss = chosen.flatten(), None                                                               # (N*k,)
+        counts = torch.zeros(c.n_expert, dtype=torch.int64, device=x.device).scatter_add_(0, flat, torch.ones_like(flat))      # not bincount: it waits
         if self.training and torch.is_grad_enabled():
             with torch.no_grad():
-                self.load += torch.bincount(chosen.flatten(), minlength=c.n_expert)
+                self.load += counts
             loss = self.row_balance(scores, chosen, T)
-        order = chosen.flatten().argsort(stable=True)                                                     # (N*k,)
-        sorted_out = self.through_experts(tokens[order // c.n_expert_active], torch.bincount(chosen.flatten(), minlength=c.n_expert))
+        order = flat.argsort(stable=True)                                                                 # (N*k,)
+        sorted_out = self.through_experts(tokens[order // c.n_expert_active], counts)
         y = torch.empty_like(sorted_out).index_copy(0, order, sorted_out).view(len(tokens), -1, x.shape[-1])       # (N, k, C)
         y = (y * gates.to(y.dtype)[..., None]).sum(1).view(x.shape)
         return y if self.shared is None else y + self.shared(x), loss

@@ -7,7 +7,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import SAC_IGNORED_OPS, CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import ranks
 from moe import MixtureOfExperts
@@ -15,13 +15,15 @@ from moe import MixtureOfExperts
 # names of operators whose results selective checkpointing keeps: attention of every kind
 ATTENTION = ('_scaled_dot_product_flash_attention', '_scaled_dot_product_flash_attention_for_cpu', '_scaled_dot_product_efficient_attention',
              '_scaled_dot_product_cudnn_attention', '_flash_attention_forward', '_varlen_attn', 'blockwise')
+# the experts' own FSDP hooks lie within a block and mark what they do for the profiler: more often when it runs again than when weights are there already
+SAC_IGNORED_OPS |= {torch.ops.profiler._record_function_enter_new.default, torch.ops.profiler._record_function_exit._RecordFunction}
 
 
 def spread(model, layout, dtype, compile_blocks=False, checkpointing='none', reshard_after_forward=True):
     """Prepares a GPT on the meta device: its parts, activation checkpointing, compiled blocks, and shards over the layout (None: one process).
 
     checkpointing   'none'; 'full': a block keeps its input alone and runs again in the backward (Chen et al. 2016, arXiv:1604.06174); 'selective':
-                    also attention's result and the narrow products, so that only the wide ones of the feed-forward network run again
+                    also attention's result and its products, so that only those of the feed-forward network run again (of experts all)
     reshard_after_forward  whole weights are given up after a block's forward, and gathered again for its backward
     Sharded block by block; products in dtype, reductions in fp32.
     """
@@ -73,7 +75,7 @@ def prepare_block(block, compiles, checkpointing):
         inner = torch.compile(block.forward) if compiles else block.forward        # within the checkpoint: around one nothing would be compiled
         block.forward = functools.partial(checkpoint, inner, use_reentrant=False, preserve_rng_state=False)
     elif checkpointing == 'selective':
-        wide = {p.shape[-2] for name, p in block.named_parameters() if 'w_gate' in name}            # inner widths, of this rank's part
+        wide = {frozenset(p.shape[-2:]) for name, p in block.named_parameters() if 'w_gate' in name}            # (inner width of this rank's part, C)
         inner = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False,
                                   context_fn=functools.partial(create_selective_checkpoint_contexts, functools.partial(kept, wide)))
         block.forward = torch.compile(inner) if compiles else inner                # around it: what is kept is chosen by operators
@@ -81,10 +83,11 @@ def prepare_block(block, compiles, checkpointing):
         block.compile()
 
 
-def kept(widths, context, op, *args, **_):
-    """The policy of selective checkpointing, of every operator in a block's forward."""
+def kept(wide, context, op, *args, **_):
+    """The policy of selective checkpointing, of every operator in a block's forward. wide: shapes of weights whose products run again; one of attention's
+    that has the same shape does so, too."""
     name = op._schema.name.split('::')[1]
-    narrow = name in ('mm', 'addmm') and not widths & set(args[-1].shape)
+    narrow = name in ('mm', 'addmm') and frozenset(args[-1].shape) not in wide
     return CheckpointPolicy.MUST_SAVE if narrow or name in ATTENTION else CheckpointPolicy.PREFER_RECOMPUTE
 
 

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 
 import torch
 
+from common import device_name, peak_flops
 from configurator import BadInput, did_you_mean
 from kd import kd_chunk_rows
 from loss import chunk_rows
 from model import ModelConfig, count_parameters, flops_per_token
-from ranks import resolve_sizes
+from ranks import check_sizes, resolve_sizes
 
 GIB = 2**30
 SPARE = 0.92            # of a GPU's memory that a plan may fill: the rest goes to the CUDA context, NCCL and pieces the allocator cannot use
@@ -50,8 +51,12 @@ def machine(named, world_size, device):
         return Machine(kind, int(count), flops, gib * GIB, near, far)
     if device == 'cpu':
         return Machine('CPU', world_size, 1e11, os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / world_size, 1e9, 1e9)
-    kind = next((k for k in KINDS if k in torch.cuda.get_device_name()), 'A100-80GB') if torch.cuda.is_available() else 'H100'
-    return machine(f'{world_size}x{kind}', world_size, device)
+    if not torch.cuda.is_available():
+        return machine(f'{world_size}xH100', world_size, device)
+    here = torch.device('cuda')
+    name, memory = device_name(here), torch.cuda.get_device_properties(here).total_memory
+    near, far = next(((near, far) for kind, (_, _, near, far) in KINDS.items() if kind.split('-')[0] in name), (25e9, 12e9))
+    return Machine(name, world_size, peak_flops(here) or 1e14, memory, near, far)
 
 
 def choose_compile(asked, total_flops, peak, world_size, device):
@@ -188,11 +193,11 @@ def traffic(config, knobs, sizes, low):
     fsdp = among(sizes['dp_shard'] * sizes['ep'], dense) + among(sizes['dp_shard'], experts)
     R = sizes['dp_replicate']
     replicas = 2 * (R - 1) / R * 4 * (dense / (sizes['dp_shard'] * sizes['ep']) + experts / sizes['dp_shard'])
-    passes = {'none': 2, 'selective': 2, 'full': 3}[knobs['activation_checkpointing']]          # full runs the forward's exchanges again
+    again = knobs['activation_checkpointing'] != 'none'                 # what runs again exchanges again, but for a block's last scatter
     per_layer = 4 * c.n_layer - (2 * n_moe if not c.n_shared_expert else 0)                     # gather and scatter of attention and of feed-forward
-    in_tp = (tp - 1) / tp * tokens * c.n_embd * low * (per_layer * c.layer_repeat * passes + 4) * grad_accum
+    in_tp = (tp - 1) / tp * tokens * c.n_embd * low * (per_layer * c.layer_repeat * (2.75 if again else 2) + 4) * grad_accum
     n = sizes['ep'] * tp
-    in_experts = (n - 1) / n * tokens / tp * c.n_expert_active * c.n_embd * low * 2 * n_moe * passes * grad_accum
+    in_experts = (n - 1) / n * tokens / tp * c.n_expert_active * c.n_embd * low * 2 * n_moe * (3 if again else 2) * grad_accum
     return dict(fsdp=fsdp, replicas=replicas, tp=in_tp, experts=in_experts)
 
 
@@ -205,17 +210,17 @@ def step_time(config, knobs, sizes, low, on, teacher=None):
     sent = traffic(config, knobs, sizes, low)
     far = knobs['plan_link'] * 1e9 if knobs['plan_link'] else on.far
     n = sizes['ep'] * sizes['tp']
-    overlapped = (sent['fsdp'] + sent['replicas']) / (on.near if on.count <= on.node else far)
+    overlapped = sent['fsdp'] / (on.near if n * sizes['dp_shard'] <= on.node else far) + sent['replicas'] / (on.near if on.count <= on.node else far)
     waiting = sent['tp'] / (on.near if sizes['tp'] <= on.node else far) + sent['experts'] / (on.near if n <= on.node else far)
     return dict(flops=flops, compute=compute, overlapped=overlapped, waiting=waiting, total=max(compute, overlapped) + waiting)
 
 
 def recomputed(config):
-    """Share of a block's forward that selective checkpointing does again: gate and up of the feed-forward network."""
+    """Share of a block's forward that selective checkpointing does again: gate and up of the feed-forward network, of experts down as well."""
     c = config
     wide = c.n_expert_active * c.expert_ffn_dim + c.n_shared_expert * c.expert_ffn_dim if c.n_expert else c.ffn_dim
     products = c.n_embd * c.head_dim * (2 * c.n_head + 2 * c.n_kv_head)
-    return 2 * wide * c.n_embd / (products + 3 * wide * c.n_embd)
+    return (3 if c.n_expert else 2) * wide * c.n_embd / (products + 3 * wide * c.n_embd)
 
 
 # -- what is printed ---------------------------------------------------------------------------------------------------
@@ -230,21 +235,28 @@ def plan(config, knobs, on, dtype=torch.bfloat16, teacher=None):
                 time=step_time(config, knobs, sizes, dtype.itemsize, on, teacher))
 
 
+def sizes_fault(sizes, config):
+    try:
+        check_sizes(sizes, config, 0)
+    except BadInput as fault:
+        return str(fault)
+
+
 def fastest(config, knobs, on, dtype=torch.bfloat16, teacher=None):
     """The knobs with the shortest step that fits (sizes, recomputing, rows of a micro-step): (changes, its plan), or (None, None)."""
     best, found = None, None
     powers = [2**i for i in range(11)]
-    for tp in (n for n in powers[:4] if on.count % n == 0 and not any(x % n for x in (config.n_head, config.n_kv_head, config.vocab_size, config.ffn_dim))):
+    for tp in powers[:4] if knobs['optimizer'] != 'muon' else [1]:
         for ep in powers if config.n_expert else [1]:
-            if on.count % (tp * ep) or config.n_expert % (tp * ep):
+            if on.count % (tp * ep) or sizes_fault(dict(dp_replicate=1, dp_shard=1, ep=ep, tp=tp), config):
                 continue
             for rows in powers[6::-1]:
                 micro = rows * knobs['block_size'] * on.count // tp
                 if knobs['total_batch_tokens'] % micro:
                     continue
                 for ck in ('none', 'selective', 'full'):
-                    changes = dict(batch_size=rows, activation_checkpointing=ck, tp=tp, **({'ep': ep} if config.n_expert else {}))
-                    p = plan(config, {**knobs, **changes, 'dp_replicate': 1, 'dp_shard': -1}, on, dtype, teacher)
+                    changes = dict(batch_size=rows, activation_checkpointing=ck, tp=tp, ep=ep, dp_replicate=1, dp_shard=-1)
+                    p = plan(config, {**knobs, **changes}, on, dtype, teacher)
                     if p['fits'] and (best is None or p['time']['total'] < 0.99 * found['time']['total']):
                         best, found = changes, p
     return best, found
@@ -326,7 +338,7 @@ def print_table(knobs, tokens):
                 print(row + f'does not fit in any way. {remedy(config, knobs, on, torch.bfloat16, None)}.')
                 continue
             days = tokens / knobs['total_batch_tokens'] * p['time']['total'] / 86400
-            print(row + f"{changes['batch_size']:>5}{changes['tp']:>3}{changes.get('ep', 1):>4} {changes['activation_checkpointing']:<10}{p['total'] / GIB:>6.1f}"
+            print(row + f"{changes['batch_size']:>5}{changes['tp']:>3}{changes['ep']:>4} {changes['activation_checkpointing']:<10}{p['total'] / GIB:>6.1f}"
                   f"{p['time']['total']:>10.2f}{knobs['total_batch_tokens'] / p['time']['total']:>11,.0f}{days:>7,.0f}{24 * days * on.count:>12,.0f}")
     print('!: does not fit as it is')
 

@@ -13,6 +13,7 @@ the whole, for initial weights and checkpoints.
 
 Letters in shape comments: B rows, T tokens, C n_embd, N = B*T, n ranks of a group, E experts.
 """
+import datetime
 import math
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from configurator import BadInput
@@ -92,6 +94,8 @@ def make_layout(device_type, rank, world_size, sizes):
     data = init_device_mesh(device_type, (R * S * e, t), mesh_dim_names=('data', 'tp'))
     stored = {kind: DeviceMesh(device_type, mesh.mesh.transpose(1, 2).contiguous(), mesh_dim_names=('replicate', 'part', 'shard'))
               for kind, mesh in (('tp', by_rows), ('experts', by_experts)) if mesh.size(2) > 1}
+    for group in {g for mesh in (by_rows, by_experts, data, *stored.values()) for g in mesh.get_all_groups()}:
+        _set_pg_timeout(datetime.timedelta(days=1), group)          # as the group of all: watch.py ends what hangs, and says why
     return Layout(sizes, *(mesh['replicate', 'shard'] if R > 1 else mesh['shard'] for mesh in (by_rows, by_experts)),
                   Group(by_rows.get_group('tp'), rank % t, t) if t > 1 else None,
                   Group(by_experts.get_group(part), rank % (e * t), e * t) if e * t > 1 else None,

@@ -91,9 +91,10 @@ def local_folder(out_dir):
     return os.path.join(MIRRORS, f'{os.path.basename(out_dir.rstrip("/"))}-{hashlib.sha256(out_dir.encode()).hexdigest()[:8]}')
 
 
-def download(out_dir):
-    """Brings the small files of a run in a store here. Returns `local_folder`."""
-    folder = local_folder(out_dir)
+def download(out_dir, folder=None):
+    """Brings the small files of a run in a store here, to a folder (None: `local_folder`, which is the training run's own). Returns it; of a run on a disk,
+    its folder as it is."""
+    folder = folder if folder and is_remote(out_dir) else local_folder(out_dir)
     if is_remote(out_dir):
         os.makedirs(folder, exist_ok=True)
         for name in sizes(out_dir):

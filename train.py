@@ -168,7 +168,7 @@ plan_price = 2.5                        # dry_run: dollars of a GPU-hour
 config = configure(globals())
 
 # -- derived values and checks -----------------------------------------------------------------------------------------
-keeps_memory, resume = tune_malloc(), resume or watch.is_restarted()
+keeps_memory, resume = tune_malloc(), resume or watch.is_restarted() and checkpoint.is_of(out_dir, config)
 rank, world_size, device = start_ranks(config['device'])
 is_master = rank == 0
 torch.manual_seed(seed + rank)
@@ -202,13 +202,14 @@ ranks.check_sizes(sizes, model_config, batch_size * block_size)
 if optimizer == 'muon' and (tp > 1 or n_expert):
     raise BadInput("optimizer = 'muon' needs whole matrices, and " + (f'tp = {tp} splits them' if tp > 1 else 'experts are stacks of them') + '. Use adamw.')
 if dry_run:
+    _teacher = hf.find_model(teacher, weights=False)['model'] if teacher and not kd_cache else None
     if is_master:
         plan.print_plan(model_config, config, planned, torch.bfloat16 if planned.name != 'CPU' and config['dtype'] == 'auto' else dtype,
-                        schedules.count_steps(config, None), hf.find_model(teacher, weights=False)['model'] if teacher and not kd_cache else None)
+                        schedules.count_steps(config, None), _teacher)
     leave_ranks(0)
 
 # -- the run folder ----------------------------------------------------------------------------------------------------
-found = checkpoint.find_checkpoint(out_dir) if resume and storage.is_folder(out_dir) else None
+found = checkpoint.find_checkpoint(out_dir, may_be_missing=True) if resume else None
 used = [name for name in ('metrics.jsonl', 'ckpt') if name in storage.names(out_dir)]
 run_folder = storage.local_folder(out_dir)                     # of the small files; out_dir, unless that is in an object store
 if used and not resume:
@@ -439,6 +440,7 @@ for step in range(first_step, n_steps + 1):
             is_last = micro_step == grad_accum - 1
             model.set_requires_gradient_sync(bool(micro or reshard_after_forward) or is_last)
             model.set_requires_all_reduce(bool(micro) or is_last)           # between copies of the model, in any case
+            model.set_reshard_after_backward(reshard_after_forward or is_last)
         with autocast:
             part = my_rows[micro_step]
             objective = distiller and distiller.objective(inputs, doc_ids, source_index[part], cursors[part], counted)
@@ -468,7 +470,7 @@ for step in range(first_step, n_steps + 1):
         'train/learning_rate': lr, **{f'mixture/weight_{name}': weight for name, weight in loader.weights.items()},
         **{f'mixture/drawn_{name}': n / sum(drawn.values()) for name, n in drawn.items()},
         **{f'mixture/epochs_{name}': n for name, n in loader.epochs().items()}, **presence_metrics} if logs else None, more_metrics)
-watcher.at(step, 'ends', patient=True)
+watcher.at(step, 'ends')
 bar.close()
 checkpointer.finish()
 if tracer:

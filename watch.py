@@ -39,6 +39,7 @@ class Watch:
         if world_size > 1 and timeout:
             self.store = meeting_point()
             threading.Thread(target=self.run, daemon=True).start()
+            threading.Thread(target=self.give_up, daemon=True).start()
 
     def at(self, step, doing, patient=False):
         """Progress. patient: what begins may take longer than the timeout."""
@@ -50,11 +51,24 @@ class Watch:
         try:
             while True:
                 self.tell()
-                if not self.patient and time.monotonic() - self.since > self.timeout:
+                if self.is_overdue(0):
                     self.end(tick)
                 time.sleep(tick)
-        except dist.DistError:          # the launcher has ended, and its store: this rank is about to
+        except dist.DistError:          # the launcher has ended, and its store: this rank is about to, or `give_up` sees to it
             return
+
+    def is_overdue(self, grace):
+        return not self.patient and time.monotonic() - self.since > self.timeout + grace
+
+    def give_up(self):
+        """For a store that hangs as well: without it a rank knows only where it is itself."""
+        grace = 10 + 5 * min(10.0, self.timeout / 4)
+        while not self.is_overdue(grace):
+            time.sleep(1)
+        print(f'\nerror: no progress for {time.monotonic() - self.since:.0f} s (hang_timeout = {self.timeout:g}), and the store that ranks tell their state does not '
+              f'answer: its host, the first node or rank 0, hangs or is gone. Rank {self.rank} is at step {self.step}, {self.doing}, in {self.where()}. '
+              'Go on with --resume=True.', file=sys.stderr, flush=True)
+        os._exit(1)
 
     def tell(self):
         self.ticks += 1
@@ -74,7 +88,9 @@ class Watch:
     def end(self, tick):
         """One rank says what is wrong; all end."""
         if self.store.add('watch/reported', 1) > 1:
-            time.sleep(3 * tick)
+            for _ in range(4):                      # go on telling, or this rank would look stopped
+                time.sleep(tick + 0.5)
+                self.tell()
             os._exit(1)
         before = self.told()
         time.sleep(2 * tick + 1)

@@ -89,6 +89,25 @@ def test_a_rank_that_hangs_is_named(tmp_path, data):  # noqa: F811
         assert part in message
 
 
+def test_a_restart_with_another_config_is_no_resume(tmp_path, tiny_data, monkeypatch):
+    train(tmp_path / 'run', tiny_data, max_steps=4)
+    monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', '1')
+    with pytest.raises(BadInput, match='already holds a run'):
+        train(tmp_path / 'run', tiny_data, max_steps=6, learning_rate=0.5)
+    assert max(train(tmp_path / 'run', tiny_data, max_steps=4)) == 4              # the same run: there is nothing left to do
+
+
+def test_a_rank_gives_up_alone_when_the_store_hangs_with_its_host(tmp_path, data):  # noqa: F811
+    out = tmp_path / 'run'
+
+    def stop_host(processes):
+        while last_step(out) < 5:
+            time.sleep(0.02)
+        os.kill(processes[0].pid, signal.SIGSTOP)
+    done = run_ranks(train_command(out, data, ranks=2, max_steps=10**6, eval_interval=10**6, hang_timeout=2, **HEADS), 2, during=stop_host)
+    assert done.returncode and 'its host, the first node or rank 0, hangs' in done.stdout and 'Rank 1 is at step' in done.stdout
+
+
 def told(beats, where='train.py:1', ticks=5):
     return dict(ticks=ticks, beats=beats, step=beats // 5, doing='trains', where=where, host='h')
 
