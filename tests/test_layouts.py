@@ -37,7 +37,7 @@ def assert_equal_runs(one, other, keys=('train/loss', 'train/grad_norm', 'val/lo
 
 @pytest.mark.parametrize('ranks, layout, model', [
     (2, dict(tp=2), {}),
-    (4, dict(tp=2, activation_checkpointing='selective'), dict(tie_embeddings=False, layer_repeat=2, qkv_bias=True, total_batch_tokens=128)),
+    (2, dict(tp=2, activation_checkpointing='selective'), dict(tie_embeddings=False, layer_repeat=2, qkv_bias=True, total_batch_tokens=128)),
     (4, dict(dp_replicate=2, reshard_after_forward=True), dict(total_batch_tokens=128)),
     (2, dict(ep=2, activation_checkpointing='selective'), EXPERTS),
     (4, dict(ep=2, dp_shard=2), EXPERTS),
