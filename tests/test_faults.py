@@ -45,21 +45,20 @@ def last_step(out):
 
 @pytest.mark.skipif(not os.path.isdir('/proc'), reason='needs /proc')
 def test_torchrun_brings_a_run_back_whose_ranks_are_killed(tmp_path, data):  # noqa: F811
-    # one in a step, one in a save (which takes most of the time here), one in or after a measurement; the launcher does the rest
-    knobs = dict(max_steps=40, eval_interval=20, save_interval=3, hang_timeout=60, **INFLUENCE, **HEADS)
+    # one in a save, one in or after a measurement; the launcher does the rest
+    knobs = dict(max_steps=28, eval_interval=14, save_interval=3, hang_timeout=60, **INFLUENCE, **HEADS)
     whole = train(tmp_path / 'whole', data, ranks=2, **knobs)
     out, rng = tmp_path / 'run', random.Random(3)
     command = train_command(out, data, ranks=2, **knobs)
     command.insert(3, '--max-restarts=6')
     launcher = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
-    for moment in ('step', 'save', 'influence'):
-        before = last_step(out)
+    for moment in ('save', 'influence'):
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline and launcher.poll() is None:
             now, victims = last_step(out), ranks_below(launcher.pid)
             if len(victims) < 2:
                 time.sleep(0.02)
-            elif moment == 'step' and now > before + 4 or moment == 'influence' and now % 12 == 11 or moment == 'save' and now > 0 and checkpoint.torn_checkpoints(
+            elif moment == 'influence' and now % 12 == 11 or moment == 'save' and now > 0 and checkpoint.torn_checkpoints(
                     str(out / 'ckpt')):
                 break
         os.kill(victims[rng.randrange(2)], signal.SIGKILL)
@@ -67,7 +66,7 @@ def test_torchrun_brings_a_run_back_whose_ranks_are_killed(tmp_path, data):  # n
             time.sleep(0.05)
     text, _ = launcher.communicate(timeout=200)
     assert launcher.returncode == 0, text[-3000:]
-    assert text.count('resume: ') >= 3 and 'Traceback (most recent' not in text
+    assert text.count('resume: ') >= 2 and 'Traceback (most recent' not in text
     again = metrics(out)
     for step in whole:
         for key in whole[step]:
