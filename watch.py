@@ -103,7 +103,7 @@ class Watch:
 
 def diagnose(before, after):
     """Which ranks hang, in words. before, after: what ranks have told, rank -> dict, some seconds apart."""
-    silent = [r for r in after if r != min(after, key=lambda q: -after[q]['ticks']) and after[r]['ticks'] == before[r]['ticks']]
+    silent = [r for r in after if after[r]['ticks'] == before[r]['ticks']]
     fewest = min(a['beats'] for a in after.values())
     behind = [r for r, a in after.items() if a['beats'] == fewest]
     if silent:
