@@ -21,7 +21,6 @@ from dataclasses import asdict
 import torch
 
 import checkpoint
-import moe
 import ranks
 import storage
 from configurator import BadInput, configure, did_you_mean
@@ -334,9 +333,7 @@ def open_model(path, device, dtype, needs_tokenizer=True):
         raise BadInput(f"no usable tokenizer for '{path}': {about['tokenizer']}")
     with torch.device('meta'):
         model = GPT(about['model'])
-    model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
-    for layer in moe.layers(model):
-        layer.bias = layer.bias.float()
+    model = model.frozen(dtype).to_empty(device=device).eval()
     load_weights(about, model)
     return model, about['tokenizer'], about
 

@@ -280,10 +280,7 @@ def open_teacher(about, device, dtype, layout=None, compile_blocks=False):
     if layout is not None:
         ranks.check_sizes({**layout.sizes, 'ep': layout.sizes['ep'] if about['model'].n_expert else 1}, about['model'], 0, 'the teacher: ')
     with torch.device('meta'):
-        model = GPT(about['model'])
-        for module in model.modules():                         # parameters alone: the biases of experts stay fp32
-            for name, parameter in module.named_parameters(recurse=False):
-                setattr(module, name, torch.nn.Parameter(parameter.to(dtype), requires_grad=False))
+        model = GPT(about['model']).frozen(dtype)
     parallel.spread(model, layout, dtype, compile_blocks)
     model.to_empty(device=device)
     hf.load_weights(about, model)

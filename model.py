@@ -27,6 +27,7 @@ from attention import attend, document_boundaries
 from configurator import BadInput
 from loss import chunk_rows, linear_cross_entropy
 from moe import MixtureOfExperts
+from moe import layers as moe_layers
 
 
 ROPE_SCALING = {       # type -> its numbers
@@ -260,6 +261,13 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config, config.n_expert and i >= config.n_dense_layer) for i in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd, config.norm_eps)
         self.lm_head = None if config.tie_embeddings else nn.Linear(config.n_embd, config.vocab_size, bias=False)
+
+    def frozen(self, dtype):
+        """The model itself, to be run and not trained: weights in dtype. The biases of experts, which are sums of small steps, stay fp32."""
+        self.to(dtype).requires_grad_(False)
+        for layer in moe_layers(self):
+            layer.bias = layer.bias.float()
+        return self
 
     @property
     def output_weight(self):

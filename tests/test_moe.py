@@ -109,6 +109,12 @@ def test_a_model_learns_and_its_experts_differ():
     assert torch.equal(logits[:, 7:].argmax(-1), out[:, 8:])                     # with a cache, token by token, the same
 
 
+def test_a_frozen_model_in_bf16_keeps_its_biases_whole():
+    model = small_model().frozen(torch.bfloat16)
+    assert model.embed.weight.dtype == torch.bfloat16 and not model.embed.weight.requires_grad
+    assert all(layer.bias.dtype == torch.float32 for layer in moe.layers(model)) and len(moe.layers(model)) == 2
+
+
 @pytest.mark.parametrize('changes, part', [(dict(n_expert_active=9), 'from 1 to n_expert'), (dict(expert_ffn_dim=0), 'expert_ffn_dim'),
                                            (dict(expert_score='relu'), 'sigmoid or softmax'), (dict(n_dense_layer=4), 'n_dense_layer')])
 def test_impossible_experts_are_refused(changes, part):
