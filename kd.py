@@ -278,7 +278,7 @@ def weights_fingerprint(about):
 def open_teacher(about, device, dtype, layout=None, compile_blocks=False):
     """The teacher, frozen, in `dtype`, spread over the ranks like the student (None: whole on this process). BadInput when it cannot be divided so."""
     if layout is not None:
-        ranks.check_sizes({**layout.sizes, 'ep': layout.sizes['ep'] if about['model'].n_expert else 1}, about['model'], 0, 'the teacher: ')
+        ranks.check_sizes({**layout.sizes, 'ep': layout.sizes['ep'] if about['model'].n_expert else 1}, about['model'], whose='the teacher: ')
     with torch.device('meta'):
         model = GPT(about['model']).frozen(dtype)
     parallel.spread(model, layout, dtype, compile_blocks)

@@ -18,7 +18,7 @@ from configurator import BadInput, did_you_mean
 from kd import kd_chunk_rows
 from loss import chunk_rows
 from model import ModelConfig, count_parameters, flops_per_token
-from ranks import check_sizes, resolve_sizes
+from ranks import resolve_sizes, size_faults
 
 GIB = 2**30
 SPARE = 0.92            # of a GPU's memory that a plan may fill: the rest goes to the CUDA context, NCCL and pieces the allocator cannot use
@@ -74,19 +74,29 @@ def choose_compile(asked, total_flops, peak, world_size, device):
 # -- memory ------------------------------------------------------------------------------------------------------------
 
 def rank_parameters(config, sizes):
-    """Parameters of a rank's part before FSDP spreads it: dict(block, root, experts): one block without its routed experts, the tables and what else is
-    outside of blocks, the routed experts of one block."""
+    """Parameters of a rank's part before FSDP spreads it: dict(block, root, experts, dense, routed): one block without its routed experts, the tables and
+    what else is outside of blocks, the routed experts of one block; all but routed experts, and these of all blocks."""
     c, counts = config, count_parameters(config)
-    n_moe = c.n_layer - c.n_dense_layer if c.n_expert else 0
-    return dict(block=(counts['non_embedding'] - counts['routed'] - c.n_embd) / c.n_layer / sizes['tp'], root=counts['embedding'] / sizes['tp'] + c.n_embd,
-                experts=counts['routed'] / n_moe / (sizes['ep'] * sizes['tp']) if n_moe else 0)
+    block, root = (counts['non_embedding'] - counts['routed'] - c.n_embd) / c.n_layer / sizes['tp'], counts['embedding'] / sizes['tp'] + c.n_embd
+    routed = counts['routed'] / (sizes['ep'] * sizes['tp'])
+    return dict(block=block, root=root, experts=routed / max(1, moe_layers(c)), dense=block * c.n_layer + root, routed=routed)
+
+
+def moe_layers(config):
+    return config.n_layer - config.n_dense_layer if config.n_expert else 0
 
 
 def too_large_whole(config, sizes):
     """Whether whole weights in bf16 and whole gradients in fp32, of a rank's part, take more than 8 GiB: then they are kept in shards."""
     part = rank_parameters(config, sizes)
-    n_moe = config.n_layer - config.n_dense_layer if config.n_expert else 0
-    return 6 * (part['block'] * config.n_layer + part['root'] + part['experts'] * n_moe) > 8 * GIB
+    return 6 * (part['dense'] + part['routed']) > 8 * GIB
+
+
+def how_it_runs(config, knobs, sizes):
+    """(tokens of a rank's micro-step, micro-steps, whether weights and gradients are sharded again between them)."""
+    tokens = knobs['batch_size'] * knobs['block_size']
+    grad_accum = max(1, knobs['total_batch_tokens'] // (tokens * (math.prod(sizes.values()) // sizes['tp'])))
+    return tokens, grad_accum, too_large_whole(config, sizes) if knobs['reshard_after_forward'] is None else knobs['reshard_after_forward']
 
 
 def saved_bytes_per_token(config, low, fused, tp=1, has_experts=False):
@@ -120,22 +130,16 @@ def memory_plan(config, knobs, sizes, low, on_cuda, teacher=None):
 
     knobs: train.py's; sizes: ranks.resolve_sizes; low: bytes of an element in products; teacher: ModelConfig of a teacher that runs along.
     """
-    c, tp = config, sizes['tp']
-    tokens = knobs['batch_size'] * knobs['block_size']
-    world = math.prod(sizes.values())
-    shards, expert_shards = sizes['dp_shard'] * sizes['ep'], sizes['dp_shard']
-    grad_accum = max(1, knobs['total_batch_tokens'] // (tokens * (world // tp)))
-    part = rank_parameters(c, sizes)
-    moe_layers = c.n_layer - c.n_dense_layer if c.n_expert else 0
-    P = (part['block'] * c.n_layer + part['root']) / shards + part['experts'] * moe_layers / expert_shards
-    whole = part['block'] * c.n_layer + part['root'] + part['experts'] * moe_layers
-    reshards = too_large_whole(c, sizes) if knobs['reshard_after_forward'] is None else knobs['reshard_after_forward']
+    c, tp, world, n_moe = config, sizes['tp'], math.prod(sizes.values()), moe_layers(config)
+    tokens, grad_accum, reshards = how_it_runs(c, knobs, sizes)
+    shards, part = sizes['dp_shard'] * sizes['ep'], rank_parameters(c, sizes)
+    P, whole = part['dense'] / shards + part['routed'] / sizes['dp_shard'], part['dense'] + part['routed']
     table = c.vocab_size * c.n_embd / tp
     ck, L = knobs['activation_checkpointing'], c.layer_repeat
     block = {kind: saved_bytes_per_token(c, low, on_cuda, tp, kind) for kind in (False, True)}
-    kept = tokens * L * (sum(block[False][ck] for _ in range(c.n_layer - moe_layers)) + moe_layers * block[True][ck])
-    largest = max((block[kind] for kind in ([True] if moe_layers else []) + ([False] if moe_layers < c.n_layer else [])), key=lambda b: b['none'])
-    inner = max(c.ffn_dim / tp, c.n_expert_active * c.expert_ffn_dim / tp if moe_layers else 0)
+    kept = tokens * L * ((c.n_layer - n_moe) * block[False][ck] + n_moe * block[True][ck])
+    largest = max((block[kind] for kind in ([True] if n_moe else []) + ([False] if n_moe < c.n_layer else [])), key=lambda b: b['none'])
+    inner = max(c.ffn_dim, c.n_expert_active * c.expert_ffn_dim if n_moe else 0) / tp
     # of one process autocast keeps a low-precision copy of every weight; FSDP has the tables whole, and two blocks or all of them
     if world == 1:
         in_use = whole * low if low == 2 else 0
@@ -144,7 +148,7 @@ def memory_plan(config, knobs, sizes, low, on_cuda, teacher=None):
     reducing = (4 + low) * (part['block'] + part['experts']) if world > 1 else 0                  # a block's gradients, and the same on their way
     device, dtype = torch.device('cuda' if on_cuda else 'cpu'), torch.bfloat16 if low == 2 else torch.float32
     rows = (kd_chunk_rows if teacher else chunk_rows)(tokens, c.vocab_size // tp, device, dtype)
-    if knobs['teacher'] and tp > 1:
+    if teacher and tp > 1:                                               # tokens are split then, not the vocabulary
         rows = kd_chunk_rows(tokens // tp, c.vocab_size, device, dtype)
     accumulated = 0 if grad_accum == 1 else 4 * (P if reshards or world == 1 else whole)
     hidden = tokens * c.n_embd * (2 * low + low / tp + 4 / tp)           # final states before and after their norm, whole, and their gradient
@@ -168,7 +172,7 @@ def memory_plan(config, knobs, sizes, low, on_cuda, teacher=None):
     }
     if teacher is not None:
         t = rank_parameters(teacher, sizes)
-        T = (t['block'] * teacher.n_layer + t['root']) / shards
+        T = t['dense'] / shards
         terms['teacher'] = T * low + tokens * low * (6 * teacher.n_embd + 3 * teacher.ffn_dim) / tp + (
             (t['root'] + 2 * t['block']) * low if world > 1 else 0) + (teacher.vocab_size * teacher.n_embd * low if tp > 1 else 0)
     return terms, when
@@ -177,22 +181,17 @@ def memory_plan(config, knobs, sizes, low, on_cuda, teacher=None):
 # -- traffic and time --------------------------------------------------------------------------------------------------
 
 def traffic(config, knobs, sizes, low):
-    """Bytes that a rank sends in a step: dict(fsdp, replicas, tp, experts, teacher's and checkpoints' not). From the sizes of what is exchanged:
+    """Bytes that a rank sends in a step: dict(fsdp, replicas, tp, experts), without a teacher and checkpoints. From the sizes of what is exchanged:
     (n - 1) / n of it for a gather or a reduce-scatter among n ranks, twice that for an all-reduce."""
-    c, tp = config, sizes['tp']
-    tokens = knobs['batch_size'] * knobs['block_size']
-    grad_accum = max(1, knobs['total_batch_tokens'] // (tokens * (math.prod(sizes.values()) // tp)))
-    part = rank_parameters(c, sizes)
-    n_moe = c.n_layer - c.n_dense_layer if c.n_expert else 0
-    reshards = too_large_whole(c, sizes) if knobs['reshard_after_forward'] is None else knobs['reshard_after_forward']
+    c, tp, n_moe, part = config, sizes['tp'], moe_layers(config), rank_parameters(config, sizes)
+    tokens, grad_accum, reshards = how_it_runs(c, knobs, sizes)
     gathers, reduces = (2 * grad_accum, grad_accum) if reshards else (1, 1)
 
     def among(n, whole):
         return (n - 1) / n * whole * (gathers * low + reduces * 4)
-    dense, experts = part['block'] * c.n_layer + part['root'], part['experts'] * n_moe
-    fsdp = among(sizes['dp_shard'] * sizes['ep'], dense) + among(sizes['dp_shard'], experts)
-    R = sizes['dp_replicate']
-    replicas = 2 * (R - 1) / R * 4 * (dense / (sizes['dp_shard'] * sizes['ep']) + experts / sizes['dp_shard'])
+    shards, R = sizes['dp_shard'] * sizes['ep'], sizes['dp_replicate']
+    fsdp = among(shards, part['dense']) + among(sizes['dp_shard'], part['routed'])
+    replicas = 2 * (R - 1) / R * 4 * (part['dense'] / shards + part['routed'] / sizes['dp_shard'])
     again = knobs['activation_checkpointing'] != 'none'                 # what runs again exchanges again, but for a block's last scatter
     per_layer = 4 * c.n_layer - (2 * n_moe if not c.n_shared_expert else 0)                     # gather and scatter of attention and of feed-forward
     in_tp = (tp - 1) / tp * tokens * c.n_embd * low * (per_layer * c.layer_repeat * (2.75 if again else 2) + 4) * grad_accum
@@ -235,20 +234,13 @@ def plan(config, knobs, on, dtype=torch.bfloat16, teacher=None):
                 time=step_time(config, knobs, sizes, dtype.itemsize, on, teacher))
 
 
-def sizes_fault(sizes, config):
-    try:
-        check_sizes(sizes, config, 0)
-    except BadInput as fault:
-        return str(fault)
-
-
 def fastest(config, knobs, on, dtype=torch.bfloat16, teacher=None):
     """The knobs with the shortest step that fits (sizes, recomputing, rows of a micro-step): (changes, its plan), or (None, None)."""
     best, found = None, None
     powers = [2**i for i in range(11)]
     for tp in powers[:4] if knobs['optimizer'] != 'muon' else [1]:
         for ep in powers if config.n_expert else [1]:
-            if on.count % (tp * ep) or sizes_fault(dict(dp_replicate=1, dp_shard=1, ep=ep, tp=tp), config):
+            if on.count % (tp * ep) or size_faults(dict(dp_replicate=1, dp_shard=1, ep=ep, tp=tp), config):
                 continue
             for rows in powers[6::-1]:
                 micro = rows * knobs['block_size'] * on.count // tp

@@ -69,8 +69,8 @@ def resolve_sizes(world_size, dp_replicate, dp_shard, tp, ep):
     return {name: world_size // fixed if n == -1 else n for name, n in sizes.items()}
 
 
-def check_sizes(sizes, config, micro_tokens, whose=''):
-    """BadInput that lists everything in a ModelConfig that cannot be divided so. micro_tokens: of a rank's micro-step."""
+def size_faults(sizes, config, micro_tokens=0):
+    """Everything in a ModelConfig that cannot be divided so, in words. micro_tokens: of a rank's micro-step."""
     tp, spread = sizes['tp'], sizes['ep'] * sizes['tp']
     whole = dict(n_head=config.n_head, n_kv_head=config.n_kv_head, ffn_dim=config.ffn_dim, vocab_size=config.vocab_size,
                  **{'batch_size * block_size': micro_tokens}, **({'expert_ffn_dim': config.expert_ffn_dim} if config.n_shared_expert else {}))
@@ -79,7 +79,12 @@ def check_sizes(sizes, config, micro_tokens, whose=''):
         faults.append(f'n_expert = {config.n_expert} is not a multiple of ep * tp = {spread}')
     if sizes['ep'] > 1 and not config.n_expert:
         faults.append(f"ep = {sizes['ep']} spreads experts, and this model has none (n_expert = 0)")
-    if faults:
+    return faults
+
+
+def check_sizes(sizes, config, micro_tokens=0, whose=''):
+    """BadInput for what `size_faults` finds."""
+    if faults := size_faults(sizes, config, micro_tokens):
         raise BadInput(whose + '; '.join(faults) + '.')
 
 
