@@ -1,8 +1,11 @@
 """Rules that set the sampling weights: (weights, measurements, state) -> (weights, state, log). Numbers in, numbers out, float64.
 
-Weights are dicts source -> share. A rule that finds nothing to change returns the very weights that it was given.
+Influence first, then its rivals Skill-It, DoGE, DoReMi and Aioli; reweight.py and rivals.py measure for them. Weights are dicts source -> share,
+states plain numbers that a checkpoint's JSON holds. A rule that finds nothing to change returns the very weights that it was given.
 """
 import math
+
+import numpy as np
 
 from configurator import BadInput
 
@@ -83,3 +86,107 @@ def update_proportional(weights, r, se, state, low, high):
         return weights, state, dict(kept='no source has positive influence')
     shares = {name: value / sum(helpful.values()) for name, value in helpful.items()}
     return project(shares, dict.fromkeys(weights, low), high), state, dict(kept='')
+
+
+# -- the rival methods -------------------------------------------------------------------------------------------------
+# One convention: A[i][j] says how much training on source j lowers the loss of source i. Rows are evaluated, columns are trained on, in the
+# order of the weights' names, and positive is good. Greedy steps need its column sums only: w_j * exp(eta * sum_i A_ij).
+
+def exponentiated(weights, gains, eta):
+    """Shares proportional to w * exp(eta * gain). weights: dict of floats; gains: floats in its order."""
+    logs = [(math.log(w) if w > 0 else -math.inf) + eta * float(g) for w, g in zip(weights.values(), gains)]
+    terms = [math.exp(x - max(logs)) for x in logs]
+    return {name: term / sum(terms) for name, term in zip(weights, terms)}
+
+
+def uniform(weights):
+    return dict.fromkeys(weights, 1 / len(weights))
+
+
+def averaged(weights, state):
+    """The state with these weights counted into its mean: 'n' updates, 'average' by source."""
+    n = state.get('n', 0)
+    return dict(n=n + 1, average={name: (state['average'][name] * n + w) / (n + 1) if n else w for name, w in weights.items()})
+
+
+def update_skillit(weights, losses, state, graph, eta=0.2, window=3):
+    """New weights by Skill-It (Chen et al. 2023, arXiv:2307.14430, Algorithm 1): uniform ones times exp(eta * column sums of A), anew each time.
+
+    losses    nats per token by source, now; {}: none yet, all count as 1
+    graph     (m, m), row evaluated, column trained: relative drop of a source's loss in a run on the column's source alone
+    A_ij is graph_ij times the sum of the last `window` losses of source i. state: {'losses': lists of floats}, {} at first.
+    """
+    kept = (state.get('losses', []) + [[losses[name] for name in weights]])[-window:] if losses else []
+    sums = np.sum(kept, 0) if kept else np.ones(len(weights))
+    A = np.asarray(graph, dtype=np.float64) * sums[:, None]
+    return exponentiated(uniform(weights), A.sum(0), eta), dict(losses=kept), dict(A=A / max(1, len(kept)))
+
+
+def update_doge(weights, inner, norms, state, learning_rate, eta=100.0, low=0.0, high=5.0):
+    """New weights of DoGE's proxy (Fan et al. 2024, arXiv:2310.15393, Algorithm 1): w * exp(eta * learning_rate * inner / mean norm).
+
+    inner     by source: product of its gradient and the validation batch's, both clipped by their norm; norms: of the sources' gradients
+    eta       1 / mu; low, high: bounds of inner / mean norm
+    A source without a row in the batch has inner and norm 0. state: as `averaged`, which gives the method's mixture.
+    """
+    mean_norm = sum(norms.values()) / len(norms) + 1e-6
+    gains = [learning_rate * min(max(inner[name] / mean_norm, low), high) for name in weights]
+    new = exponentiated(weights, gains, eta)
+    return new, averaged(new, state), dict(gains=gains)
+
+
+def update_doremi(weights, excess, state, eta=1.0, smoothing=1e-3):
+    """New weights of DoReMi's proxy (Xie et al. 2023, arXiv:2305.10429, Algorithm 1): w * exp(eta * excess loss), mixed with uniform ones.
+
+    excess    nats per token above the reference model's by source; below 0 it counts as 0. A source that the batch had no row of is not in it,
+              and keeps its last score.
+    state     {'scores': by source} and what `averaged` holds, {} at first: the method's mixture is the average
+    """
+    scores = {name: max(0.0, excess[name]) if name in excess else state.get('scores', {}).get(name, 0.0) for name in weights}
+    moved = exponentiated(weights, scores.values(), eta)
+    new = {name: (1 - smoothing) * w + smoothing / len(weights) for name, w in moved.items()}
+    return new, dict(scores=scores, **averaged(new, state)), dict(A=np.diag(list(scores.values())))
+
+
+def one_hot_mixtures(names, factor):
+    """The mixtures that Aioli explores: for every source, `factor` on it and the rest spread alike. BadInput when that tells nothing apart."""
+    m = len(names)
+    if m < 2 or not 1 / m < factor <= 1:
+        raise BadInput(f'one_hot_factor = {factor} must be above 1 / sources = {1 / m:.4g} and at most 1, with two sources or more: otherwise all '
+                       'explored mixtures are the same, or favour the wrong source.')
+    return {name: {other: factor if other == name else (1 - factor) / (m - 1) for other in names} for name in names}
+
+
+def aioli_matrix(shares, drops):
+    """A (m, m) from segments of exploration, by least squares: the drop of source i's loss in a segment is sum_j A_ij * share_j.
+
+    shares (K, m): of the rows trained on in each segment, by source; drops (K, m): of every source's loss over it. BadInput when the shares
+    do not tell the sources apart. Chen et al. 2024, Aioli (arXiv:2411.05735), section 5: with sweeps over the same mixtures P that is P^-1 D.
+    """
+    shares, drops = np.asarray(shares, dtype=np.float64), np.asarray(drops, dtype=np.float64)
+    A, _, rank, _ = np.linalg.lstsq(shares, drops, rcond=1e-6)
+    if rank < shares.shape[1]:
+        raise BadInput(f'the {len(shares)} explored segments trained on mixtures of rank {rank}, {shares.shape[1]} sources need that many different '
+                       'ones. Raise aioli_steps or total_batch_tokens (rows are whole), or one_hot_factor.')
+    return A.T
+
+
+def normalised(A):
+    """Aioli's normal form: entries >= 0 (the smallest is subtracted from all if it is negative) that sum to 1; uniform if all are 0."""
+    A = A - min(0.0, A.min())
+    return A / A.sum() if A.sum() > 0 else np.full_like(A, 1 / A.size)
+
+
+def update_aioli(weights, A, state, eta=0.2, ema=None, rule='accumulate'):
+    """New weights by Aioli (Chen et al. 2024, arXiv:2411.05735, Algorithm 1) from the matrix measured in this round, (m, m).
+
+    ema       share of the past in the mean of normalised matrices; None: this round's alone
+    rule      accumulate: the weights before, times exp(eta * column sums), the paper's. reference_ema: the weights of the start, each time, as
+              the public code has it: nothing accumulates, and no weight gets further than exp(eta) from its start
+    state     {'matrix': the mean so far, 'start': weights before the first update}, {} at first
+    """
+    E, start = normalised(np.asarray(A, dtype=np.float64)), state.get('start', dict(weights))
+    if ema is not None and 'matrix' in state:
+        E = (1 - ema) * E + ema * np.asarray(state['matrix'])
+    new = exponentiated(weights if rule == 'accumulate' else start, E.sum(0), eta)
+    return new, dict(matrix=E.tolist(), start=start), dict(A=A, normalised=E)
