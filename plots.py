@@ -1,7 +1,11 @@
-"""Figures of a run, drawn from its metrics.jsonl."""
+"""Figures: of a run, drawn from its metrics.jsonl, and of mixing laws."""
+import json
 import os
 
+import numpy as np
+
 from common import read_metrics
+from configurator import BadInput
 
 
 def _series(records, key):
@@ -65,3 +69,99 @@ def draw_table(path, rows, columns, values, errors, title):
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return path
+
+
+# -- mixing laws -------------------------------------------------------------------------------------------------------
+
+def draw_laws(path):
+    """Draws what mixing_laws.py wrote: a file of it, or all in a folder. Returns the paths of the PNGs (beside the files)."""
+    import matplotlib
+    matplotlib.use('Agg')
+    paths = [path] if os.path.isfile(path) else [os.path.join(path, name) for name in ('static.json', 'dynamic.json', 'a_star.json')]
+    found = {p: json.load(open(p, encoding='utf-8')) for p in paths if os.path.isfile(p)}
+    if not found:
+        raise BadInput(f"'{path}' has neither static.json nor dynamic.json nor a_star.json. Fit something first.")
+    return [_save_figure(_draw_static(r) if 'optimum' in r else _draw_matrices(r), p.removesuffix('.json') + '.png') for p, r in found.items()]
+
+
+def _save_figure(figure, path):
+    import matplotlib.pyplot as plt
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
+
+
+def _draw_static(r):
+    """Predicted against observed losses, residuals, and the mean loss over the mixtures (two or three groups) with its lowest point."""
+    import matplotlib.pyplot as plt
+    k, m = len(r['evaluated']), len(r['groups'])
+    figure, axes = plt.subplots(1, k + 1, figsize=(4 * (k + 1), 4), layout='constrained', squeeze=False)
+    p, losses = np.array(r['p']), np.array(r['loss'])
+    laws = {fit['group']: fit for fit in r['fits'] if fit['seed'] == 'all'}
+
+    def predict(group, p):
+        fit = laws[group]
+        return fit['c'] + np.exp(fit['log_b'] - p @ np.array(fit['A']))
+    for i, group in enumerate(r['evaluated']):
+        predicted = predict(group, p)
+        ends = [min(losses[:, i].min(), predicted.min()), max(losses[:, i].max(), predicted.max())]
+        axes[0, i].plot(ends, ends, color='0.8')
+        axes[0, i].scatter(losses[:, i], predicted, s=12)
+        axes[0, i].set(title=f'{group}: R2 {laws[group]["fit"]["r2"]:.3f}, one out {laws[group]["leave_one_out"]["r2"]:.3f}', xlabel='observed (nats per token)',
+                       ylabel='predicted')
+        inset = axes[0, i].inset_axes([0.6, 0.08, 0.37, 0.28])
+        inset.axhline(0, color='0.8')
+        inset.scatter(losses[:, i], losses[:, i] - predicted, s=4)
+        inset.set_title('residuals', fontsize=7)
+        inset.tick_params(labelsize=6)
+    last, best = axes[0, -1], np.array(r['optimum']['p'])
+    if m == 3:
+        grid = np.array([(a, b, 1 - a - b) for a in np.linspace(0, 1, 61) for b in np.linspace(0, 1, 61) if a + b <= 1 + 1e-9])
+        mean = np.mean([predict(group, grid) for group in r['evaluated']], 0)
+        image = last.tricontourf(*_on_triangle(grid), mean, levels=np.quantile(mean, np.linspace(0, 1, 16)), cmap='viridis_r')
+        figure.colorbar(image, ax=last, format='%.2f')
+        last.scatter(*_on_triangle(p), s=10, color='k')
+        last.scatter(*_on_triangle(best[None]), marker='*', s=160, color='r')
+        for name, corner in zip(r['groups'], np.eye(3)):
+            x, y = _on_triangle(corner[None])
+            last.text(x[0], y[0] + (0.03 if y[0] > 0.5 else -0.07), name, ha='center')
+        last.set_axis_off()
+    elif m == 2:
+        line = np.linspace(0, 1, 101)
+        grid = np.column_stack((line, 1 - line))
+        last.plot(line, np.mean([predict(group, grid) for group in r['evaluated']], 0))
+        last.scatter(p[:, 0], losses.mean(1), s=10, color='k')
+        last.axvspan(r['optimum']['low'][0], r['optimum']['high'][0], alpha=0.2)
+        last.set(xlabel=f'share of {r["groups"][0]}')
+    else:
+        last.bar(r['groups'], best, yerr=[np.maximum(best - r['optimum']['low'], 0), np.maximum(r['optimum']['high'] - best, 0)])
+        last.tick_params(axis='x', rotation=60)
+    last.set_title('mean loss and its lowest mixture')
+    return figure
+
+
+def _on_triangle(p):
+    """Shares (n, 3) -> x, y of an equilateral triangle."""
+    return p[:, 1] + 0.5 * p[:, 2], p[:, 2] * 0.75**0.5
+
+
+def _draw_matrices(r):
+    """Heat maps of the fitted A of every parent, or of A* beside what the methods measured (means over seeds)."""
+    import matplotlib.pyplot as plt
+    panels = ([(fit['parent'], fit['A']) for fit in r['fits']] if 'fits' in r else
+              [(f'{name}: {what}', np.mean(m[key], 0)) for name, m in r['methods'].items() for what, key in (('A*', 'A_star'), ('measured A', 'A'))])
+    columns = 2 if 'methods' in r else min(3, len(panels))
+    figure, axes = plt.subplots(-(-len(panels) // columns), columns, figsize=(3.6 * columns, 3 * -(-len(panels) // columns)), layout='constrained', squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for axis, (title, A) in zip(axes.flat, panels):
+        A = np.array(A)
+        limit = np.abs(A).max() or 1.0
+        axis.set_axis_on()
+        axis.imshow(A, cmap='RdBu', vmin=-limit, vmax=limit)
+        for i, j in np.ndindex(A.shape):
+            axis.text(j, i, f'{A[i, j]:.3f}', ha='center', va='center', fontsize=8)
+        axis.set(title=title, xticks=range(A.shape[1]), xticklabels=r['groups'], yticks=range(A.shape[0]), yticklabels=r.get('evaluated', r['groups']))
+        axis.set_xlabel('trained', fontsize=8)
+        axis.set_ylabel('evaluated', fontsize=8)
+    return figure
