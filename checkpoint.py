@@ -295,6 +295,8 @@ def check_resumable(checkpoint, saved, config, saved_model, model, n_steps):
                        'another --out_dir.')
     check_same_model(checkpoint, saved_model, model)
     for name in FIXED:
+        if name == 'mixture' and config[name] == 'fixed':      # whatever it was: the weights stay as they are from here
+            continue
         if name in saved['config'] and saved['config'][name] != config[name]:            # an older version may not have had this knob
             raise BadInput(f"{name} was {saved['config'][name]!r} in {checkpoint}, it is {config[name]!r} now; a resumed run cannot "
                            'change it. Put it back, or start a new run with init_from.')

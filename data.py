@@ -14,6 +14,8 @@ import glob
 import hashlib
 import json
 import os
+import subprocess
+import sys
 
 import numpy as np
 
@@ -330,6 +332,24 @@ def report_packing(sources):
               f'{p.utilisation:.1%}, {p.n_counted / max(1, p.length.sum()):.0%} of the tokens count' + ('' if source.has_mask else ' (no masks)')
               + (f'; {p.n_overlong:,} longer than a row, {dict(truncate="truncated", drop="dropped")[source.overlong]}' if p.n_overlong else '')
               + (f'; {p.n_unsupervised:,} left out, since no token of theirs counts' if p.n_unsupervised else ''))
+
+
+def prepare_missing(script, data_dir, names):
+    """Runs a script of prepare/ when one of the sources `names` is not in data_dir."""
+    if any(not os.path.isfile(os.path.join(data_dir, name, 'meta.json')) for name in names):
+        print(f'data: {data_dir} is not complete; running {script}', flush=True)
+        if subprocess.run([sys.executable, script, f'--out={data_dir}']).returncode:
+            raise BadInput(f'{script} failed; its message stands above.')
+
+
+def check_sources(sources, trained, batch_rows):
+    """Reads a row of every Source, so that shards of another tokenizer show; BadInput, too, when one of those trained on has less than a batch of rows."""
+    for source in sources:
+        source.rows([0])
+    for source in trained:
+        if source.n_windows < batch_rows:
+            raise BadInput(f"source '{source.name}' has {source.n_windows} windows of {source.block_size} tokens, fewer than one batch "
+                           f'({batch_rows} rows). Prepare more of it, or lower total_batch_tokens or block_size.')
 
 
 # -- from rows to batches ----------------------------------------------------------------------------------------------

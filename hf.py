@@ -326,6 +326,20 @@ def load_weights(about, model):
         read_weights(about['folder'], about['hf'], model)
 
 
+def start_from(path, model, fingerprint):
+    """init_from: the weights of another run or model into `model`, in place. fingerprint: of the shards' tokenizer, None: unknown. Returns where they are.
+
+    BadInput when it is another model (rope_theta may differ), or of another tokenizer.
+    """
+    about = find_model(path)
+    checkpoint.check_same_model(path, asdict(about['model']), {**asdict(model.config), 'rope_theta': about['model'].rope_theta})
+    if fingerprint is not None and about['fingerprint'] not in (None, fingerprint):
+        raise BadInput(f"init_from = '{path}' has another tokenizer ({about['fingerprint']}) than these shards ({fingerprint}). Prepare the sources "
+                       'with its tokenizer.')
+    load_weights(about, model)
+    return about['checkpoint'] or about['folder']
+
+
 def open_model(path, device, dtype, needs_tokenizer=True):
     """A model for evaluation or generation: (GPT in eval mode on the device, Tokenizer, find_model's dict)."""
     about = find_model(path)

@@ -10,6 +10,14 @@ import numpy as np
 from configurator import BadInput
 
 
+ETA = dict(influence=0.3, skillit=0.2, aioli=0.2, doge=100.0, doremi=1.0)       # step of a method where mixture_eta is None
+
+
+def eta_of(config):
+    """The step of the method that train.py's knobs name."""
+    return ETA[config['mixture']] if config['mixture_eta'] is None else config['mixture_eta']
+
+
 def check_bounds(n_sources, low, high):
     """BadInput when no mixture of that many sources can have all its shares in [low, high]."""
     if not 0 <= low < high <= 1 or n_sources * low > 1 or n_sources * high < 1:

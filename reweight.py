@@ -16,7 +16,7 @@ from configurator import BadInput, check_values
 from data import Source, peculiarities, shared_documents
 from influence import Direction, adam_scale, check_layers, datainf, mean_and_error, probe_direction, source_products, unit
 
-MIXTURES, UNITS = ('fixed', 'influence'), ('loss', 'own')
+MIXTURES, UNITS = ('fixed', 'stratified', 'influence'), ('loss', 'own')
 SCALINGS, RULES, SELECTIONS = ('none', 'adam', 'datainf'), ('step', 'proportional'), ('none', 'online', 'scores')
 SMALL = ('last', 'first')       # layers of which a direction for every domain takes little memory; of the others there is one for all
 
@@ -212,7 +212,7 @@ def set_weights(loader, config, state, step, rows_to_come, r, se, rank):
     elif config['influence_rule'] == 'proportional':
         weights, state, log = mixtures.update_proportional(before, r, se, state, config['mixture_min'], high)
     else:
-        weights, state, log = mixtures.update_influence(before, r, se, state, config['mixture_eta'], config['mixture_min'], high)
+        weights, state, log = mixtures.update_influence(before, r, se, state, mixtures.eta_of(config), config['mixture_min'], high)
     over = [name for name in r if before[name] > caps[name] + 1e-9]
     if log['kept'] and over and sum(caps.values()) > 0:                   # nothing else moves, but max_epochs holds
         weights = mixtures.project(before, dict.fromkeys(r, 0.0), caps)

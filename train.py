@@ -14,8 +14,6 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import asdict, fields
 
@@ -32,6 +30,7 @@ import plan
 import presence as self_influence
 import ranks
 import reweight
+import rivals
 import schedule as schedules
 import storage
 import teacher_cache
@@ -40,7 +39,7 @@ import watch
 from attention import check_documents, document_boundaries
 from common import (all_reduce_sum, barrier, device_name, leave_ranks, peak_flops, pick_dtype, start_ranks, tune_malloc)
 from configurator import BadInput, RunFault, check_values, configure
-from data import MixtureLoader, Source, batch_of, common_tokenizer, report_packing, rows_of_rank
+from data import MixtureLoader, Source, batch_of, check_sources, common_tokenizer, prepare_missing, report_packing, rows_of_rank
 from kernels import use as use_kernels
 from model import GPT, ModelConfig, count_parameters, flops_per_token, init_weights, positions_counted
 from packing import OVERLONG
@@ -77,12 +76,13 @@ packing = 'window'                      # rows are windows of the stream | docum
 overlong = 'truncate'                   # packing='document': documents longer than a row: truncate | drop
 document_mask = False                   # packing='window': attention stays within a document
 # -- mixture --
-mixture = 'fixed'                       # how weights change while training: fixed | influence
+mixture = 'fixed'                       # how weights change while training: fixed | stratified (equal) | influence | skillit | aioli | doge | doremi (proxies)
 mixture_interval = 1000                 # steps between two re-weightings
 mixture_warmup: int | None = None       # no re-weighting before this step; None: after warmup_steps and 5 % of the run
-mixture_eta = 0.3                       # step of a re-weighting: influence 1 multiplies a weight by exp(mixture_eta); fits 20 of them
-mixture_min = 0.02                      # smallest weight of a source
-mixture_max = 0.6                       # largest weight of a source
+mixture_eta: float | None = None        # step of a re-weighting; None: influence 0.3 (influence 1: times exp(0.3)), skillit and aioli 0.2, doge 100 (1 / mu), doremi 1
+mixture_min = 0.02                      # influence: smallest weight of a source
+mixture_max = 0.6                       # influence: largest weight of a source
+mixture_rows = 64                       # skillit, aioli: fixed validation rows of every source; doge: rows of a validation batch of all
 max_epochs: float | None = 4.0          # re-weighting keeps every source within that many epochs of the run; None: no cap
 probe: dict[str, float] = {}            # domain -> weight: probe sets (data_dir/probe/<domain>) that influence is measured on
 probe_rows = 64                         # rows of every probe set, a new choice at every re-weighting
@@ -91,6 +91,17 @@ influence_layers = 'last'               # parameters that influence is measured 
 influence_scaling = 'none'              # gradients as they are, divided by Adam's root of the moment, or DataInf: none | adam | datainf
 influence_units = 'loss'                # several domains: influence on their mean loss | own: mean of what each gains relative to itself
 influence_rule = 'step'                 # step (mixture_eta) | proportional (weight = mean influence, as MobileLLM-R1)
+skillit_graph: str | None = None        # what a run on one source does for the others: file of `sweep.py method`, or .npy (rows trained, columns evaluated)
+skillit_window = 3                      # skillit: losses of that many rounds are summed
+aioli_sweeps = 4                        # aioli: times that every mixture is explored in a round
+aioli_steps = 4                         # aioli: steps of each
+one_hot_factor = 0.75                   # aioli: weight of the favoured source in an explored mixture; the others share the rest
+aioli_rule = 'accumulate'               # aioli: accumulate (the paper) | reference_ema (the public code: from the start weights, each time)
+aioli_ema: float | None = None          # aioli: share of the past in the mean of matrices; None: each round's own
+aioli_matrix = 'measured'               # aioli: measured | random (a control: as much exploration, no information)
+doremi_reference: str | None = None     # doremi: run whose losses the proxy's are compared with
+doremi_clip = 'token'                   # doremi: excess loss below 0 counts as 0 token by token (the original) | group: the source's mean
+doremi_smoothing = 1e-3                 # doremi: share of equal weights that is mixed in
 select = 'none'                         # rows dropped for low influence: none | online (by the model as it is) | scores (files)
 select_scores = 'scores'                # select='scores': folder in every source's, written by influence.py score
 select_margin = 0.1                     # rows below this share of the probe rows' median influence are dropped; 0: the paper's rule
@@ -141,6 +152,7 @@ adam_eps = 1e-8                         # Adam
 grad_clip = 1.0                         # largest global gradient norm; 0: off
 max_steps: int | None = None            # optimizer steps. Of these three the one that ends first
 max_tokens: int | None = None           # tokens
+stop_step: int | None = None            # ends before this step, saved and evaluated, with the schedule of the whole run; others may continue it
 epochs: float | None = None             # times the rows of all sources together
 warmup_steps = 2000                     # linear from 0
 warmup_frac: float | None = None        # share of the steps, in the place of warmup_steps
@@ -174,7 +186,7 @@ is_master = rank == 0
 torch.manual_seed(seed + rank)
 dtype, dtype_reason = pick_dtype(config['dtype'], device)
 kernels_in_use = use_kernels(kernels, device)
-check_values(config, dict(optimizer=('adamw', 'muon'), schedule=('linear', 'cosine', 'wsd', 'constant'), mixture=reweight.MIXTURES, overlong=OVERLONG,
+check_values(config, dict(optimizer=('adamw', 'muon'), schedule=('linear', 'cosine', 'wsd', 'constant'), mixture=reweight.MIXTURES + rivals.ONLINE + rivals.PROXIES, overlong=OVERLONG,
                           packing=('window', 'document'), weigh_by=('rows', 'size'), wandb_mode=('online', 'offline', 'disabled'), activation_checkpointing=('none', 'selective', 'full')),
              {**dict.fromkeys(('block_size', 'batch_size', 'total_batch_tokens', 'log_interval', 'eval_interval', 'eval_rows', 'eval_tasks_interval',
                                'save_interval', 'mixture_interval'), (1, math.inf)),
@@ -188,12 +200,7 @@ planned = plan.machine(plan_on, world_size, config['device']) if dry_run else No
 world_size = planned.count if dry_run else world_size
 sizes = ranks.resolve_sizes(world_size, dp_replicate, dp_shard, tp, ep)
 n_data = world_size // tp                                      # ranks that have rows of their own
-micro_tokens = batch_size * block_size * n_data                # tokens of a micro-step over all ranks
-if total_batch_tokens % micro_tokens:
-    raise BadInput(f'total_batch_tokens = {total_batch_tokens:,} is not a multiple of batch_size * block_size * (ranks / tp) = '
-                   f'{batch_size} * {block_size} * {n_data} = {micro_tokens:,}. '
-                   f'Try {max(1, round(total_batch_tokens / micro_tokens)) * micro_tokens}.')
-grad_accum = total_batch_tokens // micro_tokens
+grad_accum = schedules.count_micro_steps(total_batch_tokens, batch_size, block_size, n_data)
 batch_rows = total_batch_tokens // block_size                  # rows of a global batch
 self_influence.check(presence, presence_schedule, presence_layers, grad_accum)
 distils = kd.check(config)
@@ -222,11 +229,9 @@ common.rows_group = layout and layout.rows
 checkpointer = checkpoint.Checkpointer(out_dir, keep_last, device.type == 'cuda' if async_save is None else async_save, keep_every)
 
 # -- data --------------------------------------------------------------------------------------------------------------
-if prepare is not None and any(not os.path.isfile(os.path.join(data_dir, name, 'meta.json')) for name in sources):
+if prepare is not None:
     if is_master:
-        print(f'data: {data_dir} is not complete; running {prepare}', flush=True)
-        if subprocess.run([sys.executable, prepare, f'--out={data_dir}']).returncode:
-            raise BadInput(f'{prepare} failed; its message stands above.')
+        prepare_missing(prepare, data_dir, sources)
     barrier()
 train_sources = [Source(data_dir, name, 'train', block_size, seed, vocab_size, packing, overlong) for name in sources]
 val_sources = [Source(data_dir, name, 'val', block_size, 0, vocab_size, packing, overlong) for name in sources]
@@ -239,17 +244,14 @@ about_teacher = kd.find_teacher(teacher, vocab_size, shards_tokenizer) if teache
 caches = teacher_cache.open_caches(config, active, about_teacher, vocab_size) if kd_cache else {}
 kept_shares = reweight.keep_scored(data_dir, active, config) if select == 'scores' else {}
 start_weights = {s.name: sources[s.name] * (s.n_windows if weigh_by == 'size' else 1) for s in train_sources}
+if mixture in ('stratified', *rivals.PROXIES):
+    start_weights = {name: float(weight > 0) for name, weight in start_weights.items()}
 n_steps = schedules.count_steps(config, sum(s.n_windows for s in active))
 n_warmup = warmup_steps if warmup_frac is None else round(warmup_frac * n_steps)
-if n_steps < 1:
-    raise BadInput(f'max_steps = {max_steps}, max_tokens = {max_tokens}, epochs = {epochs} give {n_steps} steps; at least 1 is needed.')
+end_step = n_steps if stop_step is None else min(stop_step, n_steps)
 loader = MixtureLoader(train_sources, start_weights, seed)
-for _source in train_sources + val_sources + probes:
-    _source.rows([0])                                          # shards of another tokenizer show here, before anything is written
-for _source in train_sources:
-    if sources[_source.name] > 0 and _source.n_windows < batch_rows:
-        raise BadInput(f"source '{_source.name}' has {_source.n_windows} windows of {block_size} tokens, fewer than one batch "
-                       f'({batch_rows} rows). Prepare more of it, or lower total_batch_tokens or block_size.')
+check_sources(train_sources + val_sources + probes, active, batch_rows)
+rivals.check(config, active, n_steps)
 measures = reweight.check(config, active, probes, mixture_interval * batch_rows, n_data)
 if measures and found is None:
     reweight.check_texts(probes, active, val_sources, shards_tokenizer and shards_tokenizer['bos_id'], data_rank, n_data)
@@ -290,8 +292,7 @@ model.to_empty(device=device)
 model.balance_loss = balance_loss
 counts = count_parameters(model_config)
 if is_master:
-    print(f"model: {counts['total'] / 1e6:.2f}M parameters, {counts['non_embedding'] / 1e6:.2f}M without embeddings; "
-          f'{token_flops / 1e6:,.1f} MFLOP per token')
+    print(f"model: {counts['total'] / 1e6:.2f}M parameters, {counts['non_embedding'] / 1e6:.2f}M without embeddings; {token_flops / 1e6:,.1f} MFLOP per token")
     print(f'device: {world_size} x {device_name(device)}, {dtype} ({dtype_reason}), compile={compile} ({_reason}), kernels: {kernels_in_use}'
           + (', malloc keeps freed memory' if keeps_memory and device.type == 'cpu' else ''))
     print(f'batch: {batch_rows} rows of {block_size} = {total_batch_tokens:,} tokens, {grad_accum} micro-steps; {n_steps} steps')
@@ -309,7 +310,7 @@ if found is not None:
     saved = checkpoint.read_state(found)
     checkpoint.check_resumable(found, saved, config, asdict(ModelConfig(**saved['model'])), asdict(model_config), n_steps)
     loader.load_state_dict(saved['loader'])
-    if saved['config']['sources'] != sources:                  # other start weights were asked for: they are in force from here
+    if (saved['config']['sources'], saved['config']['mixture']) != (sources, mixture):           # other weights were asked for: in force from here
         loader.set_weights(start_weights)
     _note = checkpoint.load(found, model, optimizers)
     first_step, mixture_state, presence_state = saved['step'], saved['mixture_state'], saved['presence_state']
@@ -319,14 +320,9 @@ if found is not None:
     if _note:
         print(f'resume: {_note}')
 elif init_from is not None:
-    about = hf.find_model(init_from)
-    checkpoint.check_same_model(init_from, asdict(about['model']), {**asdict(model_config), 'rope_theta': about['model'].rope_theta})
-    if tokenizer is not None and about['fingerprint'] not in (None, tokenizer.fingerprint):
-        raise BadInput(f"init_from = '{init_from}' has another tokenizer ({about['fingerprint']}) than these shards "
-                       f'({tokenizer.fingerprint}). Prepare the sources with its tokenizer.')
-    hf.load_weights(about, model)
+    _where = hf.start_from(init_from, model, tokenizer and tokenizer.fingerprint)
     if is_master:
-        print(f"init_from: weights of {about['checkpoint'] or about['folder']}")
+        print(f'init_from: weights of {_where}')
 else:
     init_weights(model, seed)
     if is_master and resume:
@@ -361,7 +357,7 @@ def save(step):
     """A checkpoint of the run before `step` is trained. Returns seconds that it took from training."""
     return checkpointer.save(step, model, optimizers, dict(
         config=config, model=asdict(model_config), loader=loader.state_dict(), tokenizer=tokenizer and tokenizer.fingerprint,
-        context=block_size, mixture_state=mixture_state, presence_state=micro and micro.state()))
+        context=block_size, mixture_state=proxy.state() if proxy else mixture_state, presence_state=micro.state() if micro is not proxy else None))
 
 
 def more_metrics(values, n_valid):
@@ -370,16 +366,19 @@ def more_metrics(values, n_valid):
 
 
 # -- the loop ----------------------------------------------------------------------------------------------------------
-micro = self_influence.MicroBatches(model, presence_layers, presence, grad_accum, presence_state) if presence != 'off' else None
+proxy = None
+if mixture in rivals.PROXIES:
+    proxy = rivals.Proxy(model, config, train_sources, val_sources, to_device, autocast, device, dtype, layout, mixture_state, data_rank, n_data)
+micro = self_influence.MicroBatches(model, presence_layers, presence, grad_accum, presence_state) if presence != 'off' else proxy      # takes the gradients
 my_rows = rows_of_rank(batch_rows, batch_size, data_rank, n_data).reshape(grad_accum, batch_size)
-first_reweighting = max(1, max(n_warmup, n_steps // 20) if mixture_warmup is None else mixture_warmup)
+first_reweighting = max(n_warmup, n_steps // 20) if mixture_warmup is None else mixture_warmup
 last_saved, drawn_before = first_step if found else None, loader.drawn()
 watcher = watch.Watch(rank, world_size, hang_timeout)
 stop, spoilt = checkpoint.StopRequest(), torch.zeros((), device=device)        # 1 from the first loss or norm on that is not finite
-bar = tqdm(total=n_steps, initial=first_step, disable=not is_master, unit='step', dynamic_ncols=True)
+bar = tqdm(total=end_step, initial=first_step, disable=not is_master, unit='step', dynamic_ncols=True)
 progress = Progress(bar, metrics_log, checkpointer, total_batch_tokens, token_flops, peak and peak * world_size, device)
 tracer = start_trace(os.path.join(run_folder, 'trace.json')) if profile and is_master else None
-for step in range(first_step, n_steps + 1):
+for step in range(first_step, end_step + 1):
     lr = schedules.learning_rate_at(step, config, n_steps, n_warmup)
     for group in (g for o in optimizers for g in o.param_groups):
         group['lr'] = lr
@@ -387,10 +386,11 @@ for step in range(first_step, n_steps + 1):
     checkpointer.poll()
     terminated, interrupted = all_reduce_sum([stop.signal == signal.SIGTERM, stop.signal == signal.SIGINT], everywhere=True)
     stopping = int(signal.SIGTERM) if terminated else int(signal.SIGINT) if interrupted else 0      # the same on every rank
-    saves = (step % save_interval == 0 or step == n_steps or stopping) and step > 0 and step != last_saved
-    news, benchmarks_due = kept_shares if step == first_step else {}, benchmarks and (step % eval_tasks_interval == 0 or step == n_steps)
-    evaluates = step % eval_interval == 0 or step == n_steps or benchmarks_due
-    reweights = measures and first_reweighting <= step < n_steps and step % mixture_interval == 0
+    saves = (step % save_interval == 0 or step == end_step or stopping) and step > 0 and step != last_saved
+    news, benchmarks_due = kept_shares if step == first_step else {}, benchmarks and (step % eval_tasks_interval == 0 or step == end_step)
+    evaluates = step % eval_interval == 0 or step == end_step or benchmarks_due
+    reweights = measures and max(1, first_reweighting) <= step < n_steps and step % mixture_interval == 0 or mixture in rivals.ONLINE and rivals.due(
+        config, step, first_reweighting, n_steps, len(active))
     progress.read(saves or stopping or evaluates or reweights)
     if saves:
         watcher.at(step, 'saves')
@@ -404,26 +404,26 @@ for step in range(first_step, n_steps + 1):
         news = news | evaluate() | (run_benchmarks() if benchmarks_due else {})
         model.train()
     if reweights:
-        watcher.at(step, 'measures influence')
+        watcher.at(step, 'measures for the mixture')
         checkpointer.finish()                                  # an error in there must not cost the checkpoint that is being written
         model.eval()                                           # experts do not count what is only measured
         with autocast:
-            mixture_state, measured = reweight.update(model, loader, active, probes, config, mixture_state, step, n_steps, batch_rows,
-                                                      optimizers, to_device, data_rank, n_data)
+            mixture_state, measured = (reweight if measures else rivals).update(model, loader, active, probes if measures else val_sources, config, mixture_state,
+                                                                                step, n_steps, batch_rows, optimizers, to_device, data_rank, n_data)
         model.train()
         news = news | measured
     if news:
         if is_master:
             metrics_log.write(step, news)
         progress.restart()
-    if step == n_steps:
+    if step == end_step:
         break
 
     # this rank's rows of the global batch; the number of valid tokens over all ranks is known before the first backward
     watcher.at(step, 'reads its rows')
     t0 = time.perf_counter()
     source_index, cursors = loader.next_batch(batch_rows)
-    rows = [loader.read(source_index[part], cursors[part]) for part in my_rows]
+    rows = proxy.read(loader, source_index, cursors) if proxy else [loader.read(source_index[part], cursors[part]) for part in my_rows]
     micro_batches = [(*to_device(r), parallel.put(positions_counted(torch.from_numpy(r[:, 1:]), model.tp if distiller else None), device)) for r in rows]
     read_s = time.perf_counter() - t0
     watcher.at(step, 'trains')
@@ -432,25 +432,26 @@ for step in range(first_step, n_steps + 1):
     if not n_valid:
         progress.read(True)
         raise RunFault(f'the batch of step {step} has no token that the loss counts. Raise total_batch_tokens, or look at the masks of the sources.')
-    if micro:
+    if micro is not proxy:
         micro.begin(self_influence.tau_at(step, n_steps, presence_tau, presence_schedule, presence_switch))
     loss_sum, n_hits = torch.zeros(2, device=device, dtype=torch.float64)
     for micro_step, (inputs, targets, doc_ids, counted) in enumerate(micro_batches):
         if layout is not None:                                 # gradients cross the network once, after the last micro-step, where there is room for whole ones
-            is_last = micro_step == grad_accum - 1
+            is_last = micro_step == len(micro_batches) - 1
             model.set_requires_gradient_sync(bool(micro or reshard_after_forward) or is_last)
             model.set_requires_all_reduce(bool(micro) or is_last)           # between copies of the model, in any case
             model.set_reshard_after_backward(reshard_after_forward or is_last)
         with autocast:
-            part = my_rows[micro_step]
-            objective = distiller and distiller.objective(inputs, doc_ids, source_index[part], cursors[part], counted)
+            objective = distiller and distiller.objective(inputs, doc_ids, source_index[my_rows[micro_step]], cursors[my_rows[micro_step]], counted)
             loss, losses, hits = model.loss(inputs, targets, doc_ids=doc_ids, objective=objective, counted=counted)
+        if proxy:
+            proxy.see(inputs, targets, doc_ids, losses)
         (loss * (n_data / n_valid)).backward()                 # FSDP averages over ranks; the loss is a sum over all of them
         loss_sum += losses.sum()                               # cross-entropy, also where the loss is another
         n_hits += hits.sum()
         if micro:                                              # takes the gradient away; `finish` puts the weighted sum in its place
             micro.add(n_tokens[micro_step] / n_valid)
-    presence_metrics = micro.finish() if micro else {}
+    micro_metrics = proxy.finish(step, lr, n_valid) if proxy else micro.finish() if micro else {}
     grad_norm = parallel.gradient_norm(model)
     sums = parallel.sum_over_ranks(torch.stack((loss_sum, n_hits, *(distiller.take() if distiller else ()))), layout, everywhere=bool(distiller))
     spoilt = torch.maximum(spoilt, (~torch.isfinite(sums[0] + grad_norm)).float())
@@ -460,7 +461,7 @@ for step in range(first_step, n_steps + 1):
         parallel.step(o, spoilt)                               # leaves everything as it is once a number was not finite
         o.zero_grad(set_to_none=True)
     loads = moe.balance(model, balance_rate)
-    logs = is_master and ((step + 1) % log_interval == 0 or step + 1 == n_steps)
+    logs = is_master and ((step + 1) % log_interval == 0 or step + 1 == end_step)
     if logs:
         drawn = {name: n - drawn_before[name] for name, n in loader.drawn().items()}
         drawn_before = loader.drawn()
@@ -469,7 +470,7 @@ for step in range(first_step, n_steps + 1):
     progress.add(step, torch.cat((sums, loads, grad_norm[None])), n_valid, {name: int((source_index == i).sum()) for i, name in enumerate(loader.names)}, read_s, {
         'train/learning_rate': lr, **{f'mixture/weight_{name}': weight for name, weight in loader.weights.items()},
         **{f'mixture/drawn_{name}': n / sum(drawn.values()) for name, n in drawn.items()},
-        **{f'mixture/epochs_{name}': n for name, n in loader.epochs().items()}, **presence_metrics} if logs else None, more_metrics)
+        **{f'mixture/epochs_{name}': n for name, n in loader.epochs().items()}, **micro_metrics} if logs else None, more_metrics)
 watcher.at(step, 'ends')
 bar.close()
 checkpointer.finish()
@@ -484,7 +485,7 @@ if stopping:
 elif is_master:
     from plots import draw_run, print_run
     print_run(run_folder, loader.epochs())
-    print(f'curves: {draw_run(run_folder)}\ncheckpoint: {os.path.join(out_dir, "ckpt", f"step_{n_steps:06d}")}')
+    print(f'curves: {draw_run(run_folder)}\ncheckpoint: {os.path.join(out_dir, "ckpt", f"step_{end_step:06d}")}')
 if not stopping and sample_tokens and tokenizer is not None:
     prompt = torch.tensor([[tokenizer.bos_id, *tokenizer.encode(sample_prompt)]], device=device)
     with autocast:
