@@ -48,6 +48,7 @@ from progress import MetricsLog, Progress, start_trace
 # -- input and output --
 out_dir = 'out/run'                     # folder of this run; must be new unless resume=True
 resume = False                          # go on with the run in out_dir, bit for bit; starts it when it has no checkpoint yet
+continue_from: str | None = None        # run or checkpoint whose end, whole, is this run's beginning: weights, optimizer, data position; other weights of sources may follow
 init_from: str | None = None            # weights (only) to begin with: run, checkpoint, Hugging Face folder or hub name; None: random
 seed = 1337                             # of initial weights and data order
 log_interval = 10                       # steps between two lines in metrics.jsonl
@@ -216,7 +217,7 @@ if dry_run:
     leave_ranks(0)
 
 # -- the run folder ----------------------------------------------------------------------------------------------------
-found = checkpoint.find_checkpoint(out_dir, may_be_missing=True) if resume else None
+found = resume and checkpoint.find_checkpoint(out_dir, may_be_missing=True) or continue_from and checkpoint.find_checkpoint(continue_from) or None
 used = [name for name in ('metrics.jsonl', 'ckpt') if name in storage.names(out_dir)]
 run_folder = storage.local_folder(out_dir)                     # of the small files; out_dir, unless that is in an object store
 if used and not resume:
@@ -329,7 +330,7 @@ else:
         print(f'resume: {out_dir} has no checkpoint yet; starting at step 0')
 metrics_log = None
 if is_master:
-    os.makedirs(storage.download(out_dir) if found else run_folder, exist_ok=True)
+    os.makedirs(storage.download(out_dir) if used else run_folder, exist_ok=True)
     with open(os.path.join(run_folder, 'config.json'), 'w', encoding='utf-8') as f:
         json.dump(config, f, indent=1)
     if tokenizer is not None:
@@ -480,8 +481,7 @@ if tracer:
 # -- what is left behind -----------------------------------------------------------------------------------------------
 if stopping:
     if is_master:
-        print(f'stopped by a signal before step {step}; {"saved" if step else "nothing to save yet"}. Go on with --resume=True.',
-              flush=True)
+        print(f'stopped by a signal before step {step}; {"saved" if step else "nothing to save yet"}. Go on with --resume=True.', flush=True)
 elif is_master:
     from plots import draw_run, print_run
     print_run(run_folder, loader.epochs())

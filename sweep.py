@@ -1,0 +1,310 @@
+"""Many runs of train.py: mixtures for the mixing laws, and the phases of methods that take several runs.
+
+    python sweep.py mixture --dirichlet --n=9 --seeds="[0, 1, 2]" --out=out/static config/...          # every mixture with every seed
+    python sweep.py mixture --dirichlet --break_step=200 --out=out/dynamic config/...                  # parents, each continued by every mixture
+    python sweep.py mixture --dirichlet --break_step=200 --method=aioli --out=out/aioli config/...     # the same from a method's own trajectory
+    python sweep.py method --method=doremi --out=out/doremi config/...                                 # skillit | doge | doremi | dml | regmix
+
+What sweep.py does not know itself (config files, --key=value) is train.py's. Every run has a folder of its own; one that fails does not stop the
+others; the same command again goes on where it stopped. --slurm=True writes array scripts in the place of running anything.
+`method` ends with a config file that train.py takes, and with what the phases have cost.
+"""
+import ast
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field, fields
+
+import numpy as np
+from tqdm import tqdm
+
+from configurator import BadInput, RunFault, configure, parse_knobs
+from common import read_metrics
+from runs import is_finished, read_run, read_table
+
+ROOT = os.path.dirname(os.path.abspath(__file__))
+
+# -- knobs --
+out = 'out/sweep'                       # folder of the runs
+design = 'dirichlet'                    # mixtures: dirichlet (space-filling) | grid (equally spaced, endpoints left out)
+n = 9                                   # mixtures (a grid of three sources or more: at least)
+m: int | None = None                    # sources; None: as many as the config has. Only checked
+seeds = [0]                             # of train.py: initial weights and data order
+break_step: int | None = None           # step at which parents stop and children continue them; None: no children
+child_steps = 100                       # steps of a child
+method = ''                             # mixture: parents are runs of this method, with every seed | method: which one
+target = ''                             # method=regmix: source whose loss is to be low; '': the mean of all
+jobs = 1                                # runs at a time
+threads: int | None = None              # of every run; None: cores / jobs
+slurm = False                           # write scripts for sbatch, run nothing
+
+PHASED = ('skillit', 'doge', 'doremi', 'dml', 'regmix')
+
+
+# -- mixtures ----------------------------------------------------------------------------------------------------------
+
+def dirichlet_mixtures(n, m, seed=0):
+    """n mixtures of m groups that fill the simplex: 16 * n draws from Dirichlet(1.5), of which the closest two become their midpoint until n are left."""
+    p = np.random.default_rng(seed).dirichlet(np.full(m, 1.5), 16 * n)
+    distance = ((p[:, None] - p[None]) ** 2).sum(2)
+    np.fill_diagonal(distance, np.inf)
+    while len(p) > n:
+        i, j = np.unravel_index(distance.argmin(), distance.shape)
+        p[i] = (p[i] + p[j]) / 2
+        p, distance = np.delete(p, j, 0), np.delete(np.delete(distance, j, 0), j, 1)
+        i -= i > j
+        distance[i] = distance[:, i] = ((p - p[i]) ** 2).sum(1)
+        distance[i, i] = np.inf
+    return p
+
+
+def grid_mixtures(n, m):
+    """The coarsest grid of shares 1/k, 2/k, ... (none 0) with at least n mixtures: for two groups and 9 mixtures 0.1, 0.2, ... 0.9."""
+    def parts(k, m):
+        return [[k]] if m == 1 else [[first, *rest] for first in range(1, k - m + 2) for rest in parts(k - first, m - 1)]
+    k = m
+    while len(parts(k, m)) < n:
+        k += 1
+    return np.array(parts(k, m)) / k
+
+
+# -- runs --------------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Job:
+    """A run of train.py to be: its folder, what it sets beyond the command line, and the run that has to be finished before it."""
+    folder: str
+    knobs: dict = field(default_factory=dict)
+    after: 'Job | None' = None
+
+    def command(self, arguments):
+        """resume=True: what was there before a kill goes on."""
+        knobs = {**self.knobs, 'out_dir': self.folder, 'resume': True}
+        return [sys.executable, 'train.py', *arguments, *(f'--{key}={value}' for key, value in knobs.items())]
+
+
+def train_config(arguments):
+    """The config that train.py would have, without running it. BadInput for what train.py would not take."""
+    path = os.path.join(ROOT, 'train.py')
+    with open(path, encoding='utf-8') as f:
+        source = f.read()
+    knobs, scope = parse_knobs(source, path), {'__file__': path}
+    for node in ast.parse(source).body:
+        name = node.target.id if isinstance(node, ast.AnnAssign) else node.targets[0].id if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) else ''
+        if name in knobs and name not in scope:
+            scope[name] = ast.literal_eval(node.value)
+    return configure(scope, arguments, verbose=False)
+
+
+def run_all(runs, arguments, what):
+    """Trains all that are not finished, `jobs` at a time, those they wait for first. RunFault at the end names the ones that failed."""
+    if slurm:
+        return write_slurm(runs, arguments)
+    waiting, running, failed = [job for job in runs if not is_finished(job.folder)], {}, []
+    environment = {**os.environ, 'OMP_NUM_THREADS': str(threads or max(1, len(os.sched_getaffinity(0)) // jobs))}
+    with tqdm(total=len(runs), initial=len(runs) - len(waiting), desc=what, unit='run') as bar:
+        try:
+            while waiting or running:
+                for job in waiting[:]:
+                    if job.after is not None and job.after.folder in failed:
+                        waiting.remove(job)
+                        failed.append(job.folder)
+                    elif len(running) < jobs and (job.after is None or is_finished(job.after.folder)):
+                        waiting.remove(job)
+                        os.makedirs(job.folder, exist_ok=True)
+                        log = open(os.path.join(job.folder, 'log.txt'), 'w', encoding='utf-8')
+                        running[subprocess.Popen(job.command(arguments), cwd=ROOT, env=environment, stdout=log, stderr=log)] = job
+                time.sleep(0.1)
+                for process in [p for p in running if p.poll() is not None]:
+                    job = running.pop(process)
+                    if process.returncode or not is_finished(job.folder):
+                        failed.append(job.folder)
+                        tqdm.write(f'{job.folder} failed (exit code {process.returncode}): {reason(job.folder)}')
+                    bar.update()
+        except KeyboardInterrupt:
+            for process in running:
+                process.send_signal(signal.SIGINT)
+            for process in running:
+                process.wait()
+            raise RunFault('stopped; the runs under way were saved. The same command again goes on.') from None
+    if failed:
+        raise RunFault(f'{len(failed)} of {len(runs)} runs failed: {", ".join(failed[:5])}{" ..." if len(failed) > 5 else ""}; see log.txt in their folders. '
+                       'The same command again tries them anew.')
+
+
+def reason(folder):
+    """The last line of a run's log that says something."""
+    with open(os.path.join(folder, 'log.txt'), encoding='utf-8', errors='replace') as f:
+        lines = [line.strip() for line in f.read().replace('\r', '\n').split('\n') if line.strip()]
+    return next((line for line in lines[::-1] if 'error' in line.lower()), lines[-1] if lines else 'it printed nothing')
+
+
+def write_slurm(runs, arguments):
+    """Array scripts in `out`: one for the runs that wait for none, one for their children."""
+    os.makedirs(out, exist_ok=True)
+    before = ''
+    for name, part in (('first', [j for j in runs if j.after is None]), ('then', [j for j in runs if j.after is not None])):
+        if not part:
+            continue
+        commands, script = os.path.join(out, f'{name}.txt'), os.path.join(out, f'{name}.sh')
+        with open(commands, 'w', encoding='utf-8') as f:
+            f.writelines(shlex.join(['python', *job.command(arguments)[1:]]) + '\n' for job in part)
+        with open(script, 'w', encoding='utf-8') as f:
+            f.write(f'#!/bin/bash\n#SBATCH --array=0-{len(part) - 1}%{jobs}\n#SBATCH --gpus=1\n#SBATCH --requeue\n'
+                    f'cd {shlex.quote(ROOT)} || exit 1\neval "$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" {shlex.quote(os.path.abspath(commands))})"\n')
+        print(f'written: {script}, {len(part)} runs: {before}sbatch {script}' + (' --dependency=afterok:<that job>' if before else ''))
+        before = 'after the first, '
+
+
+# -- sweeps ------------------------------------------------------------------------------------------------------------
+
+def as_sources(names, p):
+    return {name: round(float(x), 6) for name, x in zip(names, p)}
+
+
+def designed(names, seed=0):
+    """The sweep's mixtures: list of dicts source -> share."""
+    if design not in ('dirichlet', 'grid'):
+        raise BadInput(f"design = '{design}' must be dirichlet or grid.")
+    points = dirichlet_mixtures(n, len(names), seed) if design == 'dirichlet' else grid_mixtures(n, len(names))
+    return [as_sources(names, p) for p in points]
+
+
+def static_jobs(folder, names, seeds):
+    """Every mixture with every seed. Every seed has mixtures of its own under design='dirichlet', as the published sweeps do, but the first
+    three are the first seed's: where mixtures are repeated, seed noise is known.
+    """
+    shared = designed(names, seeds[0])
+    return [Job(os.path.join(folder, f'mix{i:02d}_seed{seed}'), dict(mixture='fixed', sources=p, seed=seed)) for seed in seeds
+            for i, p in enumerate(shared[:3] + designed(names, seed)[3:] if design == 'dirichlet' else shared)]
+
+
+def child_jobs(folder, parents, names, config):
+    """Every parent continued by every mixture."""
+    return [Job(os.path.join(folder, f'{os.path.basename(parent.folder)}_to{i:02d}'), dict(
+        mixture='fixed', sources=p, seed=parent.knobs['seed'], continue_from=parent.folder, stop_step=break_step + child_steps,
+        save_interval=config['max_steps']), parent) for parent in parents for i, p in enumerate(designed(names, seeds[0]))]
+
+
+def mixture_sweep(config, arguments):
+    names = [name for name, weight in config['sources'].items() if weight > 0]
+    if m is not None and m != len(names):
+        raise BadInput(f'm = {m}, and the config has {len(names)} sources with a weight: {", ".join(names)}.')
+    if len(names) < 2:
+        raise BadInput('a sweep of mixtures needs two sources or more with a weight.')
+    if break_step is None:
+        if method:
+            raise BadInput(f"--method={method} goes with --break_step: runs of the method are stopped there, and continued by fixed mixtures.")
+        run_all(static_jobs(out, names, seeds), arguments, 'runs')
+        print(f'python mixing_laws.py fit-static {out}')
+        return
+    last = runs_steps(config)
+    if not 0 < break_step <= last - child_steps:
+        raise BadInput(f'break_step = {break_step} and {child_steps} steps of a child go beyond the {last} steps of a run (max_steps), or there is nothing before.')
+    parents_folder, children_folder = os.path.join(out, 'parents'), os.path.join(out, 'children')
+    if method:
+        parents = [Job(os.path.join(parents_folder, f'{method}_seed{seed}'), dict(
+            mixture=method, seed=seed, stop_step=break_step, **needs_of(method, os.path.join(out, 'phases', f'seed{seed}'), names, seed, arguments)))
+            for seed in seeds]
+    else:
+        parents = [Job(os.path.join(parents_folder, f'mix{i:02d}_seed{seed}'), dict(mixture='fixed', sources=p, seed=seed, stop_step=break_step))
+                   for seed in seeds for i, p in enumerate(designed(names, seeds[0]))]
+    run_all(parents + child_jobs(children_folder, parents, names, config), arguments, 'parents and children')
+    print(f'python mixing_laws.py {"a-star" if method else "fit-dynamic"} {children_folder}')
+
+
+def runs_steps(config):
+    from schedule import count_steps
+    last = count_steps(config, None)
+    if last is None:
+        raise BadInput('a sweep needs max_steps or max_tokens.')
+    return last
+
+
+# -- methods of several runs -------------------------------------------------------------------------------------------
+
+def needs_of(method, folder, names, seed, arguments):
+    """Makes what a run of the method has to have (Skill-It's graph, DoReMi's reference): the knobs that say where it is."""
+    if method == 'skillit':
+        singles = [Job(os.path.join(folder, f'only_{name}'), dict(mixture='fixed', sources=as_sources(names, [float(o == name) for o in names]), seed=seed))
+                   for name in names]
+        run_all(singles, arguments, 'a run on every source alone')
+        graph = []
+        for job in singles:
+            first, last = read_run(job.folder, at=0), read_run(job.folder)
+            graph.append(((first.loss - last.loss) / first.loss).tolist())
+        path = os.path.join(folder, 'graph.json')
+        with open(path, 'w', encoding='utf-8') as f:
+            json.dump(dict(groups=names, graph=graph), f, indent=1)
+        return dict(skillit_graph=path)
+    if method == 'doremi':
+        reference = Job(os.path.join(folder, 'reference'), dict(mixture='stratified', seed=seed))
+        run_all([reference], arguments, 'the reference')
+        return dict(doremi_reference=reference.folder)
+    return {}
+
+
+def flops_of(folder):
+    """FLOPs of a finished run, its measurements included."""
+    from model import ModelConfig, flops_per_token
+    with open(os.path.join(folder, 'config.json'), encoding='utf-8') as f:
+        config = json.load(f)
+    run = read_run(folder)
+    extra = [r['mixture/extra_flops'] for r in read_metrics(folder) if 'mixture/extra_flops' in r]
+    return run.tokens * flops_per_token(ModelConfig(**{f.name: config[f.name] for f in fields(ModelConfig)}), config['block_size']) + (extra[-1] if extra else 0)
+
+
+def method_phases(config, arguments):
+    names, seed = [name for name, weight in config['sources'].items() if weight > 0], config['seed']
+    if method not in PHASED:
+        raise BadInput(f"method = '{method}' must be one of {', '.join(PHASED)}. " + (f'`train.py --mixture={method}` needs no other run.' if method else ''))
+    knobs = needs_of(method, out, names, seed, arguments)
+    weights = None
+    if method in ('doge', 'doremi'):
+        proxy = Job(os.path.join(out, 'proxy'), dict(mixture=method, seed=seed, **knobs))
+        run_all([proxy], arguments, 'the proxy')
+        last = [r for r in read_metrics(proxy.folder) if f'mixture/average_{names[0]}' in r][-1]
+        weights = {name: last[f'mixture/average_{name}'] for name in names}
+    elif method in ('dml', 'regmix'):
+        import mixing_laws
+        folder = os.path.join(out, 'runs')
+        run_all(static_jobs(folder, names, seeds), arguments, 'runs')
+        table = read_table(folder)
+        found = (mixing_laws.fit_static_runs(table, None)['optimum'] if method == 'dml' else mixing_laws.regmix_runs(table, target))['p']
+        weights = as_sources(table.groups, found)
+    path = os.path.join(out, 'mixture.py')
+    with open(path, 'w', encoding='utf-8') as f:
+        f.write(f'# The mixture of {method}, learned by: python sweep.py method {shlex.join(sys.argv[2:])}\n'
+                + (f"mixture = 'skillit'\nskillit_graph = {knobs['skillit_graph']!r}\n" if method == 'skillit' else
+                   f"mixture = 'fixed'\nsources = { {name: round(w, 6) for name, w in weights.items()} }\n"))
+    from model import ModelConfig, flops_per_token
+    model = ModelConfig(**{f.name: config[f.name] for f in fields(ModelConfig)})
+    final = runs_steps(config) * config['total_batch_tokens'] * flops_per_token(model, config['block_size'])
+    folders = [os.path.join(out, name) for name in os.listdir(out)] + ([os.path.join(out, 'runs', name) for name in os.listdir(os.path.join(out, 'runs'))]
+                                                                       if os.path.isdir(os.path.join(out, 'runs')) else [])
+    spent = sum(flops_of(folder) for folder in folders if os.path.isfile(os.path.join(folder, 'metrics.jsonl')))
+    with open(os.path.join(out, 'cost.json'), 'w', encoding='utf-8') as f:
+        json.dump(dict(method=method, flops=spent, share_of_this_run=spent / final), f, indent=1)
+    print(f'{method}: ' + (', '.join(f'{name} {w:.4f}' for name, w in weights.items()) if weights else f'graph {knobs["skillit_graph"]}'))
+    print(f'cost of its phases: {spent:.3g} FLOPs, {spent / final:.2f} times a run of this config\ntrain.py ... {path}')
+
+
+# -- the command line --------------------------------------------------------------------------------------------------
+
+if __name__ == '__main__':
+    command = sys.argv[1] if len(sys.argv) > 1 else '--help'
+    with open(__file__, encoding='utf-8') as _f:
+        own = parse_knobs(_f.read(), __file__)
+    given = [f'--design={a[2:]}' if a in ('--grid', '--dirichlet') else a for a in sys.argv[2:]]
+    mine = [a for a in given if a.startswith('--') and a[2:].partition('=')[0].partition('.')[0] in own]
+    theirs = [a for a in given if a not in mine]
+    configure(globals(), mine if command in ('mixture', 'method') else ['--help'], verbose=False)
+    for a in theirs:
+        if a.startswith(('--out_dir=', '--resume=')):
+            raise BadInput(f'{a}: sweep.py sets that for every run. --out=folder says where they all go.')
+    train_knobs = train_config(theirs)
+    (mixture_sweep if command == 'mixture' else method_phases)(train_knobs, theirs)
