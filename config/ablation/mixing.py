@@ -1,0 +1,35 @@
+# Mixing laws and rival mixtures at nano scale: three sources, a model of 0.7M parameters, 300 steps of 1,024 tokens; half a minute on one CPU core.
+# python prepare/text.py --source=code --input=code.jsonl.gz --out=data/mixing --tokenizer=folder      (and math, web_edu)
+# python sweep.py mixture --dirichlet --n=9 --seeds="[0, 1, 2, 3, 4]" --jobs=2 --out=out/static config/ablation/mixing.py
+data_dir = 'data/mixing'
+sources = {'code': 1.0, 'math': 1.0, 'web_edu': 1.0}
+
+vocab_size = 8192
+n_layer = 2
+n_head = 2
+n_kv_head = 1
+n_embd = 64
+ffn_dim = 160
+rope_theta = 10000.0
+
+block_size = 64
+batch_size = 16
+total_batch_tokens = 16 * 64
+max_steps = 300
+learning_rate = 3e-3
+warmup_steps = 20
+schedule = 'cosine'
+weight_decay = 0.01
+
+mixture_interval = 50
+mixture_warmup = 0
+max_epochs = None
+mixture_rows = 96
+one_hot_factor = 0.5
+
+log_interval = 1
+eval_interval = 300
+eval_rows = 256
+save_interval = 1000
+dtype = 'float32'
+compile = False
