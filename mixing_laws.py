@@ -205,7 +205,7 @@ def fit_static(p, y, what='this fit', huber=None):
     law.report = dict(n=n, sse=float(((law(p) - y) ** 2).sum()), fit=errors_of(y, law(p)), leave_one_out=errors_of(y, predictions.diagonal()),
                       held_out=None, linear=errors_of(y, p @ linear), linear_leave_one_out=errors_of(y, y - (y - p @ linear) / np.maximum(1 - hat, 1e-9)),
                       se=standard_errors(law, p, y))
-    if (~held).sum() >= m + 2 and held.sum() >= 2:
+    if (~held).sum() >= 2 * (m + 1) and held.sum() >= 2:
         found, _ = refit(p, y, (~held)[None].astype(float), law, huber)
         law.report['held_out'] = errors_of(y[held], found[0][held])
     return law

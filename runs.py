@@ -73,6 +73,17 @@ def tokenizer_of(folder):
     return digest.hexdigest()[:16] if paths else None
 
 
+def origin_of(path):
+    """(run folder, step) of train.py's continue_from: a run that stopped at its end, or one of its checkpoints."""
+    name = os.path.basename(os.path.normpath(path))
+    if name.startswith('step_'):
+        return os.path.dirname(os.path.dirname(os.path.normpath(path))), int(name.removeprefix('step_'))
+    if not os.path.isfile(os.path.join(path, 'config.json')):
+        raise BadInput(f"'{path}', which other runs continue, is not there any more. Put it back, or call mixing_laws.py from the folder that they were made from.")
+    with open(os.path.join(path, 'config.json'), encoding='utf-8') as f:
+        return path, planned_steps(json.load(f))
+
+
 def read_run(folder, at=None):
     """The Run of a folder, as it was at step `at` (None: at its end). BadInput when it did not get there, or has no losses."""
     with open(os.path.join(folder, 'config.json'), encoding='utf-8') as f:
@@ -88,11 +99,9 @@ def read_run(folder, at=None):
     if missing:
         raise BadInput(f"run '{folder}' has no validation loss of {', '.join(missing)}.")
     parent, first = None, 0
-    if at is None and os.path.isfile(os.path.join(folder, 'parent.json')):
-        with open(os.path.join(folder, 'parent.json'), encoding='utf-8') as f:
-            about = json.load(f)
-        first = about['step']
-        parent = read_run(os.path.normpath(os.path.join(folder, about['run'])), first)
+    if at is None and config.get('continue_from'):
+        origin, first = origin_of(config['continue_from'])
+        parent = read_run(origin, first)
     records = [r for r in records if r['step'] >= first and (at is None or r['step'] <= at)]
     weights = [[r[f'mixture/weight_{name}'] for name in groups] for r in records if f'mixture/weight_{groups[0]}' in r]
     if config['mixture'] in ('fixed', 'stratified') and weights and np.ptp(weights, axis=0).max() > 1e-6:
