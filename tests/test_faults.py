@@ -43,49 +43,85 @@ def last_step(out):
     return json.loads(lines[-1])['step'] if lines and lines[-1].endswith('}') else -1
 
 
+MOMENTS = dict(start=4.0, step=0.1, save=0.01, influence=0.02)      # when a rank may be killed -> waits up to so many seconds then
+
+
+def run_and_kill(command, out, n_ranks, moments, rng, interval):
+    """A torchrun command, SIGKILL to a random rank at each of the moments: (exit code, what all printed, number of kills).
+
+    moments: 'start'; 'step', 1 to 9 of them on; 'save', a checkpoint is half written; 'influence', the weights are due, every `interval` steps.
+    """
+    log = out.with_suffix('.log')
+    with open(log, 'w') as f:
+        launcher = subprocess.Popen([*command[:3], f'--max-restarts={len(moments) + 4}', *command[3:]], cwd=ROOT, stdout=f, stderr=f,
+                                    env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    n_kills = 0
+    for moment in moments:
+        victims, deadline = {}, time.monotonic() + 120
+        while len(victims) < n_ranks and launcher.poll() is None:
+            time.sleep(0.05)
+            victims = ranks_below(launcher.pid)
+        before, torn, n_steps, moved = last_step(out), set(checkpoint.torn_checkpoints(f'{out}/ckpt')), rng.randint(1, 9), False
+        while launcher.poll() is None:
+            now = last_step(out)
+            moved = moved or now != before                          # what the one before has written stands there during a start
+            if (moment == 'start' or moment == 'step' and now >= before + n_steps or moment == 'influence' and moved and now > 0 and now % interval == interval - 1
+                    or moment == 'save' and set(checkpoint.torn_checkpoints(f'{out}/ckpt')) - torn):
+                break
+            assert time.monotonic() < deadline, f'no {moment} in two minutes'
+            time.sleep(0.001)
+        time.sleep(rng.random() * MOMENTS[moment])
+        if launcher.poll() is not None:
+            break
+        rank = rng.choice(sorted(victims))
+        os.kill(victims[rank], signal.SIGKILL)
+        n_kills += 1
+        print(f'SIGKILL to rank {rank}, {moment}, at step {last_step(out)}', flush=True)
+        while set(ranks_below(launcher.pid).values()) & set(victims.values()):
+            time.sleep(0.05)
+    return launcher.wait(timeout=600), log.read_text(), n_kills
+
+
+def unequal_numbers(one, other):
+    """Losses, norms and weights that two runs have logged: (how many there are, [(step, key)] of those that differ in any bit)."""
+    keys = [(step, key) for step in one for key in one[step]
+            if key.startswith(('train/loss', 'train/grad_norm', 'val/', 'mixture/weight', 'mixture/influence'))]
+    return len(keys), [(step, key) for step, key in keys if other[step][key] != one[step][key]]
+
+
 @pytest.mark.skipif(not os.path.isdir('/proc'), reason='needs /proc')
 def test_torchrun_brings_a_run_back_whose_ranks_are_killed(tmp_path, data):  # noqa: F811
     # one in a save, one in or after a measurement; the launcher does the rest
     knobs = dict(max_steps=28, eval_interval=14, save_interval=3, hang_timeout=60, **INFLUENCE, **HEADS)
     whole = train(tmp_path / 'whole', data, ranks=2, **knobs)
-    out, rng = tmp_path / 'run', random.Random(3)
-    command = train_command(out, data, ranks=2, **knobs)
-    command.insert(3, '--max-restarts=6')
-    launcher = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
-    for moment in ('save', 'influence'):
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline and launcher.poll() is None:
-            now, victims = last_step(out), ranks_below(launcher.pid)
-            if len(victims) < 2:
-                time.sleep(0.02)
-            elif moment == 'influence' and now % 12 == 11 or moment == 'save' and now > 0 and checkpoint.torn_checkpoints(
-                    str(out / 'ckpt')):
-                break
-        os.kill(victims[rng.randrange(2)], signal.SIGKILL)
-        while set(ranks_below(launcher.pid).values()) & set(victims.values()):
-            time.sleep(0.05)
-    text, _ = launcher.communicate(timeout=200)
-    assert launcher.returncode == 0, text[-3000:]
+    command = train_command(tmp_path / 'run', data, ranks=2, **knobs)
+    code, text, n_kills = run_and_kill(command, tmp_path / 'run', 2, ('save', 'influence'), random.Random(3), 12)
+    assert code == 0 and n_kills == 2, text[-3000:]
     assert text.count('resume: ') >= 2 and 'Traceback (most recent' not in text
-    again = metrics(out)
-    for step in whole:
-        for key in whole[step]:
-            if key.startswith(('train/loss', 'train/grad_norm', 'val/', 'mixture/weight', 'mixture/influence')):
-                assert again[step][key] == whole[step][key], (step, key)
+    n, unequal = unequal_numbers(whole, metrics(tmp_path / 'run'))
+    assert n > 100 and not unequal
+
+
+def run_with_a_stopped_rank(out, data, rank):
+    """A run of two ranks, one of which is stopped (SIGSTOP) after some steps: subprocess.CompletedProcess."""
+    def stop(processes):
+        while last_step(out) < 5:
+            time.sleep(0.02)
+        os.kill(processes[rank].pid, signal.SIGSTOP)
+    return run_ranks(train_command(out, data, ranks=2, max_steps=10**6, eval_interval=10**6, hang_timeout=5, **HEADS), 2, during=stop)
 
 
 def test_a_rank_that_hangs_is_named(tmp_path, data):  # noqa: F811
-    out = tmp_path / 'run'
-
-    def stop_one(processes):
-        while last_step(out) < 5:
-            time.sleep(0.02)
-        os.kill(processes[1].pid, signal.SIGSTOP)
-    done = run_ranks(train_command(out, data, ranks=2, max_steps=10**6, eval_interval=10**6, hang_timeout=5, **HEADS), 2, during=stop_one)
+    done = run_with_a_stopped_rank(tmp_path / 'run', data, 1)
     assert done.returncode == 1
     message = next(line for line in done.stdout.splitlines() if line.startswith('error: '))
     for part in ('no progress for', 'hang_timeout = 5', 'rank 1 on ', 'gives no sign of life', 'at step', 'The others are at step', '--resume=True'):
         assert part in message
+
+
+def test_a_rank_gives_up_alone_when_the_store_hangs_with_its_host(tmp_path, data):  # noqa: F811
+    done = run_with_a_stopped_rank(tmp_path / 'run', data, 0)
+    assert done.returncode and 'its host, the first node or rank 0, hangs' in done.stdout and 'Rank 1 is at step' in done.stdout
 
 
 def test_a_restart_with_another_config_is_no_resume(tmp_path, tiny_data, monkeypatch):
@@ -94,17 +130,6 @@ def test_a_restart_with_another_config_is_no_resume(tmp_path, tiny_data, monkeyp
     with pytest.raises(BadInput, match='already holds a run'):
         train(tmp_path / 'run', tiny_data, max_steps=6, learning_rate=0.5)
     assert max(train(tmp_path / 'run', tiny_data, max_steps=4)) == 4              # the same run: there is nothing left to do
-
-
-def test_a_rank_gives_up_alone_when_the_store_hangs_with_its_host(tmp_path, data):  # noqa: F811
-    out = tmp_path / 'run'
-
-    def stop_host(processes):
-        while last_step(out) < 5:
-            time.sleep(0.02)
-        os.kill(processes[0].pid, signal.SIGSTOP)
-    done = run_ranks(train_command(out, data, ranks=2, max_steps=10**6, eval_interval=10**6, hang_timeout=5, **HEADS), 2, during=stop_host)
-    assert done.returncode and 'its host, the first node or rank 0, hangs' in done.stdout and 'Rank 1 is at step' in done.stdout
 
 
 def told(beats, where='train.py:1', ticks=5):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from configurator import BadInput
-from conftest import assert_one_sentence, metrics, run_here, run_ranks, train, train_command, write_shard
+from conftest import assert_one_sentence, make_source, metrics, run_here, run_ranks, train, train_command, write_shard
 from ranks import check_sizes, resolve_sizes
 from model import ModelConfig
 
@@ -14,14 +14,18 @@ HEADS = dict(n_head=4, n_kv_head=2, qk_norm=True, batch_size=1)
 EXPERTS = dict(n_expert=4, n_expert_active=2, expert_ffn_dim=16, n_shared_expert=1, n_dense_layer=1, balance_loss=0.01)
 
 
-@pytest.fixture(scope='module')
-def data(tmp_path_factory):
-    from conftest import make_source
-    folder = tmp_path_factory.mktemp('layouts') / 'data'
+def write_data(folder):
+    """Sources 'a' and 'b', and a probe set 'm' that is more like one of them."""
     make_source(folder, 'a')
     make_source(folder, 'b')
     noisy = np.random.default_rng(5)
     write_shard(folder / 'probe/m/probe/0.bin', np.cumsum(np.where(noisy.random(1600) < 0.9, 3, noisy.integers(0, 64, 1600))) % 64)
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('layouts') / 'data'
+    write_data(folder)
     return folder
 
 
