@@ -2,6 +2,7 @@
 import json
 import multiprocessing
 import os
+import random
 import runpy
 import signal
 import socket
@@ -125,15 +126,25 @@ def start(command, log, environment):
     return process
 
 
+def free_port():
+    """A port that is free and stays so: below those that the system gives to outgoing connections, which would take one that is only found free."""
+    while True:
+        port = random.SystemRandom().randint(12000, 31000)
+        with socket.socket() as probe:
+            try:
+                probe.bind(('', port))
+            except OSError:
+                continue
+        return port
+
+
 def run_ranks(command, ranks, timeout=300, during=lambda processes: None):
     """Runs a script of ours as so many ranks, without torchrun.
 
     during: called with the processes when all are started. Returns subprocess.CompletedProcess, what all printed in stdout and stderr alike.
     """
-    with socket.socket() as probe, tempfile.TemporaryDirectory() as folder:
-        probe.bind(('localhost', 0))
-        environment = dict(MASTER_ADDR='localhost', MASTER_PORT=str(probe.getsockname()[1]), WORLD_SIZE=str(ranks), OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='')
-        probe.close()
+    with tempfile.TemporaryDirectory() as folder:
+        environment = dict(MASTER_ADDR='localhost', MASTER_PORT=str(free_port()), WORLD_SIZE=str(ranks), OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='')
         log = os.path.join(folder, 'log')
         processes = [start(command, log, {**environment, 'RANK': str(r), 'LOCAL_RANK': str(r)}) for r in range(ranks)]
         during(processes)
