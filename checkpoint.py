@@ -276,6 +276,17 @@ def _find(path, may_be_missing):
     return None
 
 
+def find_beginning(out_dir, resume, continue_from):
+    """The checkpoint that train.py's run begins with: its own to go on with, else that of continue_from, else None. BadInput when that one has none."""
+    own = find_checkpoint(out_dir, may_be_missing=True) if resume else None
+    if own is not None or continue_from is None:
+        return own
+    found = find_checkpoint(continue_from)
+    if found is None:
+        raise BadInput(f"continue_from = '{continue_from}' has no complete checkpoint to begin with. Let that run come to its end first.")
+    return found
+
+
 def read_state(checkpoint):
     """The state.json of a checkpoint: step, model, config, loader and whatever else was saved."""
     return json.loads(storage.read(os.path.join(checkpoint, 'state.json')))
@@ -288,21 +299,21 @@ def check_same_model(checkpoint, saved, wanted):
         raise BadInput(f'checkpoint {checkpoint} holds another model: {"; ".join(differing)}.')
 
 
-def check_resumable(checkpoint, saved, config, saved_model, model, n_steps):
-    """BadInput when the run in a checkpoint (saved: its state.json) cannot go on with this config, model (dicts) and number of steps."""
+def check_resumable(checkpoint, saved, config, saved_model, model, end_step):
+    """BadInput when the run in a checkpoint (saved: its state.json) cannot go on with this config, model (dicts) and last step."""
     if saved['config'] is None:
         raise BadInput(f"'{config['out_dir']}' is an imported model, no run that could go on. Train it with --init_from={config['out_dir']} and "
                        'another --out_dir.')
     check_same_model(checkpoint, saved_model, model)
     for name in FIXED:
-        if name == 'mixture' and config[name] == 'fixed':      # whatever it was: the weights stay as they are from here
+        if name == 'mixture' and config[name] == 'fixed':      # whatever it was: from here the weights are those of `sources`
             continue
         if name in saved['config'] and saved['config'][name] != config[name]:            # an older version may not have had this knob
             raise BadInput(f"{name} was {saved['config'][name]!r} in {checkpoint}, it is {config[name]!r} now; a resumed run cannot "
                            'change it. Put it back, or start a new run with init_from.')
-    if saved['step'] > n_steps:
-        raise BadInput(f"{checkpoint} is at step {saved['step']}, beyond the {n_steps} steps asked for: nothing is left to train. Raise "
-                       'max_steps (or max_tokens, or epochs).')
+    if saved['step'] > end_step:
+        raise BadInput(f"{checkpoint} is at step {saved['step']}, beyond the {end_step} steps asked for: nothing is left to train. Raise "
+                       'max_steps (or max_tokens, epochs, stop_step).')
 
 
 def load_weights(checkpoint, model):

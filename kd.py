@@ -244,19 +244,19 @@ def check(config):
     return bool(config['teacher'] or config['kd_cache'])
 
 
-def find_teacher(path, vocab_size, tokenizer):
-    """hf.find_model of a teacher. BadInput when its tokenizer or vocabulary is not the student's.
+def find_teacher(path, vocab_size, tokenizer, knob='teacher'):
+    """hf.find_model of a teacher (or another model that `knob` names). BadInput when its tokenizer or vocabulary is not the student's.
 
     vocab_size: rows of the student's table; tokenizer: of the shards, as meta.json records it, None: unknown.
     """
     about = hf.find_model(path)
     if tokenizer is not None and about['fingerprint'] not in (None, tokenizer['fingerprint']):
         theirs = path if isinstance(about['tokenizer'], BadInput) else about['tokenizer'].path
-        raise BadInput(f"teacher = '{path}' has the tokenizer {theirs} ({about['fingerprint']}), the shards have {tokenizer['name']} "
+        raise BadInput(f"{knob} = '{path}' has the tokenizer {theirs} ({about['fingerprint']}), the shards have {tokenizer['name']} "
                        f"({tokenizer['fingerprint']}): a teacher and its student must have the same. Prepare the sources with its tokenizer, or take "
                        'another teacher.')
     if about['model'].vocab_size != vocab_size:
-        raise BadInput(f"teacher = '{path}' has a vocabulary of {about['model'].vocab_size:,} rows, the student of {vocab_size:,}. Set vocab_size = "
+        raise BadInput(f"{knob} = '{path}' has a vocabulary of {about['model'].vocab_size:,} rows, the student of {vocab_size:,}. Set vocab_size = "
                        f"{about['model'].vocab_size}, or take another teacher.")
     return about
 

@@ -28,14 +28,16 @@ ONLINE, PROXIES = ('skillit', 'aioli'), ('doge', 'doremi')
 LAST = 5                # a proxy's matrix A is the mean of its last so many steps
 
 
-def check(config, sources, n_steps):
-    """BadInput for settings with which one of these methods cannot work. sources: the active ones; n_steps: of the run."""
+def check(config, sources, n_steps, vocab_size, tokenizer):
+    """BadInput for settings with which one of these methods cannot work. sources: the active ones; n_steps: of the run; the rest as in
+    kd.find_teacher. Returns what it says of DoReMi's reference model, None for the others.
+    """
     method = config['mixture']
     check_values(config, dict(aioli_rule=('accumulate', 'reference_ema'), aioli_matrix=('measured', 'random'), doremi_clip=('token', 'group')),
                  dict(mixture_rows=(1, np.inf), skillit_window=(1, np.inf), aioli_sweeps=(1, np.inf), aioli_steps=(1, np.inf), aioli_ema=(0, 1),
                       doremi_smoothing=(0, 0.999)))
     if method not in ONLINE + PROXIES:
-        return
+        return None
     if len(sources) < 2:
         raise BadInput(f"mixture = '{method}' weighs sources against each other, and there is only one.")
     if config['select'] == 'online':
@@ -60,6 +62,7 @@ def check(config, sources, n_steps):
     if method == 'doremi' and not config['doremi_reference']:
         raise BadInput("mixture = 'doremi' needs doremi_reference, a model that was trained on the mixture to start from. `python sweep.py method "
                        '--method=doremi ...` trains it.')
+    return kd.find_teacher(config['doremi_reference'], vocab_size, tokenizer, 'doremi_reference') if method == 'doremi' else None
 
 
 def read_graph(path, names):
@@ -182,8 +185,8 @@ class Proxy:
     weight * gradient of the source's mean loss in .grad: one more gradient per source, spread over the ranks as the parameters are.
     """
 
-    def __init__(self, model, config, sources, val_sources, to_device, autocast, device, dtype, layout, state, rank, world_size):
-        """sources: all of the loader's (weights 0 take no part); state: `state` of the run that goes on, {} at first; rank, world_size: of rows."""
+    def __init__(self, model, config, sources, val_sources, about_reference, to_device, autocast, device, dtype, layout, state, rank, world_size):
+        """sources: all of the loader's (weights 0 take no part); about_reference: from `check`; state: `state` of the run that goes on, {} at first; rank, world_size: of rows."""
         self.model, self.config, self.to_device, self.autocast = model, config, to_device, autocast
         self.names = [s.name for s in sources if config['sources'][s.name] > 0]
         self.all_names = [s.name for s in sources]
@@ -195,10 +198,9 @@ class Proxy:
         self.rule, self.matrices, self.flops = state.get('rule', {}), state.get('matrices', []), state.get('flops', 0.0)
         self.token_flops = flops_per_token(model.config, config['block_size'])
         self.reference = None
-        if config['mixture'] == 'doremi':
-            about = kd.find_teacher(config['doremi_reference'], config['vocab_size'], None)
-            self.reference = kd.open_teacher(about, device, dtype, layout)
-            self.reference_flops = flops_per_token(about['model'], config['block_size']) / 3
+        if about_reference is not None:
+            self.reference = kd.open_teacher(about_reference, device, dtype, layout)
+            self.reference_flops = flops_per_token(about_reference['model'], config['block_size']) / 3
 
     def state(self):
         return dict(weights=self.weights, rule=self.rule, matrices=self.matrices, flops=self.flops)

@@ -190,7 +190,7 @@ kernels_in_use = use_kernels(kernels, device)
 check_values(config, dict(optimizer=('adamw', 'muon'), schedule=('linear', 'cosine', 'wsd', 'constant'), mixture=reweight.MIXTURES + rivals.ONLINE + rivals.PROXIES, overlong=OVERLONG,
                           packing=('window', 'document'), weigh_by=('rows', 'size'), wandb_mode=('online', 'offline', 'disabled'), activation_checkpointing=('none', 'selective', 'full')),
              {**dict.fromkeys(('block_size', 'batch_size', 'total_batch_tokens', 'log_interval', 'eval_interval', 'eval_rows', 'eval_tasks_interval',
-                               'save_interval', 'mixture_interval'), (1, math.inf)),
+                               'save_interval', 'mixture_interval', 'stop_step'), (1, math.inf)),
               **dict.fromkeys(('keep_last', 'keep_every', 'warmup_steps', 'weight_decay', 'adam_eps', 'grad_clip', 'learning_rate', 'sample_tokens', 'seed', 'balance_rate', 'balance_loss', 'hang_timeout'), (0, math.inf)),
               **dict.fromkeys(('min_lr_frac', 'warmup_frac'), (0, 1)), 'beta1': (0, 0.9999), 'beta2': (0, 0.999999), 'decay_frac': (1e-9, 1), 'select_keep': (0.01, 1)})
 if not sources:
@@ -217,7 +217,7 @@ if dry_run:
     leave_ranks(0)
 
 # -- the run folder ----------------------------------------------------------------------------------------------------
-found = resume and checkpoint.find_checkpoint(out_dir, may_be_missing=True) or continue_from and checkpoint.find_checkpoint(continue_from) or None
+found = checkpoint.find_beginning(out_dir, resume, continue_from)
 used = [name for name in ('metrics.jsonl', 'ckpt') if name in storage.names(out_dir)]
 run_folder = storage.local_folder(out_dir)                     # of the small files; out_dir, unless that is in an object store
 if used and not resume:
@@ -252,7 +252,7 @@ n_warmup = warmup_steps if warmup_frac is None else round(warmup_frac * n_steps)
 end_step = n_steps if stop_step is None else min(stop_step, n_steps)
 loader = MixtureLoader(train_sources, start_weights, seed)
 check_sources(train_sources + val_sources + probes, active, batch_rows)
-rivals.check(config, active, n_steps)
+about_reference = rivals.check(config, active, n_steps, vocab_size, shards_tokenizer)
 measures = reweight.check(config, active, probes, mixture_interval * batch_rows, n_data)
 if measures and found is None:
     reweight.check_texts(probes, active, val_sources, shards_tokenizer and shards_tokenizer['bos_id'], data_rank, n_data)
@@ -309,7 +309,7 @@ optimizers = parallel.make_optimizers(model, optimizer, learning_rate, weight_de
 first_step, mixture_state, presence_state = 0, {}, None
 if found is not None:
     saved = checkpoint.read_state(found)
-    checkpoint.check_resumable(found, saved, config, asdict(ModelConfig(**saved['model'])), asdict(model_config), n_steps)
+    checkpoint.check_resumable(found, saved, config, asdict(ModelConfig(**saved['model'])), asdict(model_config), end_step)
     loader.load_state_dict(saved['loader'])
     if (saved['config']['sources'], saved['config']['mixture']) != (sources, mixture):           # other weights were asked for: in force from here
         loader.set_weights(start_weights)
@@ -369,7 +369,7 @@ def more_metrics(values, n_valid):
 # -- the loop ----------------------------------------------------------------------------------------------------------
 proxy = None
 if mixture in rivals.PROXIES:
-    proxy = rivals.Proxy(model, config, train_sources, val_sources, to_device, autocast, device, dtype, layout, mixture_state, data_rank, n_data)
+    proxy = rivals.Proxy(model, config, train_sources, val_sources, about_reference, to_device, autocast, device, dtype, layout, mixture_state, data_rank, n_data)
 micro = self_influence.MicroBatches(model, presence_layers, presence, grad_accum, presence_state) if presence != 'off' else proxy      # takes the gradients
 my_rows = rows_of_rank(batch_rows, batch_size, data_rank, n_data).reshape(grad_accum, batch_size)
 first_reweighting = max(n_warmup, n_steps // 20) if mixture_warmup is None else mixture_warmup

@@ -222,3 +222,24 @@ def test_settings_that_cannot_work_are_refused(tmp_path, data, change, parts):
     with pytest.raises(BadInput) as error:
         train(tmp_path / 'run', data, **{**LOOP, **change})
     assert all(part in str(error.value) for part in parts), error.value
+
+
+def test_a_run_continues_another_or_says_why_not(tmp_path, data):
+    knobs = {**LOOP, 'max_steps': 12, 'mixture': 'aioli', 'aioli_sweeps': 1, 'aioli_steps': 1, 'mixture_interval': 6, 'mixture_warmup': 0}
+    parent = train(tmp_path / 'parent', data, **knobs, stop_step=8)
+    child = train(tmp_path / 'child', data, **{**knobs, 'mixture': 'fixed', 'sources': {'a': 0.5, 'b': 0.25, 'noise': 0.25}}, continue_from=tmp_path / 'parent')
+    assert max(parent) == 8 and min(child) == 8 and max(child) == 12
+    assert child[8]['mixture/weight_a'] == pytest.approx(0.5) and child[11]['train/learning_rate'] < child[8]['train/learning_rate']
+    (tmp_path / 'empty').mkdir()
+    for change, part in ((dict(continue_from=tmp_path / 'empty'), 'no complete checkpoint'), (dict(continue_from=tmp_path / 'none'), 'is no folder'),
+                         (dict(continue_from=tmp_path / 'parent', stop_step=4), 'beyond the 4 steps'), (dict(stop_step=0), 'stop_step = 0')):
+        with pytest.raises(BadInput, match=part):
+            train(tmp_path / 'refused', data, **knobs, **change)
+        assert not (tmp_path / 'refused').exists()
+
+
+def test_doremis_reference_must_be_of_the_same_vocabulary(tmp_path, data):
+    train(tmp_path / 'other', data, **{**LOOP, 'max_steps': 1, 'vocab_size': 80})
+    with pytest.raises(BadInput, match='doremi_reference = .* has a vocabulary of 80 rows'):
+        train(tmp_path / 'run', data, **{**LOOP, 'mixture': 'doremi', 'doremi_reference': tmp_path / 'other'})
+    assert not (tmp_path / 'run').exists()
