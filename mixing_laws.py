@@ -70,16 +70,18 @@ def jacobian(X, w, B, E, sums):
     return -(D - of_one[:, None] - of_e[:, None] * E[:, :, None])
 
 
+def squares(r, huber):
+    """Squares of residuals; beyond huber (None: nowhere) twice the Huber loss, which grows linearly."""
+    return r * r if huber is None else np.where(np.abs(r) <= huber, r * r, huber * (2 * np.abs(r) - huber))
+
+
 def descend(X, y, w, s, steps, huber=None):
     """Levenberg-Marquardt from many starts at once. w (S, n) weights of the rows, s (S, d) starts. Returns s and objectives (S,).
 
     huber: residuals beyond it count linearly (the objective is then 2 * sum of Huber losses).
     """
     def objective(r):
-        if huber is None:
-            return (w * r * r).sum(1)
-        size = np.abs(r)
-        return (w * np.where(size <= huber, r * r, huber * (2 * size - huber))).sum(1)
+        return (w * squares(r, huber)).sum(1)
 
     def inner(r):
         return w if huber is None else w * np.minimum(1.0, huber / np.maximum(np.abs(r), 1e-300))
@@ -152,16 +154,8 @@ def fit_law(p, y, huber=None, n_starts=48, steps=40):
     """The law alone: multi-start variable projection, then all parameters together. p (n, m) rows that sum to 1, y (n,) nats."""
     X = p[:, :-1]
     s, value = descend(X, y, np.ones((n_starts, len(y))), starts_of(X.shape[1], n_starts), steps, huber)
-    laws = []
-    for i in np.argsort(value)[:3]:
-        laws.append(polish(X, y, s[i], huber))
-    return min(laws, key=lambda law: cost(law(p) - y, huber))
-
-
-def cost(r, huber):
-    if huber is None:
-        return float(r @ r)
-    return float(np.where(np.abs(r) <= huber, r * r, huber * (2 * np.abs(r) - huber)).sum())
+    laws = [polish(X, y, s[i], huber) for i in np.argsort(value)[:3]]
+    return min(laws, key=lambda law: squares(law(p) - y, huber).sum())
 
 
 def refit(p, y, w, law, huber=None, steps=25, n_starts=6):
@@ -432,12 +426,11 @@ def fit_dynamic_runs(table):
 
 
 def measured_matrix(run, groups):
-    """The A that a method had measured by the end of a run, (m, m): Aioli's mean over all rounds, Skill-It's last, of the others the last five."""
+    """The A that a method had measured by the end of a run, (m, m): the mean of Aioli's rounds, of the others the last (of a proxy that is a mean itself)."""
     found = [[[r[f'mixture/A_{i}_{j}'] for j in groups] for i in groups] for r in run.records if f'mixture/A_{groups[0]}_{groups[0]}' in r]
     if not found:
-        raise BadInput(f"run '{run.name}' (mixture = '{run.method}') measured no matrix before its step {run.tokens and run.config['stop_step']}. "
-                       'Let it run longer, or lower mixture_interval.')
-    return np.mean(found[dict(aioli=0, skillit=-1).get(run.method, -5):], 0)
+        raise BadInput(f"run '{run.name}' (mixture = '{run.method}') measured no matrix. Let it run longer, or lower mixture_interval.")
+    return np.mean(found if run.method == 'aioli' else found[-1:], 0)
 
 
 def a_star_runs(table):

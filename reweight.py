@@ -110,16 +110,21 @@ def chosen_windows(source, n_rows, key):
 
 
 def batches_of(source, chosen, n_batches, batch_size, to_device, rank, world_size):
-    """This rank's part of at least n_batches batches (if the rows suffice) of up to batch_size rows per rank.
+    """This rank's part of at least n_batches batches (if the rows suffice) of up to batch_size rows per rank: rows `chosen` of a source.
 
     Every rank yields the same number of batches; what is missing to a whole one is repeated and does not count.
     """
-    size = max(1, min(batch_size, len(chosen) // (n_batches * world_size)))
-    for start in range(0, len(chosen), size * world_size):
+    return batches_of_rows(lambda positions: source.rows([int(chosen[i]) for i in positions]), len(chosen), n_batches, batch_size, to_device, rank, world_size)
+
+
+def batches_of_rows(read, n_rows, n_batches, batch_size, to_device, rank, world_size):
+    """The same of n_rows rows of any origin; read(list of positions) gives them, (n, T + 1) int32."""
+    size = max(1, min(batch_size, n_rows // (n_batches * world_size)))
+    for start in range(0, n_rows, size * world_size):
         mine = range(start + rank * size, start + (rank + 1) * size)
-        inputs, targets, doc_ids = to_device(source.rows([int(chosen[min(i, len(chosen) - 1)]) for i in mine]))
+        inputs, targets, doc_ids = to_device(read([min(i, n_rows - 1) for i in mine]))
         targets = targets.clone()
-        targets[max(0, len(chosen) - mine.start):] = -1
+        targets[max(0, n_rows - mine.start):] = -1
         yield inputs, targets, doc_ids
 
 
@@ -200,12 +205,17 @@ def update(model, loader, sources, probes, config, state, step, n_steps, batch_r
     return state, {**log, 'system/mixture_ms': (time.perf_counter() - start) * 1e3}
 
 
+def caps_of(loader, names, config, rows_to_come):
+    """The largest weights with which max_epochs holds until the end of the run, by source."""
+    return mixtures.epoch_caps(1.0, config['max_epochs'], {name: loader.cursors[name] for name in names},
+                               {name: loader.sources[name].n_windows for name in names}, rows_to_come)
+
+
 def set_weights(loader, config, state, step, rows_to_come, r, se, rank):
     """The mixture rule: (state, metrics). r, se: as `measure_sources` gives them."""
     r, se = {name: float(x[-1]) for name, x in r.items()}, {name: float(x[-1]) for name, x in se.items()}
     before = {name: loader.weights[name] for name in r}
-    caps = mixtures.epoch_caps(1.0, config['max_epochs'], {name: loader.cursors[name] for name in r},
-                               {name: loader.sources[name].n_windows for name in r}, rows_to_come)
+    caps = caps_of(loader, r, config, rows_to_come)
     high = {name: min(cap, config['mixture_max']) for name, cap in caps.items()}
     if not sum(caps.values()) > 0:
         weights, log = before, dict(kept='every source has been read max_epochs times')

@@ -22,7 +22,7 @@ from model import flops_per_token
 from parallel import gradient_norm, own
 from presence import accumulate
 from ranks import copies
-from reweight import chosen_windows
+from reweight import batches_of_rows, caps_of, chosen_windows
 
 ONLINE, PROXIES = ('skillit', 'aioli'), ('doge', 'doremi')
 LAST = 5                # a proxy's matrix A is the mean of its last so many steps
@@ -111,8 +111,7 @@ def update(model, loader, sources, val_sources, config, state, step, n_steps, ba
         losses = evaluate(model, evaluated, config, to_device, rank, world_size)
         flops = config['mixture_rows'] * len(evaluated) * config['block_size'] * flops_per_token(model.config, config['block_size']) / 3
         state = {**state, 'flops': state.get('flops', 0) + flops, 'evaluations': state.get('evaluations', 0) + 1}
-    caps = mixtures.epoch_caps(1.0, config['max_epochs'], {n: loader.cursors[n] for n in names}, {n: loader.sources[n].n_windows for n in names},
-                               (n_steps - step) * batch_rows)
+    caps = caps_of(loader, names, config, (n_steps - step) * batch_rows)
     if config['mixture'] == 'skillit':
         weights, rule, about = mixtures.update_skillit(weights, losses if step else {}, state.get('rule', {}), read_graph(config['skillit_graph'], names),
                                                        mixtures.eta_of(config), config['skillit_window'])
@@ -150,6 +149,9 @@ def explore(loader, names, config, state, weights, step, within, losses, rank):
         order = [names[i] for _ in range(config['aioli_sweeps']) for i in rng.permutation(len(names))]
         seen = dict(order=order, losses=[losses], rows=[rows])
     else:
+        if len((state.get('round') or dict(losses=[]))['losses']) != within:
+            raise BadInput(f'step {step} is segment {within} of a round of exploration that this run did not begin: mixture_interval, aioli_steps or aioli_sweeps '
+                           'have changed since its checkpoint. Put them back, or go on from a checkpoint at the beginning of a round.')
         seen = {key: state['round'][key] + new for key, new in dict(order=[], losses=[losses], rows=[rows]).items()}
         state = {**state, 'explored': state.get('explored', 0) + config['aioli_steps']}
     state = {**state, 'round': seen, 'weights': weights}
@@ -158,17 +160,16 @@ def explore(loader, names, config, state, weights, step, within, losses, rank):
     drawn = np.diff([[r[n] for n in names] for r in seen['rows']], axis=0).astype(np.float64)                 # (K, m) rows
     drops = -np.diff([[l[n] for n in names] for l in seen['losses']], axis=0)                                # (K, m) nats
     A = mixtures.aioli_matrix(drawn / drawn.sum(1, keepdims=True), drops)
-    by_sweep = drops.reshape(config['aioli_sweeps'], len(names), -1)
-    by_sweep = np.stack([sweep[np.argsort([names.index(n) for n in seen['order'][i * len(names):(i + 1) * len(names)]])] for i, sweep in enumerate(by_sweep)])
-    error = by_sweep.std(0, ddof=1) / np.sqrt(len(by_sweep)) if len(by_sweep) > 1 else np.full(A.shape, np.nan)      # [trained, evaluated]
-    unclear = float(np.mean(np.abs(by_sweep.mean(0)) < 2 * error))
+    D = np.stack([drops[[o == n for o in seen['order']]] for n in names], 2)                                 # (sweeps, m evaluated, m favoured)
+    error = D.std(0, ddof=1) / np.sqrt(len(D)) if len(D) > 1 else np.full(A.shape, np.nan)
+    unclear = float(np.mean(np.abs(D.mean(0)) < 2 * error))
     if config['aioli_matrix'] == 'random':
         A = np.random.default_rng((config['seed'], step, 1)).normal(size=A.shape) * np.abs(A).mean()
     new, rule, about = mixtures.update_aioli(weights, A, state.get('rule', {}), mixtures.eta_of(config), config['aioli_ema'], config['aioli_rule'])
     if unclear > 0.5 and rank == 0:
         tqdm.write(f'step {step}: {unclear:.0%} of the changes that aioli measured are within two standard errors. Raise mixture_rows, aioli_sweeps or aioli_steps.')
     log = {**matrix_metrics(A, names), **{f'mixture/normalised_{i}_{j}': about['normalised'][a, b] for a, i in enumerate(names) for b, j in enumerate(names)},
-           **{f'mixture/drop_se_{i}_{j}': error[b, a] if np.isfinite(error[b, a]) else None for a, i in enumerate(names) for b, j in enumerate(names)},
+           **{f'mixture/drop_se_{i}_{j}': error[a, b] if np.isfinite(error[a, b]) else None for a, i in enumerate(names) for b, j in enumerate(names)},
            'mixture/unclear': unclear}
     return {**state, 'rule': rule, 'weights': new, 'round': None}, new, log
 
@@ -221,7 +222,7 @@ class Proxy:
                 rows.append(read)
                 self.groups.append(name)
         self.kept, self.shares = {}, dict.fromkeys(self.names, 0.0)
-        self.sums, self.at = torch.zeros(len(self.names), dtype=torch.float64), 0
+        self.sums, self.at = torch.zeros(len(self.names), dtype=torch.float64, device=self.parameters[0].device), 0
         return rows
 
     def see(self, inputs, targets, doc_ids, losses):
@@ -232,7 +233,7 @@ class Proxy:
             _, theirs, _ = self.reference.loss(inputs, targets, doc_ids=doc_ids)
         excess = losses.detach().double() - theirs.double()
         excess = excess.clamp(min=0) if self.config['doremi_clip'] == 'token' else excess
-        self.sums[self.names.index(self.groups[self.at])] += excess.sum().item()
+        self.sums[self.names.index(self.groups[self.at])] += excess.sum()
 
     def add(self, share):
         """After every backward of share * (mean loss of the micro-batch over all ranks): takes the gradients out of .grad."""
@@ -315,12 +316,7 @@ class Proxy:
 
     def backward(self, rows, n_tokens):
         """Adds the gradient of (sum of the losses of rows (n, T + 1)) / n_tokens to .grad; every rank takes its part of the rows."""
-        size = self.config['batch_size'] * self.world_size
-        for start in range(0, len(rows), size):
-            mine = np.arange(start + self.rank * self.config['batch_size'], start + (self.rank + 1) * self.config['batch_size'])
-            inputs, targets, doc_ids = self.to_device(rows[np.minimum(mine, len(rows) - 1)])
-            targets = targets.clone()
-            targets[torch.from_numpy(mine >= len(rows)).to(targets.device)] = -1
+        for inputs, targets, doc_ids in batches_of_rows(lambda i: rows[i], len(rows), 1, self.config['batch_size'], self.to_device, self.rank, self.world_size):
             with self.autocast:
                 loss, _, _ = self.model.loss(inputs, targets, doc_ids=doc_ids)
             (loss * (self.world_size / n_tokens)).backward()

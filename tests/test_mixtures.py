@@ -243,3 +243,10 @@ def test_doremis_reference_must_be_of_the_same_vocabulary(tmp_path, data):
     with pytest.raises(BadInput, match='doremi_reference = .* has a vocabulary of 80 rows'):
         train(tmp_path / 'run', data, **{**LOOP, 'mixture': 'doremi', 'doremi_reference': tmp_path / 'other'})
     assert not (tmp_path / 'run').exists()
+
+
+def test_a_round_that_was_not_begun_cannot_be_ended(tmp_path, data):
+    knobs = {**LOOP, 'mixture': 'aioli', 'aioli_sweeps': 2, 'aioli_steps': 2, 'mixture_warmup': 0, 'max_steps': 30}
+    train(tmp_path / 'run', data, **knobs, stop_step=18)
+    with pytest.raises(BadInput, match='did not begin.*mixture_interval'):
+        train(tmp_path / 'run', data, **{**knobs, 'mixture_interval': 16}, resume=True)
