@@ -10,6 +10,8 @@ others; the same command again goes on where it stopped. --slurm=True writes arr
 `method` ends with a config file that train.py takes, and with what the phases have cost.
 """
 import ast
+import fcntl
+import glob
 import json
 import os
 import shlex
@@ -24,7 +26,10 @@ from tqdm import tqdm
 
 from configurator import BadInput, RunFault, configure, parse_knobs
 from common import read_metrics
+from data import prepare_missing
+from model import ModelConfig, flops_per_token
 from runs import is_finished, read_run, read_table
+from schedule import count_steps
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
 
@@ -100,12 +105,44 @@ def train_config(arguments):
     return configure(scope, arguments, verbose=False)
 
 
+def check_same_run(job, arguments):
+    """BadInput when the folder holds a run with other knobs than the command's, which must not pass for this one."""
+    path = os.path.join(job.folder, 'config.json')
+    if not os.path.isfile(path):
+        return
+    with open(path, encoding='utf-8') as f:
+        there = json.load(f)
+    wanted = json.loads(json.dumps(train_config(job.command(arguments)[2:])))
+    changed = [f'{key} {there.get(key)!r} there, {value!r} now' for key, value in wanted.items() if there.get(key) != value]
+    if changed:
+        raise BadInput(f"'{job.folder}' holds a run with other knobs: {'; '.join(changed[:5])}. Give the sweep another --out, or take the run away.")
+
+
+def start(job, arguments, environment):
+    """The process of a run, its log locked for as long as it lives: a sweep that was killed may have left it behind."""
+    os.makedirs(job.folder, exist_ok=True)
+    log = open(os.path.join(job.folder, 'log.txt'), 'a', encoding='utf-8')
+    try:
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise BadInput(f"'{job.folder}' is being trained by another process, perhaps of a sweep that was killed. Wait for it, or end it.") from None
+    log.truncate(0)
+    return subprocess.Popen(job.command(arguments), cwd=ROOT, env=environment, stdout=log, stderr=log)
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
 def run_all(runs, arguments, what):
     """Trains all that are not finished, `jobs` at a time, those they wait for first. RunFault at the end names the ones that failed."""
+    for job in runs:
+        check_same_run(job, arguments)
     if slurm:
         return write_slurm(runs, arguments)
+    signal.signal(signal.SIGTERM, interrupt)
     waiting, running, failed = [job for job in runs if not is_finished(job.folder)], {}, []
-    environment = {**os.environ, 'OMP_NUM_THREADS': str(threads or max(1, len(os.sched_getaffinity(0)) // jobs))}
+    environment = {**os.environ, 'OMP_NUM_THREADS': str(threads or max(1, os.cpu_count() // jobs))}
     with tqdm(total=len(runs), initial=len(runs) - len(waiting), desc=what, unit='run') as bar:
         try:
             while waiting or running:
@@ -115,9 +152,7 @@ def run_all(runs, arguments, what):
                         failed.append(job.folder)
                     elif len(running) < jobs and (job.after is None or is_finished(job.after.folder)):
                         waiting.remove(job)
-                        os.makedirs(job.folder, exist_ok=True)
-                        log = open(os.path.join(job.folder, 'log.txt'), 'w', encoding='utf-8')
-                        running[subprocess.Popen(job.command(arguments), cwd=ROOT, env=environment, stdout=log, stderr=log)] = job
+                        running[start(job, arguments, environment)] = job
                 time.sleep(0.1)
                 for process in [p for p in running if p.poll() is not None]:
                     job = running.pop(process)
@@ -126,11 +161,12 @@ def run_all(runs, arguments, what):
                         tqdm.write(f'{job.folder} failed (exit code {process.returncode}): {reason(job.folder)}')
                     bar.update()
         except KeyboardInterrupt:
+            raise RunFault('stopped; the runs under way were saved. The same command again goes on.') from None
+        finally:                                               # those that an error leaves behind are saved and ended as well
             for process in running:
                 process.send_signal(signal.SIGINT)
             for process in running:
                 process.wait()
-            raise RunFault('stopped; the runs under way were saved. The same command again goes on.') from None
     if failed:
         raise RunFault(f'{len(failed)} of {len(runs)} runs failed: {", ".join(failed[:5])}{" ..." if len(failed) > 5 else ""}; see log.txt in their folders. '
                        'The same command again tries them anew.')
@@ -191,7 +227,9 @@ def child_jobs(folder, parents, names, config):
 
 
 def mixture_sweep(config, arguments):
-    names = [name for name, weight in config['sources'].items() if weight > 0]
+    names = sources_of(config)
+    if slurm and method in ('skillit', 'doremi'):
+        raise BadInput(f"--slurm=True cannot make what {method} starts from (its own runs, one after the other). Submit this command itself as a job.")
     if m is not None and m != len(names):
         raise BadInput(f'm = {m}, and the config has {len(names)} sources with a weight: {", ".join(names)}.')
     if len(names) < 2:
@@ -202,7 +240,7 @@ def mixture_sweep(config, arguments):
         run_all(static_jobs(out, names, seeds), arguments, 'runs')
         print(f'python mixing_laws.py fit-static {out}')
         return
-    last = runs_steps(config)
+    last = count_steps(config, None)
     if not 0 < break_step <= last - child_steps:
         raise BadInput(f'break_step = {break_step} and {child_steps} steps of a child go beyond the {last} steps of a run (max_steps), or there is nothing before.')
     parents_folder, children_folder = os.path.join(out, 'parents'), os.path.join(out, 'children')
@@ -217,12 +255,13 @@ def mixture_sweep(config, arguments):
     print(f'python mixing_laws.py {"a-star" if method else "fit-dynamic"} {children_folder}')
 
 
-def runs_steps(config):
-    from schedule import count_steps
-    last = count_steps(config, None)
-    if last is None:
-        raise BadInput('a sweep needs max_steps or max_tokens.')
-    return last
+def sources_of(config):
+    """Names of the sources with a weight; prepares what is not there, before runs at the same time would."""
+    if config['epochs'] is not None or count_steps(config, None) is None:
+        raise BadInput('a sweep needs max_steps or max_tokens, and no epochs: its runs have to be equally long.')
+    if config['prepare'] is not None:
+        prepare_missing(config['prepare'], config['data_dir'], config['sources'])
+    return [name for name, weight in config['sources'].items() if weight > 0]
 
 
 # -- methods of several runs -------------------------------------------------------------------------------------------
@@ -248,20 +287,24 @@ def needs_of(method, folder, names, seed, arguments):
     return {}
 
 
+def token_flops(config):
+    return flops_per_token(ModelConfig(**{f.name: config[f.name] for f in fields(ModelConfig)}), config['block_size'])
+
+
 def flops_of(folder):
     """FLOPs of a finished run, its measurements included."""
-    from model import ModelConfig, flops_per_token
-    with open(os.path.join(folder, 'config.json'), encoding='utf-8') as f:
-        config = json.load(f)
     run = read_run(folder)
-    extra = [r['mixture/extra_flops'] for r in read_metrics(folder) if 'mixture/extra_flops' in r]
-    return run.tokens * flops_per_token(ModelConfig(**{f.name: config[f.name] for f in fields(ModelConfig)}), config['block_size']) + (extra[-1] if extra else 0)
+    extra = [r['mixture/extra_flops'] for r in run.records if 'mixture/extra_flops' in r]
+    return run.tokens * token_flops(run.config) + (extra[-1] if extra else 0)
 
 
 def method_phases(config, arguments):
-    names, seed = [name for name, weight in config['sources'].items() if weight > 0], config['seed']
     if method not in PHASED:
-        raise BadInput(f"method = '{method}' must be one of {', '.join(PHASED)}. " + (f'`train.py --mixture={method}` needs no other run.' if method else ''))
+        raise BadInput(f"method = '{method}' must be one of {', '.join(PHASED)}." + (f' `train.py --mixture={method}` needs no other run.'
+                       if method in ('fixed', 'stratified', 'influence', 'aioli') else ''))
+    if slurm:
+        raise BadInput('--slurm=True is of `sweep.py mixture`: phases wait for each other. Submit this command itself as a job.')
+    names, seed = sources_of(config), config['seed']
     knobs = needs_of(method, out, names, seed, arguments)
     weights = None
     if method in ('doge', 'doremi'):
@@ -281,12 +324,8 @@ def method_phases(config, arguments):
         f.write(f'# The mixture of {method}, learned by: python sweep.py method {shlex.join(sys.argv[2:])}\n'
                 + (f"mixture = 'skillit'\nskillit_graph = {knobs['skillit_graph']!r}\n" if method == 'skillit' else
                    f"mixture = 'fixed'\nsources = { {name: round(w, 6) for name, w in weights.items()} }\n"))
-    from model import ModelConfig, flops_per_token
-    model = ModelConfig(**{f.name: config[f.name] for f in fields(ModelConfig)})
-    final = runs_steps(config) * config['total_batch_tokens'] * flops_per_token(model, config['block_size'])
-    folders = [os.path.join(out, name) for name in os.listdir(out)] + ([os.path.join(out, 'runs', name) for name in os.listdir(os.path.join(out, 'runs'))]
-                                                                       if os.path.isdir(os.path.join(out, 'runs')) else [])
-    spent = sum(flops_of(folder) for folder in folders if os.path.isfile(os.path.join(folder, 'metrics.jsonl')))
+    final = count_steps(config, None) * config['total_batch_tokens'] * token_flops(config)
+    spent = sum(flops_of(os.path.dirname(path)) for depth in ('*', 'runs/*') for path in glob.glob(os.path.join(glob.escape(out), depth, 'metrics.jsonl')))
     with open(os.path.join(out, 'cost.json'), 'w', encoding='utf-8') as f:
         json.dump(dict(method=method, flops=spent, share_of_this_run=spent / final), f, indent=1)
     print(f'{method}: ' + (', '.join(f'{name} {w:.4f}' for name, w in weights.items()) if weights else f'graph {knobs["skillit_graph"]}'))

@@ -1,4 +1,5 @@
 """sweep.py: its mixtures, its runs (a killed sweep goes on), its phases, and what mixing_laws.py reads of them."""
+import fcntl
 import json
 import re
 import signal
@@ -87,3 +88,24 @@ def test_phases_leave_a_config_that_train_py_takes(tmp_path, tiny_data):
     run_here([*command(tiny_data, tmp_path / 'slurm', 'mixture', '--n=4'), '--slurm=True'])
     assert len((tmp_path / 'slurm' / 'first.txt').read_text().splitlines()) == 4
     assert 'SLURM_ARRAY_TASK_ID' in (tmp_path / 'slurm' / 'first.sh').read_text()
+
+
+def test_a_finished_run_with_other_knobs_does_not_pass_for_this_one(tmp_path, tiny_data):
+    sweep = command(tiny_data, tmp_path / 'out', 'mixture', '--n=1', max_steps=2)
+    done = run(sweep)
+    assert done.returncode == 0, done.stderr
+    with pytest.raises(BadInput, match='mix00_seed0.* holds a run with other knobs: learning_rate 0.01 there, 0.02 now'):
+        run_here([*sweep, '--learning_rate=0.02'])
+    log = open(tmp_path / 'out' / 'mix00_seed0' / 'log.txt', 'a')
+    fcntl.flock(log, fcntl.LOCK_EX)                          # as a run does that outlived its sweep
+    (tmp_path / 'out' / 'mix00_seed0' / 'metrics.jsonl').unlink()
+    with pytest.raises(BadInput, match='is being trained by another process'):
+        run_here(sweep)
+
+
+def test_what_a_sweep_cannot_do_is_said(tmp_path, tiny_data):
+    for own, knobs, part in ((('method', '--method=doremi', '--slurm=True'), {}, 'phases wait for each other'), (('method', '--method=aioli'), {}, 'needs no other run'),
+                             (('method', '--method=doreme'), {}, 'must be one of skillit, doge, doremi, dml, regmix'), (('mixture',), dict(epochs=1.0), 'no epochs'),
+                             (('mixture', '--method=skillit', '--break_step=4', '--child_steps=2', '--slurm=True'), {}, 'Submit this command itself')):
+        with pytest.raises(BadInput, match=part):
+            run_here(command(tiny_data, tmp_path / 'out', *own, **knobs))
