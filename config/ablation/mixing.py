@@ -1,10 +1,11 @@
-# Mixing laws and rival mixtures at nano scale: three sources, a model of 0.7M parameters, 300 steps of 1,024 tokens; half a minute on one CPU core.
-# python prepare/text.py --source=code --input=code.jsonl.gz --out=data/mixing --tokenizer=folder      (and math, web_edu)
-# python sweep.py mixture --dirichlet --n=9 --seeds="[0, 1, 2, 3, 4]" --jobs=2 --out=out/static config/ablation/mixing.py
-data_dir = 'data/mixing'
-sources = {'code': 1.0, 'math': 1.0, 'web_edu': 1.0}
+# Mixing laws and rival mixtures at nano scale: three of the demo's sources, a model of 0.4M parameters, 300 steps of 1,024 tokens: half a minute
+# of one CPU core. python sweep.py mixture --dirichlet --n=9 --seeds="[0, 1, 2]" --jobs=2 --out=out/static config/ablation/mixing.py
+# On text of your own: --prepare=None --data_dir=... --sources="{...}" --vocab_size=...
+data_dir = 'data/demo'
+prepare = 'prepare/demo.py'
+sources = {'code': 1.0, 'docs': 1.0, 'math': 1.0}
 
-vocab_size = 8192
+vocab_size = 4096
 n_layer = 2
 n_head = 2
 n_kv_head = 1
@@ -21,11 +22,11 @@ warmup_steps = 20
 schedule = 'cosine'
 weight_decay = 0.01
 
-mixture_interval = 50
+mixture_interval = 100               # a round of aioli explores for 4 * 4 * 3 of them
 mixture_warmup = 0
 max_epochs = None
 mixture_rows = 96
-one_hot_factor = 0.5
+one_hot_factor = 0.5                 # 8 : 4 : 4 of a batch's 16 rows
 
 log_interval = 1
 eval_interval = 300
