@@ -204,7 +204,7 @@ def chats(domain):
     return splits
 
 
-def train_tokenizer(texts):
+def train_tokenizer(texts, vocab_size):
     """A byte-level BPE of `vocab_size` tokens, the last of them special."""
     bpe = rustbpe.Tokenizer()
     bpe.train_from_iterator(iter(texts), vocab_size - len(SPECIAL), pattern=PATTERN)
@@ -222,7 +222,7 @@ def main():
     start = time.monotonic()
     splits = split_documents(collect_documents())
     check_space(out, sum(len(text) for parts in splits.values() for texts in parts.values() for text in texts))
-    tokenizer = train_tokenizer([text for domain in MAX_CHARACTERS for text in splits[domain]['train']])
+    tokenizer = train_tokenizer([text for domain in MAX_CHARACTERS for text in splits[domain]['train']], vocab_size)
     settings = dict(dataset='python standard library', revision=sys.version.split()[0], numpy=np.__version__,
                     vocab_size=vocab_size, n_problems=n_problems, n_chats=n_chats, seed=seed, tokenizer=tokenizer.fingerprint)
     splits |= {domain: chats(domain) for domain in ('chat', 'reasoning')}

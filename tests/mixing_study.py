@@ -1,0 +1,85 @@
+"""Do the mixing laws hold, and which method measures what they say? sweep.py and mixing_laws.py on real text; the tables of RESULTS.md.
+
+    python tests/mixing_study.py --text=folder            # about two hours on two idle cores; a part that is there is not made again
+
+`folder` holds train/ and val/ with {code,math,web_edu}.jsonl.gz. A byte-level BPE of 2,048 tokens is trained on the text; the model and its 300
+steps of 1,024 tokens are config/ablation/mixing.py. As published (arXiv:2411.05735): 9 mixtures with every seed for the static law; 9 parents,
+stopped half-way and continued for 100 steps by 9 mixtures each, for the dynamic law; for A* the same children of a run of each method and seed.
+"""
+import os
+import subprocess
+import sys
+
+import numpy as np
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+
+from configurator import BadInput, configure
+from prepare.demo import train_tokenizer
+from prepare.reading import local_files, read_batches, records_of
+from prepare.shards import PartWriter, finish_source
+
+# -- knobs --
+text = ''                        # folder with train/*.jsonl.gz and val/
+out = 'out/mixing_study'         # prepared data, runs and reports
+seeds = [0, 1, 2, 3, 4]          # of initial weights and data order
+parts = ['static', 'dynamic', 'aioli', 'skillit', 'doge', 'doremi']
+jobs = 2                         # runs at the same time, of one thread each
+configure(globals(), verbose=False)
+
+SOURCES = ('code', 'math', 'web_edu')
+BREAK_STEP, VOCAB_SIZE = 150, 2048
+
+
+def documents(split, name):
+    for file in local_files(os.path.join(text, split, f'{name}.jsonl.gz')):
+        for batch in read_batches(file, ['text']):
+            yield from (record['text'] for _, record in records_of(batch))
+
+
+def prepare(folder):
+    """The sources as shards, once."""
+    if all(os.path.isfile(os.path.join(folder, name, 'meta.json')) for name in SOURCES):
+        return
+    tokenizer = train_tokenizer([document for name in SOURCES for document in documents('train', name)], VOCAB_SIZE)
+    for name in SOURCES:
+        writer = PartWriter(os.path.join(folder, name), 0, tokenizer.vocab_size)
+        writer.delete()                                        # of a run that was cut off
+        writer = PartWriter(os.path.join(folder, name), 0, tokenizer.vocab_size)
+        for split in ('train', 'val'):
+            for document in documents(split, name):
+                writer.add(split, np.concatenate(([tokenizer.bos_id], tokenizer.encode_document(document))), len(document.encode()))
+        writer.commit(1, 0, done=True)
+        finish_source(os.path.join(folder, name), tokenizer, dict(text=text), [writer.state])
+
+
+def run(*command):
+    print('\n$ python', *command, flush=True)
+    if subprocess.run([sys.executable, *command], cwd=ROOT).returncode:
+        raise BadInput(f'{command[0]} failed; its message stands above. The same command again goes on.')
+
+
+def study(part, config):
+    folder = os.path.join(out, part)
+    sweep = ['sweep.py', 'mixture', '--dirichlet', '--n=9', f'--jobs={jobs}', '--threads=1', f'--out={folder}', *config]
+    if part == 'static':
+        run(*sweep, f'--seeds={seeds}')
+        run('mixing_laws.py', 'fit-static', folder)
+    elif part == 'dynamic':
+        run(*sweep, f'--seeds={seeds[:1]}', f'--break_step={BREAK_STEP}')
+        run('mixing_laws.py', 'fit-dynamic', os.path.join(folder, 'children'))
+    else:
+        run(*sweep, f'--seeds={seeds}', f'--break_step={BREAK_STEP}', f'--method={part}')
+        run('mixing_laws.py', 'a-star', os.path.join(folder, 'children'))
+        run('mixing_laws.py', 'sim', os.path.join(folder, 'children'))
+
+
+if __name__ == '__main__':
+    if not text:
+        raise BadInput('--text is missing.')
+    out = os.path.abspath(out)
+    prepare(os.path.join(out, 'data'))
+    for part in parts:
+        study(part, ['config/ablation/mixing.py', '--prepare=None', f"--data_dir={os.path.join(out, 'data')}", f'--vocab_size={VOCAB_SIZE}',
+                     f'--sources={dict.fromkeys(SOURCES, 1.0)}'])
