@@ -11,6 +11,8 @@ evaluate log-likelihoods by evaluate.py and by lm-eval's own `hf` model on the s
 influence  one measurement (200 rows of three probe sets, 5 x 32 of sources) against the 250 steps of 32 rows that it comes after;
          single rows, their norms, whole matrices against a forward and backward of the same rows; memory in units of the gradient
 presence a step of 8 micro-batches weighed by self-influence against a plain one
+aioli    a round of exploration without its training steps, against bare forward passes over the validation rows that it evaluates on
+laws     wall seconds of static laws with leave-one-out on tables of 5 and 7 groups as large as the published ones
 kd       a step of distillation, from a teacher that runs along and from a cache of top 64, against a plain one; memory of the loss with
          a vocabulary of 128,256
 loss     the output layer and its loss, 128,256 x 576: ours against full logits, torch's F.linear_cross_entropy (2.13) and, on a GPU, Liger's
@@ -31,7 +33,7 @@ from bench_common import in_turns, loader_rate, random_cache, spread
 from configurator import configure
 
 # -- knobs --
-parts = ['data', 'prepare', 'evaluate', 'influence', 'presence', 'kd', 'loss', 'attention', 'saves', 'kernels']      # what to measure
+parts = ['data', 'prepare', 'evaluate', 'influence', 'presence', 'aioli', 'laws', 'kd', 'loss', 'attention', 'saves', 'kernels']      # what to measure
 dtypes = ['float32', 'bfloat16']     # float32, and bfloat16 autocast over fp32 weights
 rounds = 3                       # alternating rounds
 n_layer = 30                     # 30 is SmolLM2-135M; fewer for a quick look
@@ -297,6 +299,59 @@ def bench_presence():
         print(f'| {mode} | {medians[mode]:.2f} | **{statistics.median(values):.3f}** ({min(values):.3f} to {max(values):.3f}) |', flush=True)
 
 
+def bench_aioli():
+    """A round of Aioli: 1 + 12 evaluations of three sources, the solve and the new weights, against 13 times the same forward passes."""
+    import numpy as np
+    import torch
+    import rivals
+    from data import MixtureLoader, Source, batch_of, shard_bytes
+    model, _, _ = small_model(vocab_size=1024, n_layer=4, n_embd=128, n_head=4, ffn_dim=352)
+    config = dict(mixture='aioli', mixture_interval=100, aioli_sweeps=4, aioli_steps=4, one_hot_factor=0.5, aioli_rule='accumulate', aioli_ema=None,
+                  aioli_matrix='measured', mixture_eta=None, mixture_rows=64, block_size=256, batch_size=16, max_epochs=None, seed=0)
+
+    def to_device(rows):
+        inputs, targets, _ = batch_of(torch.from_numpy(rows), 0)
+        return inputs, targets, None
+    with tempfile.TemporaryDirectory() as folder:
+        for name in 'abc':
+            os.makedirs(f'{folder}/{name}/train')
+            with open(f'{folder}/{name}/train/000000.bin', 'wb') as f:
+                f.writelines(shard_bytes(np.random.default_rng(ord(name)).integers(0, 1024, 500_000), 1024))
+        sources = [Source(folder, name, 'train', 256, 0, 1024) for name in 'abc']
+        batches = [to_device(s.rows(range(i, i + 16))) for s in sources for i in range(0, config['mixture_rows'], 16)]
+
+        def a_round():
+            loader, state = MixtureLoader(sources, dict.fromkeys('abc', 1.0)), {}
+            for step in range(100, 149, config['aioli_steps']):
+                state, _ = rivals.update(model, loader, sources, sources, config, state, step, 10_000, 16, [], to_device, 0, 1)
+                for _ in range(config['aioli_steps']):
+                    loader.next_batch(16)
+
+        @torch.no_grad()
+        def passes():
+            for _ in range(13):
+                for inputs, targets, _ in batches:
+                    model.loss(inputs, targets)
+        medians, ratios = in_turns({'passes': passes, 'round': a_round}, rounds)
+    print(f"aioli: a round of 13 evaluations of 3 x 64 rows of 256 tokens {medians['round']:.1f} s; against bare forward passes {spread(ratios['round'])}")
+
+
+def bench_laws():
+    """Fits of all groups of a table, each with every run left out once: 26 mixtures of 5 groups at 4 sizes, 24 mixtures of 7."""
+    import numpy as np
+    from mixing_laws import fit_static
+    rng, start = np.random.default_rng(0), time.perf_counter()
+    n_fits = 0
+    for m, n, tables in ((5, 26, 4), (7, 24, 1)):
+        for _ in range(tables):
+            p, A = rng.dirichlet(np.ones(m), n), rng.normal(size=(m, m)) * 0.5 + 2 * np.eye(m)
+            losses = 2 + np.exp(-p @ A.T) + 0.005 * rng.normal(size=(n, m))
+            for y in losses.T:
+                fit_static(p, y)
+                n_fits += 1
+    print(f'laws: {n_fits} fits with leave-one-out {time.perf_counter() - start:.1f} s')
+
+
 def bench_kd():
     """Steps of a student of 12.6M parameters, and the loss alone with a vocabulary of 128,256, in CPU time of one thread."""
     import functools
@@ -517,6 +572,10 @@ else:
         bench_influence()
     if 'presence' in parts:
         bench_presence()
+    if 'aioli' in parts:
+        bench_aioli()
+    if 'laws' in parts:
+        bench_laws()
     if 'kd' in parts:
         bench_kd()
     if 'loss' in parts:

@@ -253,11 +253,11 @@ def find_teacher(path, vocab_size, tokenizer, knob='teacher'):
     if tokenizer is not None and about['fingerprint'] not in (None, tokenizer['fingerprint']):
         theirs = path if isinstance(about['tokenizer'], BadInput) else about['tokenizer'].path
         raise BadInput(f"{knob} = '{path}' has the tokenizer {theirs} ({about['fingerprint']}), the shards have {tokenizer['name']} "
-                       f"({tokenizer['fingerprint']}): a teacher and its student must have the same. Prepare the sources with its tokenizer, or take "
-                       'another teacher.')
+                       f"({tokenizer['fingerprint']}): the two must have the same. Prepare the sources with its tokenizer, or take another "
+                       'model.')
     if about['model'].vocab_size != vocab_size:
-        raise BadInput(f"{knob} = '{path}' has a vocabulary of {about['model'].vocab_size:,} rows, the student of {vocab_size:,}. Set vocab_size = "
-                       f"{about['model'].vocab_size}, or take another teacher.")
+        raise BadInput(f"{knob} = '{path}' has a vocabulary of {about['model'].vocab_size:,} rows, this run of {vocab_size:,}. Set vocab_size = "
+                       f"{about['model'].vocab_size}, or take another model.")
     return about
 
 

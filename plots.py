@@ -1,4 +1,5 @@
 """Figures: of a run, drawn from its metrics.jsonl, and of mixing laws."""
+import glob
 import json
 import os
 
@@ -74,14 +75,50 @@ def draw_table(path, rows, columns, values, errors, title):
 # -- mixing laws -------------------------------------------------------------------------------------------------------
 
 def draw_laws(path):
-    """Draws what mixing_laws.py wrote: a file of it, or all in a folder. Returns the paths of the PNGs (beside the files)."""
+    """Draws what mixing_laws.py wrote (a file of it, or all in a folder) and the weights of a folder's runs. Returns the paths of the PNGs."""
     import matplotlib
     matplotlib.use('Agg')
+    runs = _moving_runs(path)
     paths = [path] if os.path.isfile(path) else [os.path.join(path, name) for name in ('static.json', 'dynamic.json', 'a_star.json')]
     found = {p: json.load(open(p, encoding='utf-8')) for p in paths if os.path.isfile(p)}
-    if not found:
-        raise BadInput(f"'{path}' has neither static.json nor dynamic.json nor a_star.json. Fit something first.")
-    return [_save_figure(_draw_static(r) if 'optimum' in r else _draw_matrices(r), p.removesuffix('.json') + '.png') for p, r in found.items()]
+    if not found and not runs:
+        raise BadInput(f"'{path}' has no static.json, dynamic.json or a_star.json, and no run whose weights move. Fit something first.")
+    return [_save_figure(_draw_static(r) if 'optimum' in r else _draw_matrices(r), p.removesuffix('.json') + '.png') for p, r in found.items()] + (
+        [_save_figure(_draw_weights(runs), os.path.join(path, 'weights.png'))] if runs else [])
+
+
+def _moving_runs(folder):
+    """method -> [(weights at the start, metrics)] of all runs in a folder (at any depth) that have a method which moves weights."""
+    found = {}
+    for path in sorted(glob.glob(os.path.join(glob.escape(folder), '**', 'config.json'), recursive=True)):
+        with open(path, encoding='utf-8') as f:
+            config = json.load(f)
+        method, sources = config['mixture'], config['sources']
+        if method not in ('fixed', 'stratified') and os.path.isfile(os.path.join(os.path.dirname(path), 'metrics.jsonl')):
+            start = {name: weight / sum(sources.values()) for name, weight in sources.items()}
+            found.setdefault(method, []).append((start, read_metrics(os.path.dirname(path))))
+    return found
+
+
+def _draw_weights(runs):
+    """The weight of every source over the steps: a panel per source, a colour per method, a thin line per run and the mean over runs of equal steps."""
+    import matplotlib.pyplot as plt
+    sources = _names([r for parts in runs.values() for _, records in parts for r in records], 'mixture/asked_')
+    figure, axes = plt.subplots(1, len(sources), figsize=(4.2 * len(sources), 3.8), layout='constrained', squeeze=False, sharey=True)
+    for axis, source in zip(axes[0], sources):
+        for i, (method, parts) in enumerate(runs.items()):
+            # what the rule asked for: of a proxy its own weights (it draws equally), of the others those that rows are drawn by between explorations
+            lines = [[a + b for a, b in zip(([0], [start[source]]), _series(records, f'mixture/asked_{source}'))] for start, records in parts]
+            for steps, weights in lines:
+                axis.step(steps, weights, where='post', color=f'C{i}', linewidth=0.5, alpha=0.5)
+            if len({tuple(steps) for steps, _ in lines}) == 1:
+                axis.step(lines[0][0], np.mean([weights for _, weights in lines], 0), where='post', color=f'C{i}', linewidth=2, label=method)
+            else:
+                axis.plot([], [], color=f'C{i}', label=method)
+        axis.set(title=source, xlabel='step')
+    axes[0, 0].set_ylabel('weight')
+    axes[0, 0].legend()
+    return figure
 
 
 def _save_figure(figure, path):

@@ -15,6 +15,7 @@ from common import all_reduce_sum
 from configurator import BadInput, check_values
 from data import Source, peculiarities, shared_documents
 from influence import Direction, adam_scale, check_layers, datainf, mean_and_error, probe_direction, source_products, unit
+from model import flops_per_token
 
 MIXTURES, UNITS = ('fixed', 'stratified', 'influence'), ('loss', 'own')
 SCALINGS, RULES, SELECTIONS = ('none', 'adam', 'datainf'), ('step', 'proportional'), ('none', 'online', 'scores')
@@ -172,6 +173,12 @@ def measure_sources(model, sources, directions, shares, source_rows, batch_size,
 
 # -- the update --------------------------------------------------------------------------------------------------------
 
+def flops_of_rows(config, layers, block_size):
+    """FLOPs of one row that is measured: a forward, and a backward as far as the layers need it ('last': one block and the output layer)."""
+    whole, head = flops_per_token(config, block_size), 6 * config.vocab_size * config.n_embd
+    return block_size * (whole + 2 * (head + (whole - head) / config.n_layer if layers == 'last' else whole)) / 3
+
+
 def update(model, loader, sources, probes, config, state, step, n_steps, batch_rows, optimizers, to_device, rank, world_size):
     """Measures; gives the loader new weights and verdicts on its next rows, in force from the next batch on.
 
@@ -187,7 +194,7 @@ def update(model, loader, sources, probes, config, state, step, n_steps, batch_r
     directions, shares = measure_directions(model, probes, sources, config['influence_layers'], weights, config['probe_rows'], rows,
                                             key=key, scaling=config['influence_scaling'], units=config['influence_units'],
                                             optimizers=optimizers, **options)
-    log = {}
+    n_rows, spent, log = len(probes) * config['probe_rows'] + len(sources) * rows * (config['influence_scaling'] == 'datainf'), state.get('flops', 0), {}
     for d in directions:
         log |= {f'probe/reliability_{domain}': value for domain, value in d.reliability.items()}
         for domain, value in d.reliability.items():
@@ -195,14 +202,17 @@ def update(model, loader, sources, probes, config, state, step, n_steps, batch_r
                 tqdm.write(f"step {step}: warning: {1 - value:.0%} of the probe set '{domain}''s direction is noise. Raise probe_rows.")
     if config['mixture'] == 'influence':
         r, se = measure_sources(model, sources, directions, shares, rows, key=key, **options)
+        n_rows += len(sources) * rows
         state, weights_log = set_weights(loader, config, state, step, (n_steps - step) * batch_rows, r, se, rank)
         log |= weights_log
         if len(directions) > 1:
             log |= {f'mixture/influence_{name}_{domain}': float(value) for name in r for domain, value in zip(weights, r[name])}
     if config['select'] == 'online':
         direction = directions[0] if len(directions) == 1 else joint(directions, shares)
-        log |= set_verdicts(model, loader, sources, probes, direction, config, step, batch_rows, key, options)
-    return state, {**log, 'system/mixture_ms': (time.perf_counter() - start) * 1e3}
+        verdicts_log, n_judged = set_verdicts(model, loader, sources, probes, direction, config, step, batch_rows, key, options)
+        log, n_rows = log | verdicts_log, n_rows + n_judged
+    spent += n_rows * flops_of_rows(model.config, config['influence_layers'], config['block_size'])
+    return {**state, 'flops': spent}, {**log, 'mixture/extra_flops': spent, 'system/mixture_ms': (time.perf_counter() - start) * 1e3}
 
 
 def caps_of(loader, names, config, rows_to_come):
@@ -244,9 +254,9 @@ def unseen_reference(model, probes, direction, probe_rows, batch_size, key, to_d
 
 
 def set_verdicts(model, loader, sources, probes, direction, config, step, batch_rows, key, options):
-    """Judges the rows that the sources will give until the next update. Returns metrics."""
+    """Judges the rows that the sources will give until the next update. Returns metrics and the number of rows looked at."""
     reference = unseen_reference(model, probes, direction, config['probe_rows'], key=key, **options)
-    log, medians = {'select/reference': reference.influence}, []
+    log, medians, n_judged = {'select/reference': reference.influence}, [], len(probes) * (config['probe_rows'] // 2)
     for source in sources:
         def score(cursors):
             return selection.score_rows(model, source, cursors, direction, **options)
@@ -254,13 +264,14 @@ def set_verdicts(model, loader, sources, probes, direction, config, step, batch_
         keep, reasons, scores = selection.choose_next(score, loader.cursors[source.name], n_rows, reference, config['select_margin'],
                                                       config['select_keep'])
         loader.set_verdicts(source.name, keep)
+        n_judged += len(scores)
         low, median, high = np.quantile(scores[:, 0], (0.1, 0.5, 0.9)) / reference.influence
         medians.append((median, loader.weights[source.name]))
         log |= {f'select/kept_{source.name}': float(keep.mean()), f'select/p10_{source.name}': low, f'select/median_{source.name}': median,
                 f'select/p90_{source.name}': high, **{f'select/dropped_{why}_{source.name}': share for why, share in reasons.items()}}
     if sum(median * weight for median, weight in medians) <= 0 and options['rank'] == 0:
         tqdm.write(f'step {step}: the median row no longer helps the probe: selection has little left to choose from')
-    return log
+    return log, n_judged
 
 
 def keep_scored(data_dir, sources, config):

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_source, run, train, train_command, write_shard
+from conftest import ROOT, TINY, make_source, run, train, train_command, write_shard
 
 import influence
 import mixtures
@@ -17,7 +17,7 @@ import reweight
 from configurator import BadInput, RunFault
 from data import Source
 from loss import linear_cross_entropy
-from model import GPT, ModelConfig, init_weights
+from model import GPT, ModelConfig, flops_per_token, init_weights
 
 SHAPES = [dict(), dict(tie_embeddings=False), dict(qk_norm=True, layer_repeat=2), dict(qkv_bias=True, n_kv_head=1)]
 
@@ -500,6 +500,10 @@ def test_weights_move_and_reach_the_batches(probed_data, tmp_path):
     assert [first[f'mixture/weight_{n}'] for n in 'ab'] == pytest.approx([1 / 3, 1 / 3])
     assert last['mixture/weight_a'] > 0.5 and last['mixture/weight_random'] < 0.6 / 3
     assert by_step[16]['mixture/influence_a'] > 2 * by_step[16]['mixture/influence_se_a'] > 0
+    per_row = by_step[16]['mixture/extra_flops'] / (32 + 3 * 16)            # probe rows and sources' rows; a forward is a third of what training takes
+    trained = 16 * flops_per_token(ModelConfig(**{key: value for key, value in TINY.items() if key in ModelConfig.__dataclass_fields__}), 16)
+    assert trained / 3 < per_row < trained
+    assert by_step[56]['mixture/extra_flops'] == pytest.approx(6 * by_step[16]['mixture/extra_flops'])
     for at in range(16, 64):                       # 16 rows a step: at most a row or two beside the weight in force
         weight = [by_step[at][f'mixture/weight_{n}'] for n in ('a', 'b', 'random')]
         drawn = [by_step[at][f'mixture/drawn_{n}'] for n in ('a', 'b', 'random')]

@@ -304,7 +304,7 @@ def test_mistakes_are_one_sentence(tmp_path, taught, trained):
     def refused(words, **knobs):
         with pytest.raises(BadInput, match=words):
             run_here(train_command(tmp_path / 'run', data, **{'sources': {'a': 1.0}, **knobs}))
-    refused('vocabulary of 265 rows, the student of 64. Set vocab_size = 265', teacher=trained)
+    refused('vocabulary of 265 rows, this run of 64. Set vocab_size = 265', teacher=trained)
     refused('kd_divergence = .* must be one of forward, reverse, js', teacher=teacher, kd_divergence='kl')
     refused('kd_alpha = 1.5 must be at least 0 and at most 1', teacher=teacher, kd_alpha=1.5)
     refused('holds no cache of a teacher. Run `kd.py cache --source=a --name=y`', kd_cache='y')
@@ -329,6 +329,6 @@ def test_a_teacher_of_another_tokenizer_is_refused_by_both_names(tmp_path, train
     other = make_tokenizer('others', ranks, DIGITS_PATTERN, {'<|endoftext|>': 0, '<|im_start|>': 1, '<|im_end|>': 2}, '<|endoftext|>')
     chats = [[dict(role='user', content='abc'), dict(role='assistant', content='words ' * n)] for n in range(2, 30)]
     write_chats(tmp_path / 'data', 'chat', chats, tokenizer=other)
-    with pytest.raises(BadInput, match=r'has the tokenizer .*trained.* \(\w{16}\), the shards have others \(\w{16}\): a teacher and its student'):
+    with pytest.raises(BadInput, match=r'has the tokenizer .*trained.* \(\w{16}\), the shards have others \(\w{16}\): the two must have the same'):
         run_here(train_command(tmp_path / 'run', tmp_path / 'data', sources={'chat': 1.0}, vocab_size=265, packing='document', block_size=64,
                                total_batch_tokens=128, teacher=trained))

@@ -75,6 +75,8 @@ def test_children_continue_a_methods_run_after_a_kill(tmp_path, tiny_data):
     assert run_here(['mixing_laws.py', 'plot', str(tmp_path / 'out' / 'children')]) is None
     found = json.loads((tmp_path / 'out' / 'children' / 'sim.json').read_text())['aioli']
     assert -1 <= found['sim'] <= 1 and found['between_seeds'] is None
+    assert run_here(['mixing_laws.py', 'plot', str(tmp_path / 'out')]) is None           # the weights of the methods' runs
+    assert (tmp_path / 'out' / 'weights.png').stat().st_size > 10_000
 
 
 def test_phases_leave_a_config_that_train_py_takes(tmp_path, tiny_data):
