@@ -119,7 +119,7 @@ def as_rank(arguments, environment, log):
 def start(command, log, environment):
     """A script of ours in a process that is forked from one which has imported torch, for a start costs seconds: multiprocessing.Process."""
     context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['conftest', 'checkpoint', 'kd', 'parallel', 'presence', 'reweight', 'validate', 'tqdm'])
+    context.set_forkserver_preload(['conftest', 'checkpoint', 'kd', 'parallel', 'presence', 'reweight', 'validate', 'tqdm', 'matplotlib.pyplot'])
     arguments = command[next(i for i, part in enumerate(command) if part.endswith('.py')):]
     process = context.Process(target=as_rank, args=(arguments, environment, str(log)))
     process.start()
@@ -139,14 +139,15 @@ def free_port():
 
 
 def run_ranks(command, ranks, timeout=300, during=lambda processes: None):
-    """Runs a script of ours as so many ranks, without torchrun.
+    """Runs a script of ours as so many ranks, without torchrun; 1: a process without a group, as `python` starts it.
 
     during: called with the processes when all are started. Returns subprocess.CompletedProcess, what all printed in stdout and stderr alike.
     """
     with tempfile.TemporaryDirectory() as folder:
-        environment = dict(MASTER_ADDR='localhost', MASTER_PORT=str(free_port()), WORLD_SIZE=str(ranks), OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='')
+        group = dict(MASTER_ADDR='localhost', MASTER_PORT=str(free_port()), WORLD_SIZE=str(ranks)) if ranks > 1 else {}
         log = os.path.join(folder, 'log')
-        processes = [start(command, log, {**environment, 'RANK': str(r), 'LOCAL_RANK': str(r)}) for r in range(ranks)]
+        processes = [start(command, log, {**group, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': '', **({'RANK': str(r), 'LOCAL_RANK': str(r)} if group else {})})
+                     for r in range(ranks)]
         during(processes)
         deadline = time.monotonic() + timeout
         while any(p.is_alive() for p in processes):

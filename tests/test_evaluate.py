@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import run, run_here, train
+from conftest import run, run_here, run_ranks, train
 
 import benchmarks
 import checkpoint
@@ -95,7 +95,7 @@ def theirs(model_folder):
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     lm = HFLM(pretrained=str(model_folder / 'hf'), dtype='float32', batch_size=4, device='cpu', max_length=160)
-    return {name: simple_evaluate(lm, tasks=[str(model_folder / f'{name}.yaml')], num_fewshot=shots, bootstrap_iters=100)
+    return {name: simple_evaluate(lm, tasks=[str(model_folder / f'{name}.yaml')], num_fewshot=shots, bootstrap_iters=100, task_manager=benchmarks.task_manager())
             for name, shots in (('choice', 2), ('continue', 0), ('roll', 0))}
 
 
@@ -171,7 +171,7 @@ doc_to_target: "{target}"
         model=vars(config), config=None, tokenizer=tokenizer.fingerprint, context=1024))
     hf.export_model(str(tmp_path / 'ours'), str(tmp_path / 'hf'), 'float32', None)
     theirs = simple_evaluate(HFLM(pretrained=str(tmp_path / 'hf'), dtype='float32', batch_size=8, device='cpu'),
-                             tasks=[str(tmp_path / 'task.yaml')])
+                             tasks=[str(tmp_path / 'task.yaml')], task_manager=benchmarks.task_manager())
     found = []
     original = benchmarks.simple_evaluate
     monkeypatch.setattr(benchmarks, 'simple_evaluate', lambda *args, **kwargs: found.append(original(*args, **kwargs)) or found[-1])
@@ -193,11 +193,11 @@ def test_two_ranks_give_what_one_gives(model_folder, tmp_path):
     bpb.write_text(''.join(json.dumps({'text': 'the river in ' * n}) + '\n' for n in (1, 5, 40, 3)))
     arguments = ['evaluate.py', f'--ckpt={model_folder / "ours"}', f'--tasks={tasks}', f'--bpb={bpb}', '--device=cpu', '--dtype=float32',
                  '--batch_tokens=600']
-    results = []
-    for name, launch in (('one', [sys.executable]), ('two', [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2'])):
-        out = run([*launch, *arguments, f'--out={tmp_path / name}.json', *([f'--compare={tmp_path}/one.json'] if name == 'two' else [])])
-        assert out.returncode == 0, out.stdout + out.stderr
-        results.append(json.loads((tmp_path / f'{name}.json').read_text())['results'])
+    out = run([sys.executable, *arguments, f'--out={tmp_path}/one.json'])
+    assert out.returncode == 0, out.stdout + out.stderr
+    out = run_ranks([*arguments, f'--out={tmp_path}/two.json', f'--compare={tmp_path}/one.json'], 2)
+    assert out.returncode == 0, out.stdout
+    results = [json.loads((tmp_path / f'{name}.json').read_text())['results'] for name in ('one', 'two')]
     assert '+0.0000   0.0000  paired' in out.stdout and 'lost their beginning' in out.stdout
     assert results[0].keys() == results[1].keys() == {'local_choice', 'local_continue', 'local_roll', f'bpb {bpb}'}
     for name, r in results[0].items():

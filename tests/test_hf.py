@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, run, train_command
+from conftest import ROOT, run, train
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -137,11 +137,8 @@ def test_init_from_a_hugging_face_folder_on_one_and_two_ranks(tmp_path, tiny_dat
     knobs = dict(qk_norm=True, norm_eps=1e-6, rope_theta=10000.0, max_steps=3, batch_size=1)
     losses = []
     for name, source, ranks in (('a', 'hf', 1), ('b', 'ours', 1), ('c', 'hf', 2)):
-        command = train_command(tmp_path / name, tiny_data, ranks=ranks, init_from=tmp_path / source, **knobs)
-        result = run(command)
-        assert result.returncode == 0, result.stdout + result.stderr
-        losses.append([json.loads(line)['train/loss'] for line in (tmp_path / name / 'metrics.jsonl').read_text().splitlines()
-                       if 'train/loss' in line])
+        by_step = train(tmp_path / name, tiny_data, ranks=ranks, init_from=tmp_path / source, **knobs)
+        losses.append([record['train/loss'] for record in by_step.values() if 'train/loss' in record])
     assert losses[0] == losses[1] and losses[0] == pytest.approx(losses[2], rel=1e-5) and len(losses[0]) == 3
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'hf').eval()
     from data import MixtureLoader, Source
@@ -150,8 +147,8 @@ def test_init_from_a_hugging_face_folder_on_one_and_two_ranks(tmp_path, tiny_dat
     rows = torch.from_numpy(loader.read(index, cursors)).long()
     with torch.no_grad():
         assert model(rows, labels=rows).loss.item() == pytest.approx(losses[0][0], rel=1e-5)
-    result = run(train_command(tmp_path / 'ours', tiny_data, resume=True, **knobs))
-    assert result.returncode == 2 and 'imported model' in result.stderr
+    with pytest.raises(BadInput, match='imported model'):
+        train(tmp_path / 'ours', tiny_data, resume=True, **knobs)
 
 
 def edit(path, **changes):

@@ -3,12 +3,12 @@ import functools
 import json
 import math
 import shutil
-import sys
+import signal
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, make_source, run, train, train_command, write_shard
+from conftest import TINY, make_source, run_ranks, train, train_command, write_shard
 
 import influence
 import mixtures
@@ -321,8 +321,6 @@ def test_a_probe_whose_halves_disagree_and_other_mistakes():
 
 
 TWO_RANKS = """
-import sys
-sys.path[:0] = [{root!r}, {tests!r}]
 import json
 import torch, torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -391,9 +389,9 @@ def sharded_results(shard, mine, gather):
 
 
 def test_two_ranks_equal_one(tmp_path):
-    (tmp_path / 'two.py').write_text(TWO_RANKS.format(root=str(ROOT), tests=str(ROOT / 'tests')))
-    done = run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', str(tmp_path / 'two.py')])
-    assert done.returncode == 0, done.stdout + done.stderr
+    (tmp_path / 'two.py').write_text(TWO_RANKS)
+    done = run_ranks([str(tmp_path / 'two.py')], 2)
+    assert done.returncode == 0, done.stdout
     found = json.loads(done.stdout.split('RESULT')[1].splitlines()[0])
     expected = json.loads(json.dumps(sharded_results(lambda model: None, lambda parts: parts, lambda rows: rows)))
     assert found.keys() == expected.keys() and len(found) == 35
@@ -530,7 +528,6 @@ def test_a_killed_run_ends_with_the_same_weights(probed_data, tmp_path):
 
 KILLED_WHILE_MEASURING = """
 import os, runpy, signal, sys
-sys.path.insert(0, {root!r})
 import reweight
 def killed(model, loader, sources, probes, config, state, step, *rest, update=reweight.update):
     state, log = update(model, loader, sources, probes, config, state, step, *rest)
@@ -545,10 +542,9 @@ runpy.run_path('train.py', run_name='__main__')
 
 def test_a_run_killed_within_an_update_resumes_to_the_same_weights(probed_data, tmp_path):
     whole = train(tmp_path / 'whole', probed_data, **KNOBS)
-    (tmp_path / 'killed.py').write_text(KILLED_WHILE_MEASURING.format(root=str(ROOT)))
-    command = train_command(tmp_path / 'run', probed_data, **KNOBS)
-    done = run([sys.executable, str(tmp_path / 'killed.py'), *command[2:]])
-    assert done.returncode == -9, done.stdout + done.stderr
+    (tmp_path / 'killed.py').write_text(KILLED_WHILE_MEASURING)
+    done = run_ranks([str(tmp_path / 'killed.py'), *train_command(tmp_path / 'run', probed_data, **KNOBS)[2:]], 1)
+    assert done.returncode == -signal.SIGKILL, done.stdout
     resumed = train(tmp_path / 'run', probed_data, **KNOBS, resume=True)
     for at in range(20, 64):
         assert {k: v for k, v in resumed[at].items() if k.startswith(('mixture', 'train/loss'))} == {

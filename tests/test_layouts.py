@@ -41,7 +41,7 @@ def assert_equal_runs(one, other, keys=('train/loss', 'train/grad_norm', 'val/lo
 
 @pytest.mark.parametrize('ranks, layout, model', [
     (2, dict(tp=2), {}),
-    (2, dict(tp=2, activation_checkpointing='selective'), dict(tie_embeddings=False, layer_repeat=2, qkv_bias=True, total_batch_tokens=128)),
+    (2, dict(tp=2, activation_checkpointing='selective'), dict(tie_embeddings=False, layer_repeat=2, qkv_bias=True)),
     (4, dict(dp_replicate=2, reshard_after_forward=True), dict(total_batch_tokens=128)),
     (2, dict(ep=2, activation_checkpointing='selective'), EXPERTS),
     (4, dict(ep=2, dp_shard=2), EXPERTS)])
@@ -88,10 +88,10 @@ def test_checkpoints_of_experts_pass_from_layout_to_layout(tmp_path, data):
 @pytest.mark.parametrize('ranks, layout, model', [(4, dict(tp=2), {}), (2, dict(ep=2), EXPERTS)])
 def test_influence_moves_the_weights_as_in_one_process(tmp_path, data, ranks, layout, model):
     knobs = dict(max_steps=26, mixture='influence', mixture_interval=12, mixture_warmup=12, probe={'m': 1.0}, probe_rows=16, influence_rows=16, max_epochs=None,
-                 learning_rate=5e-4, influence_layers='all', influence_scaling='adam', **HEADS, **model)
-    one = train(tmp_path / 'one', data, **{**knobs, 'batch_size': 2})           # as many rows in a batch as of both ranks
+                 mixture_max=0.95, learning_rate=5e-4, influence_layers='all', influence_scaling='adam', **{**HEADS, 'batch_size': 2}, **model)
+    one = train(tmp_path / 'one', data, **{**knobs, 'batch_size': 4})           # as many rows in a batch as of both ranks
     many = train(tmp_path / 'many', data, ranks=ranks, **knobs, **layout)
-    assert one[25]['mixture/weight_a'] != pytest.approx(0.75, abs=1e-3)
+    assert one[12]['mixture/weight_a'] != pytest.approx(0.75, abs=1e-3) and one[25]['mixture/weight_a'] != pytest.approx(one[12]['mixture/weight_a'], abs=1e-3)
     assert_equal_runs(one, many, ('train/loss', 'mixture/weight', 'mixture/influence_', 'probe/'))
 
 

@@ -1,5 +1,4 @@
 import math
-import sys
 
 import pytest
 import torch
@@ -9,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import configurator
 import loss as loss_module
 from attention import attend, document_boundaries, suits_blocks
-from conftest import ROOT, run
+from conftest import ROOT, run_ranks
 from loss import linear_cross_entropy, token_losses
 from model import GPT, ModelConfig, count_parameters, flops_per_token, init_weights
 
@@ -128,10 +127,9 @@ def test_attention_by_blocks_equals_fp64(T, K):
 
 
 PARTS = '''
-import sys
-sys.path.insert(0, {root!r})
 import torch
 import torch.distributed as dist
+from common import leave_ranks
 from loss import linear_cross_entropy
 dist.init_process_group('gloo')
 rank = dist.get_rank()
@@ -149,13 +147,14 @@ part = result(h, weight[first:25 if rank == 0 else 41], (dist.group.WORLD, first
 for a, b in zip(part, (*whole[:4], whole[4][first:25 if rank == 0 else 41])):
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 print('SAME')
+leave_ranks(0)
 '''
 
 
 def test_loss_over_parts_of_the_vocabulary_equals_the_whole(tmp_path):
-    (tmp_path / 'parts.py').write_text(PARTS.format(root=str(ROOT)))
-    done = run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', str(tmp_path / 'parts.py')])
-    assert done.returncode == 0 and done.stdout.count('SAME') == 2, done.stderr
+    (tmp_path / 'parts.py').write_text(PARTS)
+    done = run_ranks([str(tmp_path / 'parts.py')], 2)
+    assert done.returncode == 0 and done.stdout.count('SAME') == 2, done.stdout
 
 
 def test_tokens_that_are_not_counted_cost_nothing_in_the_output_layer():

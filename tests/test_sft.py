@@ -220,7 +220,7 @@ def test_a_step_of_32768_tokens_fits_into_little_memory(tmp_path):
     chats = [[dict(role='user', content='go'), dict(role='assistant', content=''.join(map(chr, 97 + rng.integers(0, 26, 34_000))))] for _ in range(2)]
     write_chats(tmp_path / 'data', 'long', chats)
     command = train_command(tmp_path / 'run', tmp_path / 'data', **{**SFT, 'sources': {'long': 1.0}, 'block_size': 32768, 'batch_size': 1,
-                            'total_batch_tokens': 32768, 'max_steps': 1, 'activation_checkpointing': 'full', 'n_layer': 3, 'n_head': 1, 'n_kv_head': 1,
+                            'total_batch_tokens': 32768, 'max_steps': 1, 'activation_checkpointing': 'full', 'n_layer': 2, 'n_head': 1, 'n_kv_head': 1,
                             'n_embd': 16, 'ffn_dim': 32, 'eval_rows': 1, 'warmup_steps': 0})
     code = ('import runpy, sys; sys.argv = sys.argv[1:]\ntry: runpy.run_path(sys.argv[0], run_name="__main__")\n'
             'except SystemExit as e: assert not e.code\nprint("peak", next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))')
