@@ -72,6 +72,41 @@ def draw_table(path, rows, columns, values, errors, title):
     return path
 
 
+# -- sweeps ------------------------------------------------------------------------------------------------------------
+
+def draw_curves(out, curves, picks, unit, at):
+    """The front of loss over parameters at one point, and the curves of every band. Returns the paths of the PNGs."""
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    from curves import by_label
+    rows = sorted(by_label(curves, unit, at), key=lambda row: row[1].params)
+    params, losses = np.array([row[1].params for row in rows]), np.array([row[2] for row in rows])
+    figure, axis = plt.subplots(figsize=(7, 4.5), layout='constrained')
+    axis.scatter(params, losses, s=8, c=[row[1].shape[1] for row in rows], cmap='viridis')
+    figure.colorbar(axis.collections[0], ax=axis, label='layers')
+    front = losses <= np.minimum.accumulate(losses) if len(losses) else []
+    axis.step(params[front], losses[front], where='post', color='C3', linewidth=1, label='nothing smaller is better')
+    axis.set(xscale='log', xlabel='parameters', ylabel='loss (nats per token)', title=f'{len(rows)} shapes at {unit} {at:,.0f}')
+    axis.legend()
+    paths = [_save_figure(figure, os.path.join(out, 'pareto.png'))]
+    columns = min(3, len(picks))
+    figure, axes = plt.subplots(-(-len(picks) // columns), columns, figsize=(4.6 * columns, 3.6 * -(-len(picks) // columns)), layout='constrained', squeeze=False)
+    for axis in axes.flat[len(picks):]:
+        axis.set_axis_off()
+    for axis, (name, p) in zip(axes.flat, picks.items()):
+        for curve in (c for c in curves if p['low'] <= c.params <= p['high']):
+            label = curve.label
+            first = label in (p['lowest'], p['pick']) and label not in axis.get_legend_handles_labels()[1]
+            axis.plot(curve.x[unit], curve.loss, **(dict(linewidth=1.5, zorder=3, label=label if first else None) if label in (p['lowest'], p['pick']) else
+                                                    dict(linewidth=0.4, color='0.7')))
+        axis.axvline(p['at'], color='0.5', linestyle=':')
+        values = np.array([row['loss'] for row in p['rows']])
+        axis.set(title=f'{name} parameters', xlabel=unit, ylabel='loss', xlim=(0, 2 * p['at']), ylim=(values.min() - 0.1 * np.ptp(values) - 0.01, values.max() + 0.5 * np.ptp(values) + 0.05))
+        axis.legend(fontsize=7)
+    return [*paths, _save_figure(figure, os.path.join(out, 'bands.png'))]
+
+
 # -- mixing laws -------------------------------------------------------------------------------------------------------
 
 def draw_laws(path):

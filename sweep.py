@@ -1,4 +1,9 @@
-"""Many runs of train.py: mixtures for the mixing laws, and the phases of methods that take several runs.
+"""Many runs of train.py: architectures, grids of any knobs, mixtures for the mixing laws, and the phases of methods that take several runs.
+
+    python sweep.py arch --n_params="[4.5e6, 5.5e6]" --out=out/arch config/...                         # shapes of a size; --dry_run=True lists them
+    python sweep.py arch --grid.n_layer="[4, 8]" --grid.n_embd="[64, 96]" --out=out/arch config/...    # or of lists of your own
+    python sweep.py grid --grid.learning_rate="[1e-3, 2e-3]" --seeds="[0, 1]" --out=out/lr config/...  # any knobs of train.py
+    python sweep.py collect out/arch                                                                   # their curves in one table: curves.py
 
     python sweep.py mixture --dirichlet --n=9 --seeds="[0, 1, 2]" --out=out/static config/...          # every mixture with every seed
     python sweep.py mixture --dirichlet --break_step=200 --out=out/dynamic config/...                  # parents, each continued by every mixture
@@ -12,6 +17,7 @@ others; the same command again goes on where it stopped. --slurm=True writes arr
 import ast
 import fcntl
 import glob
+import itertools
 import json
 import os
 import shlex
@@ -24,11 +30,12 @@ from dataclasses import dataclass, field, fields
 import numpy as np
 from tqdm import tqdm
 
-from configurator import BadInput, RunFault, configure, parse_knobs
 from common import read_metrics
+from configurator import BadInput, RunFault, configure, did_you_mean, parse_knobs
+from curves import SHAPE, collect, parse_band
 from data import prepare_missing
-from model import ModelConfig, flops_per_token
-from runs import is_finished, read_run, read_table
+from model import ModelConfig, count_parameters, flops_per_token
+from runs import is_finished, planned_steps, read_run, read_table
 from schedule import count_steps
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
@@ -43,6 +50,14 @@ break_step: int | None = None           # step at which parents stop and childre
 child_steps = 100                       # steps of a child
 method = ''                             # mixture: parents are runs of this method, with every seed | method: which one
 target = ''                             # method=regmix: source whose loss is to be low; '': the mean of all
+grid: dict[str, list] = {}              # arch, grid: values of train.py's knobs, all combinations
+n_params = [1e6, 3e8]                   # arch: parameters of a model, tables included: the fewest and the most
+bands: dict = {}                        # arch: further limits, such as {'5M': None} (10 % to either side) | collect: band -> point to compare at (None: `at`)
+unit = 'step'                           # collect: compare at equal step | tokens | flops
+at: float | None = None                 # collect: the point; None: the last that half of the runs came to
+loss = 'val'                            # collect: val | train
+least = 0.0                             # collect: parameters that a model must have to count for what depth, heads and inner width do
+dry_run = False                         # arch, grid: say what there is to run, write ablation_params.tsv, run nothing
 jobs = 1                                # runs at a time
 threads: int | None = None              # of every run; None: cores / jobs
 slurm = False                           # write scripts for sbatch, run nothing
@@ -142,6 +157,7 @@ def run_all(runs, arguments, what):
         return write_slurm(runs, arguments)
     signal.signal(signal.SIGTERM, interrupt)
     waiting, running, failed = [job for job in runs if not is_finished(job.folder)], {}, []
+    lines = [tqdm(total=1, position=i + 1, leave=False, disable=None, bar_format='{desc:<50.50}{n_fmt:>8}/{total_fmt} steps{postfix}') for i in range(jobs)]
     environment = {**os.environ, 'OMP_NUM_THREADS': str(threads or max(1, os.cpu_count() // jobs))}
     with tqdm(total=len(runs), initial=len(runs) - len(waiting), desc=what, unit='run') as bar:
         try:
@@ -154,6 +170,8 @@ def run_all(runs, arguments, what):
                         waiting.remove(job)
                         running[start(job, arguments, environment)] = job
                 time.sleep(0.1)
+                for line, job in zip(lines, running.values()):
+                    show(line, job)
                 for process in [p for p in running if p.poll() is not None]:
                     job = running.pop(process)
                     if process.returncode or not is_finished(job.folder):
@@ -163,6 +181,8 @@ def run_all(runs, arguments, what):
         except KeyboardInterrupt:
             raise RunFault('stopped; the runs under way were saved. The same command again goes on.') from None
         finally:                                               # those that an error leaves behind are saved and ended as well
+            for line in lines:
+                line.close()
             for process in running:
                 process.send_signal(signal.SIGINT)
             for process in running:
@@ -170,6 +190,21 @@ def run_all(runs, arguments, what):
     if failed:
         raise RunFault(f'{len(failed)} of {len(runs)} runs failed: {", ".join(failed[:5])}{" ..." if len(failed) > 5 else ""}; see log.txt in their folders. '
                        'The same command again tries them anew.')
+
+
+def show(line, job):
+    """A line of the live table: a run's step and loss, from what it has logged, read every two seconds."""
+    if line.disable or time.monotonic() - getattr(line, 'shown', 0) < 2:
+        return
+    line.shown = time.monotonic()
+    records, path = read_metrics(job.folder), os.path.join(job.folder, 'config.json')
+    logged = [r for r in records[-20:] if 'train/loss' in r]
+    if logged and os.path.isfile(path):
+        with open(path, encoding='utf-8') as f:
+            line.total = planned_steps(json.load(f)) or 0
+        line.n = logged[-1]['step'] + 1
+        line.set_description_str(os.path.basename(job.folder), refresh=False)
+        line.set_postfix_str(f'loss {logged[-1]["train/loss"]:.3f}, {logged[-1]["train/tokens_per_second"]:,.0f} tokens/s')
 
 
 def reason(folder):
@@ -196,7 +231,69 @@ def write_slurm(runs, arguments):
         before = 'after the first, '
 
 
-# -- sweeps ------------------------------------------------------------------------------------------------------------
+# -- architectures and grids -------------------------------------------------------------------------------------------
+
+def arch_shapes():
+    """The seed's grid: heads, widths of 8 to 64 for a head, inner widths of half to twice the width, 2 to 12 more layers than heads."""
+    return [dict(n_head=h, n_kv_head=h, n_layer=h + more, n_embd=h * width, ffn_dim=int(h * width * ratio), head_dim=None)
+            for h in range(4, 17, 2) for more in range(2, 13, 2) for width in range(8, 65, 8) for ratio in (0.5, 1, 1.5, 2)]
+
+
+def combinations(lists):
+    """All combinations of {name: list} as dicts; BadInput for what is no list."""
+    for name, values in lists.items():
+        if not isinstance(values, (list, tuple)) or not values:
+            raise BadInput(f"--grid.{name}={values!r} must be a list of values, such as --grid.{name}='[1, 2]'.")
+    return [dict(zip(lists, values)) for values in itertools.product(*lists.values())]
+
+
+def grid_sweep(config, arguments, arch):
+    """Runs of every combination with every seed. arch: shapes whose parameters are within the budget."""
+    unknown = [name for name in grid if name not in config]
+    if unknown:
+        raise BadInput(f"--grid.{unknown[0]}: train.py has no knob '{unknown[0]}'.{did_you_mean(unknown[0], config)}")
+    if not arch and not grid:
+        raise BadInput("give a list, such as --grid.learning_rate='[1e-3, 2e-3]'.")
+    in_model = [f.name for f in fields(ModelConfig)]
+    shapes = arch_shapes() if arch and not set(grid) & set(SHAPE) else [{}]
+    limits, jobs_to_run, rows, impossible, outside = [parse_band(name) for name in bands], [], [], [], 0
+    for shape, values in itertools.product(shapes, combinations(grid)):
+        knobs = {**shape, **values}
+        if arch and 'n_head' in knobs and 'n_kv_head' not in knobs:
+            knobs['n_kv_head'] = knobs['n_head']
+        full = {**config, **knobs}
+        name = '_'.join([*([str(full[k]) for k in SHAPE] if arch else ()), *(f'{k}={v}' for k, v in values.items() if not arch or k not in SHAPE)])
+        if arch:
+            try:
+                n = count_parameters(ModelConfig(**{k: full[k] for k in in_model}))['total']
+            except BadInput as error:
+                impossible.append(f'{name}: {error}')
+                continue
+            if not n_params[0] <= n <= n_params[1] or limits and not any(low <= n <= high for low, high in limits):
+                outside += 1
+                continue
+            rows.append((*(full[k] for k in SHAPE), n))
+        jobs_to_run += [Job(os.path.join(out, name.replace('/', '_') + f'_seed{seed}'), {**knobs, 'seed': seed}) for seed in seeds]
+    if impossible:
+        print(f'{len(impossible)} combinations are not possible, the first is {impossible[0]}')
+    if arch:
+        rows = list(dict.fromkeys(rows))
+        print(f'{len(rows)} models' + (f' of {min(r[-1] for r in rows):,} to {max(r[-1] for r in rows):,} parameters' if rows else '') + f'; {outside} are outside of the budget')
+        os.makedirs(out, exist_ok=True)
+        with open(os.path.join(out, 'ablation_params.tsv'), 'w', encoding='utf-8') as f:
+            f.writelines('\t'.join(map(str, row)) + '\n' for row in rows)
+        print(f'written: {os.path.join(out, "ablation_params.tsv")} ({", ".join(SHAPE)}, parameters)')
+    if not jobs_to_run:
+        raise BadInput('nothing is left to run. Widen n_params or bands, or give other lists.')
+    if dry_run:
+        print(f'{len(jobs_to_run)} runs')
+        return
+    sources_of(config)
+    run_all(jobs_to_run, arguments, 'runs')
+    print(f'python sweep.py collect {out}')
+
+
+# -- mixtures ----------------------------------------------------------------------------------------------------------
 
 def as_sources(names, p):
     return {name: round(float(x), 6) for name, x in zip(names, p)}
@@ -338,12 +435,20 @@ if __name__ == '__main__':
     command = sys.argv[1] if len(sys.argv) > 1 else '--help'
     with open(__file__, encoding='utf-8') as _f:
         own = parse_knobs(_f.read(), __file__)
+    if command == 'collect':
+        configure(globals(), sys.argv[3:], verbose=False)
+        folder = sys.argv[2] if len(sys.argv) > 2 else ''
+        collect(folder, out if out != 'out/sweep' else folder if os.path.isdir(folder) else os.path.dirname(folder) or '.', bands, unit, at, loss, least)
+        sys.exit()
     given = [f'--design={a[2:]}' if a in ('--grid', '--dirichlet') else a for a in sys.argv[2:]]
     mine = [a for a in given if a.startswith('--') and a[2:].partition('=')[0].partition('.')[0] in own]
     theirs = [a for a in given if a not in mine]
-    configure(globals(), mine if command in ('mixture', 'method') else ['--help'], verbose=False)
+    configure(globals(), mine if command in ('arch', 'grid', 'mixture', 'method') else ['--help'], verbose=False)
     for a in theirs:
         if a.startswith(('--out_dir=', '--resume=')):
             raise BadInput(f'{a}: sweep.py sets that for every run. --out=folder says where they all go.')
     train_knobs = train_config(theirs)
-    (mixture_sweep if command == 'mixture' else method_phases)(train_knobs, theirs)
+    if command in ('arch', 'grid'):
+        grid_sweep(train_knobs, theirs, command == 'arch')
+    else:
+        (mixture_sweep if command == 'mixture' else method_phases)(train_knobs, theirs)
