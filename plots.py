@@ -72,6 +72,49 @@ def draw_table(path, rows, columns, values, errors, title):
     return path
 
 
+# -- reports -----------------------------------------------------------------------------------------------------------
+
+def draw_report(out, entries, arms, sources, metric):
+    """Losses of every source over tokens, the weights of every arm, and throughput. Returns [(title, path of the PNG)]."""
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    paths = []
+    if sources:
+        columns = min(3, len(sources))
+        figure, axes = plt.subplots(-(-len(sources) // columns), columns, figsize=(4.4 * columns, 3.2 * -(-len(sources) // columns)), layout='constrained', squeeze=False)
+        for axis in axes.flat[len(sources):]:
+            axis.set_axis_off()
+        for axis, source in zip(axes.flat, sources):
+            for entry in entries:
+                steps, values = _series(entry.records, f'val/{metric}_{source}')
+                axis.plot(np.array(steps) * entry.config['total_batch_tokens'], values, color=f'C{arms.index(entry.arm)}', linewidth=1.2, marker='.', markersize=4,
+                          label=entry.arm if entry.arm not in axis.get_legend_handles_labels()[1] else None)
+            axis.set(title=source, xlabel='tokens', ylabel=metric)
+        if len(arms) <= 12:
+            axes[0, 0].legend(fontsize=8)
+        paths.append(('Losses over time', _save_figure(figure, os.path.join(out, 'losses.png'))))
+    columns = min(3, len(arms))
+    figure, axes = plt.subplots(-(-len(arms) // columns), columns, figsize=(4.4 * columns, 3.2 * -(-len(arms) // columns)), layout='constrained', squeeze=False)
+    for axis in axes.flat[len(arms):]:
+        axis.set_axis_off()
+    for axis, arm in zip(axes.flat, arms):
+        for entry in (e for e in entries if e.arm == arm):
+            for i, source in enumerate(_names(entry.records, 'mixture/weight_')):
+                axis.plot(*_series(entry.records, f'mixture/weight_{source}'), color=f'C{i}', linewidth=1, label=source if source not in axis.get_legend_handles_labels()[1] else None)
+        axis.set(title=arm, xlabel='step', ylabel='weight', ylim=(0, None))
+    axes[0, 0].legend(fontsize=8)
+    paths.append(('Weights over time', _save_figure(figure, os.path.join(out, 'weights.png'))))
+    figure, axis = plt.subplots(figsize=(7, 3), layout='constrained')
+    for entry in entries:
+        axis.plot(*_series(entry.records, 'train/tokens_per_second'), color=f'C{arms.index(entry.arm)}', linewidth=0.8,
+                  label=entry.arm if entry.arm not in axis.get_legend_handles_labels()[1] else None)
+    axis.set(xlabel='step', ylabel='tokens per second', ylim=(0, None))
+    if len(arms) <= 12:
+        axis.legend(fontsize=8)
+    return [*paths, ('Throughput', _save_figure(figure, os.path.join(out, 'throughput.png')))]
+
+
 # -- sweeps ------------------------------------------------------------------------------------------------------------
 
 def draw_curves(out, curves, picks, unit, at):
