@@ -79,9 +79,10 @@ def draw_report(out, entries, arms, sources, metric):
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import EngFormatter
     paths = []
     if sources:
-        columns = min(3, len(sources))
+        columns = min(2, len(sources))
         figure, axes = plt.subplots(-(-len(sources) // columns), columns, figsize=(4.4 * columns, 3.2 * -(-len(sources) // columns)), layout='constrained', squeeze=False)
         for axis in axes.flat[len(sources):]:
             axis.set_axis_off()
@@ -91,10 +92,11 @@ def draw_report(out, entries, arms, sources, metric):
                 axis.plot(np.array(steps) * entry.config['total_batch_tokens'], values, color=f'C{arms.index(entry.arm)}', linewidth=1.2, marker='.', markersize=4,
                           label=entry.arm if entry.arm not in axis.get_legend_handles_labels()[1] else None)
             axis.set(title=source, xlabel='tokens', ylabel=metric)
+            axis.xaxis.set_major_formatter(EngFormatter(sep=''))
         if len(arms) <= 12:
             axes[0, 0].legend(fontsize=8)
         paths.append(('Losses over time', _save_figure(figure, os.path.join(out, 'losses.png'))))
-    columns = min(3, len(arms))
+    columns = min(2, len(arms))
     figure, axes = plt.subplots(-(-len(arms) // columns), columns, figsize=(4.4 * columns, 3.2 * -(-len(arms) // columns)), layout='constrained', squeeze=False)
     for axis in axes.flat[len(arms):]:
         axis.set_axis_off()

@@ -31,6 +31,7 @@ from runs import is_finished, planned_steps, tokenizer_of
 # -- knobs --
 out = 'report'                          # folder: report.html, report.md, figures
 metric = 'loss'                         # loss (nats per token) | bpb (bits per byte)
+sources: list[str] = []                 # the mean is over these; []: all that every run evaluates
 watch = False                           # renew the page until all runs have ended
 refresh = 10.0                          # seconds between two renewals
 
@@ -279,15 +280,19 @@ def build(folders):
     if compared and not common:
         raise BadInput(f'the runs have no source in common that they evaluate by {metric}' + (
             '; bits per byte need a tokenizer beside the shards.' if metric == 'bpb' else ': nothing can be compared.'))
+    unknown = [s for s in sources if s not in common]
+    if unknown and compared:
+        raise BadInput(f"sources: '{unknown[0]}' is not evaluated by all runs. There are {', '.join(common)}.")
     remarks = check_comparable(compared, common) if compared else []
     left_out = sorted({s for e in compared for s in e.sources(metric)} - set(common))
     remarks += [f'Not evaluated by all runs, and left out: {", ".join(left_out)}.'] if left_out else []
     remarks += [f"'{e.name}' is not finished ({e.status} at step {e.step:,}): it takes no part in the differences." for e in entries if e.status != 'finished']
     os.makedirs(out, exist_ok=True)
-    sections = [('Runs', ' '.join(remarks), table_of_runs(entries, common), None)]
+    mean_over = [s for s in common if not sources or s in sources]
+    sections = [('Runs', ' '.join(remarks), table_of_runs(entries, mean_over), None)]
     if len(arms) > 1:
-        sections += [('Arms', f'Mean {metric} of {", ".join(common)}, equal weights; perplexity is exp of the mean. Differences are of the same seeds.',
-                      table_of_arms(entries, arms, common), None)]
+        sections += [('Arms', f'Mean {metric} of {", ".join(mean_over)}, equal weights; perplexity is exp of the mean. Differences are of the same seeds.',
+                      table_of_arms(entries, arms, mean_over), None)]
     sections += [('Sources', f'Final validation {metric} of every source.', table_of_sources(entries, arms, common), None),
                  ('Weights', 'Sampling weights of the first and the last logged step, mean over seeds (range).', table_of_weights(entries, arms), None)]
     sections += [(title, '', None, path) for title, path in draw_report(out, entries, arms, common, metric)]

@@ -3,6 +3,7 @@
     python sweep.py arch --n_params="[4.5e6, 5.5e6]" --out=out/arch config/...                         # shapes of a size; --dry_run=True lists them
     python sweep.py arch --grid.n_layer="[4, 8]" --grid.n_embd="[64, 96]" --out=out/arch config/...    # or of lists of your own
     python sweep.py grid --grid.learning_rate="[1e-3, 2e-3]" --seeds="[0, 1]" --out=out/lr config/...  # any knobs of train.py
+    python sweep.py configs config/study/presence --seeds="[0, 1, 2]" --out=out/presence config/...    # every config file of a folder, but for _*.py
     python sweep.py collect out/arch                                                                   # their curves in one table: curves.py
 
     python sweep.py mixture --dirichlet --n=9 --seeds="[0, 1, 2]" --out=out/static config/...          # every mixture with every seed
@@ -96,15 +97,17 @@ def grid_mixtures(n, m):
 
 @dataclass
 class Job:
-    """A run of train.py to be: its folder, what it sets beyond the command line, and the run that has to be finished before it."""
+    """A run of train.py to be: its folder, what it sets beyond the command line, the run that has to be finished before it, its own config file."""
     folder: str
     knobs: dict = field(default_factory=dict)
     after: 'Job | None' = None
+    file: str | None = None                 # comes after the command line's files, before its --key=value
 
     def command(self, arguments):
         """resume=True: what was there before a kill goes on."""
         knobs = {**self.knobs, 'out_dir': self.folder, 'resume': True}
-        return [sys.executable, 'train.py', *arguments, *(f'--{key}={value}' for key, value in knobs.items())]
+        files = [a for a in arguments if not a.startswith('--')] + ([self.file] if self.file else [])
+        return [sys.executable, 'train.py', *files, *(a for a in arguments if a.startswith('--')), *(f'--{key}={value}' for key, value in knobs.items())]
 
 
 def train_config(arguments):
@@ -293,7 +296,19 @@ def grid_sweep(config, arguments, arch):
     print(f'python sweep.py collect {out}')
 
 
-# -- mixtures ----------------------------------------------------------------------------------------------------------
+def config_sweep(folder, arguments):
+    """Runs of every config file in a folder with every seed, in the order of their names."""
+    files = sorted(glob.glob(os.path.join(glob.escape(folder), '[!_]*.py'))) if os.path.isdir(folder) else []
+    if not files:
+        raise BadInput(f"'{folder}' has no config file in it. Say `sweep.py configs FOLDER`, a folder of files that train.py takes.")
+    jobs_to_run = [Job(os.path.join(out, f'{os.path.basename(file)[:-3]}_seed{seed}'), dict(seed=seed), file=os.path.abspath(file)) for seed in seeds for file in files]
+    for job in jobs_to_run[:len(files)]:
+        sources_of(train_config(job.command(arguments)[2:]))
+    run_all(jobs_to_run, arguments, 'runs')
+    print(f'python report.py {out}')
+
+
+# -- sweeps of mixtures ------------------------------------------------------------------------------------------------
 
 def as_sources(names, p):
     return {name: round(float(x), 6) for name, x in zip(names, p)}
@@ -440,13 +455,17 @@ if __name__ == '__main__':
         folder = sys.argv[2] if len(sys.argv) > 2 else ''
         collect(folder, out if out != 'out/sweep' else folder if os.path.isdir(folder) else os.path.dirname(folder) or '.', bands, unit, at, loss, least)
         sys.exit()
-    given = [f'--design={a[2:]}' if a in ('--grid', '--dirichlet') else a for a in sys.argv[2:]]
+    first = 3 if command == 'configs' else 2
+    given = [f'--design={a[2:]}' if a in ('--grid', '--dirichlet') else a for a in sys.argv[first:]]
     mine = [a for a in given if a.startswith('--') and a[2:].partition('=')[0].partition('.')[0] in own]
     theirs = [a for a in given if a not in mine]
-    configure(globals(), mine if command in ('arch', 'grid', 'mixture', 'method') else ['--help'], verbose=False)
+    configure(globals(), mine if command in ('arch', 'grid', 'configs', 'mixture', 'method') else ['--help'], verbose=False)
     for a in theirs:
         if a.startswith(('--out_dir=', '--resume=')):
             raise BadInput(f'{a}: sweep.py sets that for every run. --out=folder says where they all go.')
+    if command == 'configs':
+        config_sweep(sys.argv[2] if len(sys.argv) > 2 else '', theirs)
+        sys.exit()
     train_knobs = train_config(theirs)
     if command in ('arch', 'grid'):
         grid_sweep(train_knobs, theirs, command == 'arch')

@@ -10,15 +10,10 @@ import os
 import subprocess
 import sys
 
-import numpy as np
-
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 from configurator import BadInput, configure
-from prepare.demo import train_tokenizer
-from prepare.reading import local_files, read_batches, records_of
-from prepare.shards import PartWriter, finish_source
 
 # -- knobs --
 text = ''                        # folder with train/*.jsonl.gz and val/
@@ -30,28 +25,6 @@ configure(globals(), verbose=False)
 
 SOURCES = ('code', 'math', 'web_edu')
 BREAK_STEP, VOCAB_SIZE = 150, 2048
-
-
-def documents(split, name):
-    for file in local_files(os.path.join(text, split, f'{name}.jsonl.gz')):
-        for batch in read_batches(file, ['text']):
-            yield from (record['text'] for _, record in records_of(batch))
-
-
-def prepare(folder):
-    """The sources as shards, once."""
-    if all(os.path.isfile(os.path.join(folder, name, 'meta.json')) for name in SOURCES):
-        return
-    tokenizer = train_tokenizer([document for name in SOURCES for document in documents('train', name)], VOCAB_SIZE)
-    for name in SOURCES:
-        writer = PartWriter(os.path.join(folder, name), 0, tokenizer.vocab_size)
-        writer.delete()                                        # of a run that was cut off
-        writer = PartWriter(os.path.join(folder, name), 0, tokenizer.vocab_size)
-        for split in ('train', 'val'):
-            for document in documents(split, name):
-                writer.add(split, np.concatenate(([tokenizer.bos_id], tokenizer.encode_document(document))), len(document.encode()))
-        writer.commit(1, 0, done=True)
-        finish_source(os.path.join(folder, name), tokenizer, dict(text=text), [writer.state])
 
 
 def run(*command):
@@ -79,7 +52,7 @@ if __name__ == '__main__':
     if not text:
         raise BadInput('--text is missing.')
     out = os.path.abspath(out)
-    prepare(os.path.join(out, 'data'))
+    run('prepare/folder.py', f'--input={os.path.abspath(text)}', f'--sources={list(SOURCES)}', f'--vocab_size={VOCAB_SIZE}', f"--out={os.path.join(out, 'data')}")
     for part in parts:
         study(part, ['config/ablation/mixing.py', '--prepare=None', f"--data_dir={os.path.join(out, 'data')}", f'--vocab_size={VOCAB_SIZE}',
                      f'--sources={dict.fromkeys(SOURCES, 1.0)}'])

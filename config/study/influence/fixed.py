@@ -1,0 +1,2 @@
+# equal weights all along: a fifth of the rows is noise
+mixture = 'fixed'

@@ -1,0 +1,3 @@
+# plain accumulation
+batch_size = 4                   # 8 micro-batches of a step
+presence = 'off'

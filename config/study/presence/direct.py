@@ -1,0 +1,4 @@
+# what is new to the model counts more, all along
+batch_size = 4                   # 8 micro-batches of a step
+presence = 'store'
+presence_tau = 1.0

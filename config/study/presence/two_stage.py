@@ -1,0 +1,4 @@
+# more at first, less after 10 % of the run
+batch_size = 4                   # 8 micro-batches of a step
+presence = 'store'
+presence_schedule = 'two_stage'
