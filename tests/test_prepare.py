@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 
-from conftest import ROOT, assert_one_sentence, run
+from conftest import ROOT, assert_one_sentence, run, run_here
 from configurator import BadInput
 from data import Source
 from prepare import reading
@@ -428,3 +428,28 @@ def test_demo_data_is_repeatable_disjoint_and_its_noise_is_shuffled(tmp_path, de
         pairs = np.unique(stream[:-1].astype(np.int64) * 4096 + stream[1:], return_counts=True)[1]
         return (np.log(pairs) * pairs).sum() / pairs.sum()
     assert pair_information(code[:len(noise)]) > pair_information(noise) + 1
+
+
+def test_a_folder_of_texts_becomes_sources_that_share_a_tokenizer(tmp_path, capsys):
+    words = 'the model reads a little more of every source and writes down what it has seen there today'.split()
+    rng = np.random.default_rng(0)
+    texts = {split: [' '.join(rng.choice(words, 60)) + '.' for _ in range(n)] for split, n in (('train', 30), ('val', 5), ('probes', 4))}
+    for split, names in (('train', 'ab'), ('val', 'ab'), ('probes', 'x')):
+        (tmp_path / 'text' / split).mkdir(parents=True)
+        for name in names:
+            with gzip.open(tmp_path / 'text' / split / f'{name}.jsonl.gz', 'wt') as f:
+                f.writelines(json.dumps(dict(text=name + ' ' + text)) + '\n' for text in texts[split])
+    command = ['prepare/folder.py', f'--input={tmp_path / "text"}', f'--out={tmp_path / "data"}', '--vocab_size=300']
+    run_here(command)
+    tokenizer = load_tokenizer(str(tmp_path / 'data' / 'a'))
+    assert tokenizer.vocab_size <= 300
+    for folder, split, name in (('a', 'train', 'a'), ('b', 'val', 'b'), ('probe/x', 'probe', 'x')):
+        (path,) = (tmp_path / 'data' / folder / split).glob('*.bin')
+        ids = np.fromfile(path, dtype='<u2', offset=1024).tolist()
+        documents = [d for d in tokenizer.decode(ids).split(tokenizer.decode([tokenizer.bos_id])) if d]
+        assert documents == [f'{name} {text}' for text in texts['probes' if folder == 'probe/x' else split]]
+    before = (tmp_path / 'data' / 'a' / 'meta.json').stat().st_mtime_ns
+    run_here(command)
+    assert (tmp_path / 'data' / 'a' / 'meta.json').stat().st_mtime_ns == before
+    with pytest.raises(BadInput, match="has no train/<source>.jsonl.gz in it"):
+        run_here(['prepare/folder.py', f'--input={tmp_path / "data"}'])

@@ -2,6 +2,7 @@
 import fcntl
 import json
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -90,6 +91,20 @@ def test_phases_leave_a_config_that_train_py_takes(tmp_path, tiny_data):
     run_here([*command(tiny_data, tmp_path / 'slurm', 'mixture', '--n=4'), '--slurm=True'])
     assert len((tmp_path / 'slurm' / 'first.txt').read_text().splitlines()) == 4
     assert 'SLURM_ARRAY_TASK_ID' in (tmp_path / 'slurm' / 'first.sh').read_text()
+
+
+def test_every_config_file_of_a_folder_is_an_arm(tmp_path, tiny_data):
+    (tmp_path / 'arms').mkdir()
+    for name, text in (('one', 'learning_rate = 1e-3'), ('two', 'learning_rate = 2e-3'), ('_part', 'nonsense')):
+        (tmp_path / 'arms' / f'{name}.py').write_text(text)
+    (tmp_path / 'base.py').write_text('learning_rate = 5e-3\nmax_steps = 7')
+    knobs = [f'--{k}={v}' for k, v in {**KNOBS, 'data_dir': tiny_data}.items() if k not in ('learning_rate', 'max_steps')]
+    run_here(['sweep.py', 'configs', str(tmp_path / 'arms'), '--seeds=[3, 4]', '--slurm=True', f'--out={tmp_path / "out"}', str(tmp_path / 'base.py'), *knobs])
+    lines = [shlex.split(line) for line in (tmp_path / 'out' / 'first.txt').read_text().splitlines()]
+    found = [train_config(line[2:]) for line in lines]
+    assert [(c['learning_rate'], c['seed'], c['max_steps']) for c in found] == [(1e-3, 3, 7), (2e-3, 3, 7), (1e-3, 4, 7), (2e-3, 4, 7)]
+    with pytest.raises(BadInput, match='has no config file in it'):
+        run_here(['sweep.py', 'configs', str(tmp_path / 'out'), *knobs])
 
 
 def test_a_finished_run_with_other_knobs_does_not_pass_for_this_one(tmp_path, tiny_data):
