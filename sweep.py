@@ -357,9 +357,12 @@ def mixture_sweep(config, arguments):
         raise BadInput(f'break_step = {break_step} and {child_steps} steps of a child go beyond the {last} steps of a run (max_steps), or there is nothing before.')
     parents_folder, children_folder = os.path.join(out, 'parents'), os.path.join(out, 'children')
     if method:
+        folders = {seed: os.path.join(out, 'phases', f'seed{seed}') for seed in seeds}
+        before = {seed: jobs_before(method, folders[seed], names, seed) for seed in seeds}
+        if any(before.values()):
+            run_all([job for seed in seeds for job in before[seed]], arguments, 'runs that the method starts from')
         parents = [Job(os.path.join(parents_folder, f'{method}_seed{seed}'), dict(
-            mixture=method, seed=seed, stop_step=break_step, **needs_of(method, os.path.join(out, 'phases', f'seed{seed}'), names, seed, arguments)))
-            for seed in seeds]
+            mixture=method, seed=seed, stop_step=break_step, **needs_of(method, folders[seed], names, before[seed]))) for seed in seeds]
     else:
         parents = [Job(os.path.join(parents_folder, f'mix{i:02d}_seed{seed}'), dict(mixture='fixed', sources=p, seed=seed, stop_step=break_step))
                    for seed in seeds for i, p in enumerate(designed(names, seeds[0]))]
@@ -378,25 +381,26 @@ def sources_of(config):
 
 # -- methods of several runs -------------------------------------------------------------------------------------------
 
-def needs_of(method, folder, names, seed, arguments):
-    """Makes what a run of the method has to have (Skill-It's graph, DoReMi's reference): the knobs that say where it is."""
+def jobs_before(method, folder, names, seed):
+    """The runs that have to be there before a run of the method."""
     if method == 'skillit':
-        singles = [Job(os.path.join(folder, f'only_{name}'), dict(mixture='fixed', sources=as_sources(names, [float(o == name) for o in names]), seed=seed))
-                   for name in names]
-        run_all(singles, arguments, 'a run on every source alone')
+        return [Job(os.path.join(folder, f'only_{name}'), dict(mixture='fixed', sources=as_sources(names, [float(o == name) for o in names]), seed=seed))
+                for name in names]
+    return [Job(os.path.join(folder, 'reference'), dict(mixture='stratified', seed=seed))] if method == 'doremi' else []
+
+
+def needs_of(method, folder, names, before):
+    """What a run of the method has to have (Skill-It's graph, DoReMi's reference), of `jobs_before`: the knobs that say where it is."""
+    if method == 'skillit':
         graph = []
-        for job in singles:
+        for job in before:
             first, last = read_run(job.folder, at=0), read_run(job.folder)
             graph.append(((first.loss - last.loss) / first.loss).tolist())
         path = os.path.join(folder, 'graph.json')
         with open(path, 'w', encoding='utf-8') as f:
             json.dump(dict(groups=names, graph=graph), f, indent=1)
         return dict(skillit_graph=path)
-    if method == 'doremi':
-        reference = Job(os.path.join(folder, 'reference'), dict(mixture='stratified', seed=seed))
-        run_all([reference], arguments, 'the reference')
-        return dict(doremi_reference=reference.folder)
-    return {}
+    return dict(doremi_reference=before[0].folder) if method == 'doremi' else {}
 
 
 def token_flops(config):
@@ -417,7 +421,10 @@ def method_phases(config, arguments):
     if slurm:
         raise BadInput('--slurm=True is of `sweep.py mixture`: phases wait for each other. Submit this command itself as a job.')
     names, seed = sources_of(config), config['seed']
-    knobs = needs_of(method, out, names, seed, arguments)
+    before = jobs_before(method, out, names, seed)
+    if before:
+        run_all(before, arguments, 'runs that the method starts from')
+    knobs = needs_of(method, out, names, before)
     weights = None
     if method in ('doge', 'doremi'):
         proxy = Job(os.path.join(out, 'proxy'), dict(mixture=method, seed=seed, **knobs))
