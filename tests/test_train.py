@@ -340,7 +340,7 @@ def test_a_failed_rank_is_named(tmp_path, tiny_data):
 def test_every_config_loads(tmp_path, capsys, name):
     # the mistakes that are found after a config has been read show that it was: no sources, or no folder for them
     with pytest.raises(BadInput, match='sources is empty' if 'model' in name else 'does not exist'):
-        run_here(['train.py', *['config/tiny/model.py'] * name.startswith('tiny/'), f'config/{name}', f'--out_dir={tmp_path / "run"}',
+        run_here(['train.py', *['config/tiny/model.py'] * name.startswith('tiny/'), *['config/study/base.py'] * name.startswith('study/'), f'config/{name}', f'--out_dir={tmp_path / "run"}',
                   f'--data_dir={tmp_path}', '--prepare=None', '--mixture=fixed', '--device=cpu'])
     out = capsys.readouterr().out
     assert 'differ from the defaults' in out and f'config/{name}:' in out
