@@ -26,6 +26,12 @@ from data import open_shard, shard_bytes  # noqa: E402
 
 torch.set_num_threads(1)       # as the subprocesses: sums in another order would differ in the last bit
 
+
+def pytest_xdist_auto_num_workers(config):
+    """One more than there are cores: many tests wait for processes of theirs."""
+    return (os.cpu_count() or 1) + 1
+
+
 TINY = dict(vocab_size=64, n_layer=2, n_head=2, n_kv_head=1, n_embd=32, ffn_dim=48, block_size=16, batch_size=2,
             total_batch_tokens=64, max_steps=12, warmup_steps=2, learning_rate=1e-2, log_interval=1, eval_interval=6,
             eval_rows=4, save_interval=4, dtype='float32', compile=False)
