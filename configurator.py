@@ -63,12 +63,12 @@ def parse_knobs(source, filename):
     Knobs are the module-level assignments to public lower-case names above the call of `configure(...)`. The type is the
     text of the annotation ('int | None'), or '' when there is none. Headings are comment lines '# -- like this --'.
     """
-    tree = ast.parse(source, filename)
+    tree, lines = ast.parse(source, filename), source.split('\n')
     comments = {token.start[0]: token for token in tokenize.generate_tokens(io.StringIO(source).readline)
                 if token.type == tokenize.COMMENT}
     knobs, heading, last_line = {}, '', 0
     for node in tree.body:
-        if 'configure(' in ast.get_source_segment(source, node).split('#')[0] and isinstance(node, (ast.Assign, ast.Expr)):
+        if isinstance(node, (ast.Assign, ast.Expr)) and 'configure(' in '\n'.join(lines[node.lineno - 1:node.end_lineno]).split('#')[0]:
             break
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             name, annotation = node.target.id, ast.unparse(node.annotation)
