@@ -42,7 +42,7 @@ class Curve:
 
     @property
     def deep(self):
-        """The seed's `high_layers`: many layers for so few heads."""
+        """The published sweep's `high_layers`: many layers for so few heads."""
         n_head, n_layer = self.shape[:2]
         return n_head > 4 and n_layer >= n_head + (8 if n_head <= 10 else 10)
 

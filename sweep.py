@@ -51,6 +51,10 @@ break_step: int | None = None           # step at which parents stop and childre
 child_steps = 100                       # steps of a child
 method = ''                             # mixture: parents are runs of this method, with every seed | method: which one
 target = ''                             # method=regmix: source whose loss is to be low; '': the mean of all
+heads = [4, 6, 8, 10, 12, 14, 16]       # arch: n_head; the shapes are all combinations of these four, unless `grid` has a shape's knob
+head_widths = [8, 16, 24, 32, 40, 48, 56, 64]     # arch: n_embd / n_head
+ffn_ratios = [0.5, 1, 1.5, 2]           # arch: ffn_dim / n_embd
+extra_layers = [2, 4, 6, 8, 10, 12]     # arch: n_layer - n_head
 grid: dict[str, list] = {}              # arch, grid: values of train.py's knobs, all combinations
 n_params = [1e6, 3e8]                   # arch: parameters of a model, tables included: the fewest and the most
 bands: dict = {}                        # arch: further limits, such as {'5M': None} (10 % to either side) | collect: band -> point to compare at (None: `at`)
@@ -237,9 +241,9 @@ def write_slurm(runs, arguments):
 # -- architectures and grids -------------------------------------------------------------------------------------------
 
 def arch_shapes():
-    """The seed's grid: heads, widths of 8 to 64 for a head, inner widths of half to twice the width, 2 to 12 more layers than heads."""
+    """The grid of heads, head_widths, ffn_ratios and extra_layers; as they are by default, that of the published sweep."""
     return [dict(n_head=h, n_kv_head=h, n_layer=h + more, n_embd=h * width, ffn_dim=int(h * width * ratio), head_dim=None)
-            for h in range(4, 17, 2) for more in range(2, 13, 2) for width in range(8, 65, 8) for ratio in (0.5, 1, 1.5, 2)]
+            for h in heads for more in extra_layers for width in head_widths for ratio in ffn_ratios]
 
 
 def combinations(lists):
