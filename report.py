@@ -67,7 +67,7 @@ class Entry:
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 def find_folders(paths):
-    """The run folders of what was named: runs themselves, or all below a folder (without the children and phases of a sweep's methods)."""
+    """The run folders of what was named: runs themselves, or all below a folder."""
     found = []
     for path in paths:
         if not os.path.isdir(path):
