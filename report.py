@@ -24,9 +24,9 @@ from scipy import stats
 
 from common import read_metrics
 from configurator import BadInput, configure
-from model import ModelConfig, count_parameters, flops_per_token
+from model import ModelConfig, count_parameters
 from plots import draw_report
-from runs import is_finished, planned_steps, tokenizer_of
+from runs import flops_of, is_finished, planned_steps, tokenizer_of
 
 # -- knobs --
 out = 'report'                          # folder: report.html, report.md, figures
@@ -59,6 +59,10 @@ class Entry:
     @property
     def seed(self):
         return self.config['seed']
+
+    @property
+    def tokens(self):
+        return self.step * self.config['total_batch_tokens']
 
     def sources(self, metric):
         return [key.removeprefix(f'val/{metric}_') for key in self.final if key.startswith(f'val/{metric}_')]
@@ -139,7 +143,7 @@ def check_comparable(entries, sources):
                 differ(f"validation data of '{source}'", first, entry)
             if how_a != how_b:
                 differ('eval_rows, block_size or packing', first, entry)
-    lengths = {entry.step * entry.config['total_batch_tokens'] for entry in entries if entry.status == 'finished'}
+    lengths = {entry.tokens for entry in entries if entry.status == 'finished'}
     if len(lengths) > 1:
         remarks.append(f'The runs were trained on different numbers of tokens ({min(lengths):,} to {max(lengths):,}).')
     return list(dict.fromkeys(remarks))
@@ -171,23 +175,16 @@ def mean_and_range(values, digits=4):
     return 'n/a' if not len(values) else f'{np.mean(values):.{digits}f}' + (f' ({min(values):.{digits}f} to {max(values):.{digits}f})' if len(values) > 1 else '')
 
 
-def flops_of(entry):
-    """(FLOPs of training so far, of what was measured beside it)."""
-    model = ModelConfig(**{f.name: entry.config[f.name] for f in fields(ModelConfig)})
-    extra = [r['mixture/extra_flops'] for r in entry.records if 'mixture/extra_flops' in r]
-    return entry.step * entry.config['total_batch_tokens'] * flops_per_token(model, entry.config['block_size']), extra[-1] if extra else 0.0
-
-
 def table_of_runs(entries, sources):
     rows = []
     for e in entries:
         speed = [r['train/tokens_per_second'] for r in e.records[-50:] if r.get('train/tokens_per_second')]
         per_second = float(np.median(speed)) if speed else math.nan
         left = (e.last - e.step) * e.config['total_batch_tokens'] / per_second if e.last and speed and e.status == 'training' else None
-        mean, spent = value(e, sources) if e.final else math.nan, e.step * e.config['total_batch_tokens']
+        mean = value(e, sources) if e.final else math.nan
         marked = e.status if e.status == 'finished' else f'{e.status} at step {e.step:,} of {e.last:,}' if e.last else f'{e.status} at step {e.step:,}'
         marked += f', {left / 60:.0f} minutes to go' if left is not None else ''
-        rows.append([e.name, e.arm, str(e.seed), marked, f'{spent:,}', f'{mean:.4f}' if e.final else 'none yet',
+        rows.append([e.name, e.arm, str(e.seed), marked, f'{e.tokens:,}', f'{mean:.4f}' if e.final else 'none yet',
                      (f'{math.exp(mean):.3f}' if metric == 'loss' else '') if e.final else '', f'{per_second:,.0f}' if speed else ''])
     return ['run', 'arm', 'seed', 'state', 'tokens', f'mean {metric}', 'perplexity', 'tokens/s'], rows
 
@@ -248,12 +245,12 @@ def table_of_costs(entries, arms):
     rows = []
     for arm in arms:
         of_arm = [e for e in entries if e.arm == arm]
-        trained, extra = np.mean([flops_of(e) for e in of_arm], 0)
+        trained, extra = np.mean([flops_of(e.config, e.tokens, e.records) for e in of_arm], 0)
         step_s = [float(np.median([r['system/step_ms'] for r in e.records if r.get('system/step_ms')] or [math.nan])) / 1e3 for e in of_arm]
         measured = [sum(r.get('system/mixture_ms', 0) for r in e.records) / 1e3 for e in of_arm]
         seconds = [e.step * s for e, s in zip(of_arm, step_s)]
         model = ModelConfig(**{f.name: of_arm[0].config[f.name] for f in fields(ModelConfig)})
-        rows.append([arm, f'{count_parameters(model)["total"] / 1e6:.2f}M', f'{np.mean([e.step * e.config["total_batch_tokens"] for e in of_arm]):,.0f}', f'{trained:.3g}',
+        rows.append([arm, f'{count_parameters(model)["total"] / 1e6:.2f}M', f'{np.mean([e.tokens for e in of_arm]):,.0f}', f'{trained:.3g}',
                      f'{extra / trained:.1%}' if trained else 'n/a', f'{np.nanmean(seconds) / 60:.1f}' if np.isfinite(seconds).any() else 'n/a', f'{np.mean(measured):.1f}'])
     return ['arm', 'parameters', 'tokens', 'FLOPs of training', 'measured beside it', 'minutes of steps', 'seconds of re-weighting'], rows
 

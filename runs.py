@@ -1,14 +1,15 @@
-"""What finished runs of train.py left behind, as tables: mixtures, losses, seeds. For mixing_laws.py and sweep.py."""
+"""What finished runs of train.py left behind, as tables: mixtures, losses, seeds. For mixing_laws.py, sweep.py and report.py."""
 import glob
 import hashlib
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 
 from common import read_metrics
 from configurator import BadInput
+from model import ModelConfig, flops_per_token
 from schedule import count_steps
 
 
@@ -102,16 +103,31 @@ def read_run(folder, at=None):
     if at is None and config.get('continue_from'):
         origin, first = origin_of(config['continue_from'])
         parent = read_run(origin, first)
-    records = [r for r in records if r['step'] >= first and (at is None or r['step'] <= at)]
-    weights = [[r[f'mixture/weight_{name}'] for name in groups] for r in records if f'mixture/weight_{groups[0]}' in r]
-    if config['mixture'] in ('fixed', 'stratified') and weights and np.ptp(weights, axis=0).max() > 1e-6:
+    own = [r for r in records if r['step'] >= first and (at is None or r['step'] <= at)]
+    constant = config['mixture'] in ('fixed', 'stratified')
+    logged = [r for r in own if f'mixture/weight_{groups[0]}' in r]
+    if constant and not logged:                                     # weights that never change are told by a log after `at` as well
+        logged = [r for r in records if f'mixture/weight_{groups[0]}' in r][:1]
+    weights = [[r[f'mixture/weight_{name}'] for name in groups] for r in logged]
+    if constant and weights and np.ptp(weights, axis=0).max() > 1e-6:
         raise BadInput(f"the mixture of run '{folder}' changed while it ran, though it is '{config['mixture']}': it was resumed with other weights. "
                        'Take it out of the folder.')
     if not weights:
         raise BadInput(f"run '{folder}' logged no mixture after step {first}. Train it with a smaller log_interval.")
     return Run(os.path.basename(os.path.normpath(folder)), np.array(weights[-1]), np.array([evaluated[-1][f'val/loss_{name}'] for name in groups]),
                config['seed'], (evaluated[-1]['step'] - first) * config['total_batch_tokens'], tokenizer_of(folder), config['mixture'], parent,
-               records, config)
+               own, config)
+
+
+def token_flops(config):
+    """FLOPs of training on one token (PaLM's count)."""
+    return flops_per_token(ModelConfig(**{f.name: config[f.name] for f in fields(ModelConfig)}), config['block_size'])
+
+
+def flops_of(config, tokens, records):
+    """(FLOPs of training on `tokens`, of what was measured beside it) of a run with these records of metrics.jsonl."""
+    extra = [r['mixture/extra_flops'] for r in records if 'mixture/extra_flops' in r]
+    return tokens * token_flops(config), extra[-1] if extra else 0.0
 
 
 def read_json(path):

@@ -35,8 +35,8 @@ from common import read_metrics
 from configurator import BadInput, RunFault, configure, did_you_mean, parse_knobs
 from curves import SHAPE, collect, parse_band
 from data import prepare_missing
-from model import ModelConfig, count_parameters, flops_per_token
-from runs import is_finished, planned_steps, read_run, read_table
+from model import ModelConfig, count_parameters
+from runs import flops_of, is_finished, planned_steps, read_run, read_table, token_flops
 from schedule import count_steps
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
@@ -407,17 +407,6 @@ def needs_of(method, folder, names, before):
     return dict(doremi_reference=before[0].folder) if method == 'doremi' else {}
 
 
-def token_flops(config):
-    return flops_per_token(ModelConfig(**{f.name: config[f.name] for f in fields(ModelConfig)}), config['block_size'])
-
-
-def flops_of(folder):
-    """FLOPs of a finished run, its measurements included."""
-    run = read_run(folder)
-    extra = [r['mixture/extra_flops'] for r in run.records if 'mixture/extra_flops' in r]
-    return run.tokens * token_flops(run.config) + (extra[-1] if extra else 0)
-
-
 def method_phases(config, arguments):
     if method not in PHASED:
         raise BadInput(f"method = '{method}' must be one of {', '.join(PHASED)}." + (f' `train.py --mixture={method}` needs no other run.'
@@ -448,7 +437,8 @@ def method_phases(config, arguments):
                 + (f"mixture = 'skillit'\nskillit_graph = {knobs['skillit_graph']!r}\n" if method == 'skillit' else
                    f"mixture = 'fixed'\nsources = { {name: round(w, 6) for name, w in weights.items()} }\n"))
     final = count_steps(config, None) * config['total_batch_tokens'] * token_flops(config)
-    spent = sum(flops_of(os.path.dirname(path)) for depth in ('*', 'runs/*') for path in glob.glob(os.path.join(glob.escape(out), depth, 'metrics.jsonl')))
+    done = [read_run(os.path.dirname(path)) for depth in ('*', 'runs/*') for path in glob.glob(os.path.join(glob.escape(out), depth, 'metrics.jsonl'))]
+    spent = sum(sum(flops_of(run.config, run.tokens, run.records)) for run in done)
     with open(os.path.join(out, 'cost.json'), 'w', encoding='utf-8') as f:
         json.dump(dict(method=method, flops=spent, share_of_this_run=spent / final), f, indent=1)
     print(f'{method}: ' + (', '.join(f'{name} {w:.4f}' for name, w in weights.items()) if weights else f'graph {knobs["skillit_graph"]}'))

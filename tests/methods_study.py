@@ -18,7 +18,8 @@ sys.path.insert(0, ROOT)
 
 import sweep  # noqa: E402
 from configurator import BadInput, configure  # noqa: E402
-from report import paired, read_entry, difference, mean_and_range  # noqa: E402
+from report import difference, mean_and_range, paired, read_entry, weights_of  # noqa: E402
+from runs import flops_of  # noqa: E402
 
 # -- knobs --
 text = ''                        # folder with train/*.jsonl.gz, val/ and probes/
@@ -105,9 +106,9 @@ def print_table(names, folder):
         costs = []
         for seed, e in zip(seeds, own):
             path = os.path.join(folder, 'phases', f'{method}_seed{seed}', 'cost.json')
-            trained, extra = sweep.token_flops(e.config) * e.step * e.config['total_batch_tokens'], [r['mixture/extra_flops'] for r in e.records if 'mixture/extra_flops' in r]
-            costs.append((json.load(open(path, encoding='utf-8'))['share_of_this_run'] if os.path.isfile(path) else 0) + 1 + (extra[-1] / trained if extra else 0))
-        weights = np.array([[e.records[-1].get(f'mixture/weight_{n}') or [r for r in e.records if f'mixture/weight_{n}' in r][-1][f'mixture/weight_{n}'] for n in names] for e in own])
+            trained, extra = flops_of(e.config, e.tokens, e.records)
+            costs.append((json.load(open(path, encoding='utf-8'))['share_of_this_run'] if os.path.isfile(path) else 0) + 1 + extra / trained)
+        weights = np.array([[weights_of(e)[-1][n] for n in names] for e in own])
         cells = [mean_and_range([e.final[f'val/loss_{n}_test'] for e in own], 3) for n in names]
         print(f'| {method} | {mean_and_range([perplexity(e) for e in own], 2)} | ' + ('' if method == 'stratified' else difference(paired(every, method, 'stratified', perplexity), 2))
               + f' | {"" if method == "stratified" else f"{wins} of {len(seeds)}"} | ' + ' | '.join(cells) + ' | ' + ', '.join(mean_and_range(w, 2) for w in weights.T)

@@ -88,6 +88,10 @@ def test_phases_leave_a_config_that_train_py_takes(tmp_path, tiny_data):
     assert weights == pytest.approx({name: last[f'mixture/average_{name}'] for name in 'ab'}, abs=1e-6)
     cost = json.loads((tmp_path / 'out' / 'cost.json').read_text())['share_of_this_run']
     assert cost == pytest.approx(1 + 1 + 1 / 3, rel=0.01)        # the reference, the proxy, and the reference's forward beside it
+    run_here(command(tiny_data, tmp_path / 'skillit', 'method', '--method=skillit', log_interval=5))
+    graph = json.loads((tmp_path / 'skillit' / 'graph.json').read_text())['graph']
+    only_a = metrics(tmp_path / 'skillit' / 'only_a')                                   # of step 0 there is no log, but a loss
+    assert graph[0][1] == pytest.approx(1 - only_a[12]['val/loss_b'] / only_a[0]['val/loss_b'])
     run_here([*command(tiny_data, tmp_path / 'slurm', 'mixture', '--n=4'), '--slurm=True'])
     assert len((tmp_path / 'slurm' / 'first.txt').read_text().splitlines()) == 4
     assert 'SLURM_ARRAY_TASK_ID' in (tmp_path / 'slurm' / 'first.sh').read_text()
