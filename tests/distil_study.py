@@ -1,10 +1,11 @@
 """Distillation against plain training on the same tokens, and what a cache costs in accuracy (RESULTS.md). Not collected by pytest.
 
-    python tests/distil_study.py --data=data --sources=math,web_edu --teacher=out/teacher --out=out/distil
+    python prepare/folder.py --input=folder --sources="['code', 'math', 'web_edu', 'wiki', 'noise']" --out=data/study
+    python tests/distil_study.py --data=data/study          # half an hour on two idle cores; what is complete is not made again
 
-Takes the first `tokens` of every source's training shards, caches the teacher on them in three ways, and trains a student of
-1.2M parameters by cross-entropy, from the living teacher, from each cache; then compares losses and gradients of the caches with the whole
-divergence on validation rows. Runs that are complete are kept, so it goes on where it was stopped.
+Trains the teacher of config/study/distil/_teacher.py, takes the first `tokens` of every source's training shards, caches the teacher on them in three
+ways, and trains the students of config/study/distil/ on them; then compares losses and gradients of the caches with the whole divergence on
+validation rows.
 """
 import json
 import os
@@ -16,30 +17,38 @@ import sys
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
-from configurator import configure  # noqa: E402
+from configurator import BadInput, configure  # noqa: E402
+from report import difference, mean_and_range, paired, read_entry  # noqa: E402
+from runs import is_finished, token_flops  # noqa: E402
 
 # -- knobs --
-data = 'data'                       # folder of prepared sources
-sources = 'math,web_edu'            # of it, with commas
-teacher = 'out/teacher'             # a run with the same tokenizer
+data = 'data/study'                 # folder of prepared sources
 out = 'out/distil'
-tokens = 450_000                    # of every source
-steps = 180                         # of 4096 tokens
-seeds = [1, 2, 3]
-vocab_size = 8192
+tokens = 450_000                    # of every source: the students stay below one epoch
+seeds = [0, 1, 2]
+jobs = 2                            # runs at the same time, of one thread each
 
-CACHES = {'k64_draws16': (64, 16), 'k0_draws16': (0, 16), 'k64_draws0': (64, 0)}      # name -> likeliest ids, draws from the rest
-ARMS = {'cross-entropy': [], 'teacher': [f'--teacher={teacher}'], **{name: [f'--kd_cache={name}'] for name in CACHES}}
+NAMES, TEACHER = ('math', 'web_edu'), os.path.join(ROOT, 'out', 'study_teacher')          # as config/study/distil/ has them
+CACHES = {'k64_draws16': (64, 16), 'k0_draws16': (0, 16), 'k64_draws0': (64, 0)}          # name -> likeliest ids, draws from the rest
+ARMS = ('cross_entropy', 'teacher', 'teacher_half', *CACHES)
 
 
-def cut_sources(folder, names):
+def run(*command):
+    print('\n$ python', *command, flush=True)
+    if subprocess.run([sys.executable, *command], cwd=ROOT).returncode:
+        raise BadInput(f'{command[0]} failed; its message stands above. The same command again goes on.')
+
+
+def cut_sources(folder):
     """Copies of the sources with the first `tokens` tokens of training text."""
     import numpy as np
     from data import open_shard, shard_bytes
-    for name in names:
+    for name in NAMES:
         if os.path.isdir(f'{folder}/{name}'):
             continue
-        shutil.copytree(f'{data}/{name}', f'{folder}/{name}.tmp')
+        shutil.copytree(f'{data}/{name}', f'{folder}/{name}.tmp', dirs_exist_ok=True)
+        with open(f'{folder}/{name}.tmp/meta.json', encoding='utf-8') as f:
+            vocab_size = json.load(f)['vocab_size']
         paths = sorted(os.listdir(f'{folder}/{name}.tmp/train'))
         kept = np.concatenate([open_shard(f'{data}/{name}/train/{p}')[:tokens] for p in paths if p.endswith('.bin')])[:tokens]
         shutil.rmtree(f'{folder}/{name}.tmp/train')
@@ -49,42 +58,36 @@ def cut_sources(folder, names):
         os.rename(f'{folder}/{name}.tmp', f'{folder}/{name}')
 
 
-def call(*command):
-    log = open(f'{out}/log.txt', 'a', encoding='utf-8')
-    subprocess.run([sys.executable, *command], cwd=ROOT, check=True, stdout=log, stderr=subprocess.DEVNULL)
+def print_table(folder):
+    entries = {}
+    for arm in ARMS:
+        for seed in seeds:
+            entries[arm, seed] = read_entry(os.path.join(folder, f'{arm}_seed{seed}'))
+            entries[arm, seed].arm = arm
+
+    def loss(e):
+        return statistics.mean(e.final[f'val/loss_{name}'] for name in NAMES)
+    teacher, student = read_entry(TEACHER), entries[ARMS[0], seeds[0]]
+    print(f'\nthe teacher: {loss(teacher):.4f}; its forward takes {token_flops(teacher.config) / 3 / token_flops(student.config):.2f} times the FLOPs of a student\'s step. '
+          f'Students: {student.tokens:,} tokens\n\n| trained by | mean loss (range) | against cross-entropy (95 %) | {" | ".join(NAMES)} |\n|---|---|---|---|---|')
+    for arm in ARMS:
+        own = [entries[arm, seed] for seed in seeds]
+        gap = '' if arm == ARMS[0] else difference(paired(list(entries.values()), arm, ARMS[0], loss), 3)
+        print(f'| {arm} | {mean_and_range([loss(e) for e in own], 3)} | {gap} | ' + ' | '.join(mean_and_range([e.final[f'val/loss_{n}'] for e in own], 3) for n in NAMES) + ' |')
 
 
-def train_all(folder, names):
-    """arm -> validation losses at the end, one per seed."""
-    losses = {arm: [] for arm in ARMS}
-    for seed in seeds:
-        for arm, options in ARMS.items():
-            run = f'{out}/{arm}_{seed}'
-            if not os.path.isdir(f'{run}/ckpt/step_{steps:06d}'):
-                shutil.rmtree(run, ignore_errors=True)
-                call('train.py', f'--out_dir={run}', f'--data_dir={folder}', f'--sources={ {name: 1.0 for name in names} }', f'--seed={seed}',
-                     f'--vocab_size={vocab_size}', '--n_layer=4', '--n_head=4', '--n_kv_head=2', '--n_embd=96', '--ffn_dim=256', '--rope_theta=10000',
-                     '--block_size=256', '--batch_size=16', '--total_batch_tokens=4096', f'--max_steps={steps}', '--learning_rate=4e-3',
-                     '--warmup_steps=20', '--min_lr_frac=0.05', f'--eval_interval={steps}', '--eval_rows=128', f'--save_interval={steps}',
-                     '--compile=False', *options)
-            with open(f'{run}/metrics.jsonl', encoding='utf-8') as f:
-                losses[arm].append([json.loads(line) for line in f if '"val/loss"' in line][-1]['val/loss'])
-            print(f'seed {seed}, {arm}: {losses[arm][-1]:.4f}', flush=True)
-    return losses
-
-
-def compare_caches(folder, names):
-    """Losses and gradients of caches against the whole divergence, on 32 validation rows, for a student half-way and at its end."""
+def compare_caches(folder, runs):
+    """Losses and gradients of caches against the whole divergence, on 32 validation rows, for the distilled student of the first seed."""
     import torch
     import kd
     import teacher_cache
     from data import Source, batch_of
     from hf import open_model
-    cpu = torch.device('cpu')
-    rows = torch.from_numpy(Source(folder, names[0], 'val', 256, 0, vocab_size).rows(range(32)))
+    cpu, vocab_size = torch.device('cpu'), read_entry(TEACHER).config['vocab_size']
+    rows = torch.from_numpy(Source(folder, NAMES[0], 'val', 256, 0, vocab_size).rows(range(32)))
     inputs, targets, _ = batch_of(rows)
-    big = open_model(teacher, cpu, torch.float32, needs_tokenizer=False)[0]
-    student = open_model(f'{out}/teacher_{seeds[0]}', cpu, torch.float32, needs_tokenizer=False)[0]
+    big = open_model(TEACHER, cpu, torch.float32, needs_tokenizer=False)[0]
+    student = open_model(f'{runs}/teacher_seed{seeds[0]}', cpu, torch.float32, needs_tokenizer=False)[0]
     with torch.no_grad():
         h, theirs = student(inputs).flatten(0, 1), (big(inputs).flatten(0, 1), big.output_weight)
     flat = targets.flatten()
@@ -112,17 +115,15 @@ def compare_caches(folder, names):
 
 if __name__ == '__main__':
     configure(globals(), verbose=False)
-    ARMS['teacher'] = [f'--teacher={teacher}']
-    names, folder = sources.split(','), f'{out}/data'
+    data, out = os.path.abspath(data), os.path.abspath(out)
+    folder = os.path.join(out, 'data')
     os.makedirs(folder, exist_ok=True)
-    cut_sources(folder, names)
+    if not is_finished(TEACHER):
+        run('train.py', 'config/study/base.py', 'config/study/distil/_teacher.py', f'--data_dir={data}', '--resume=True')
+    cut_sources(folder)
     for name, (k, draws) in CACHES.items():
-        call('kd.py', 'cache', f'--teacher={teacher}', f'--source={sources}', f'--name={name}', f'--data_dir={folder}', '--block_size=256',
-             '--batch_size=16', f'--k={k}', f'--draws={draws}')
-    losses = train_all(folder, names)
-    print(f'\nvalidation loss after {steps * 4096:,} tokens, nats per token\n\n| trained by | mean (seeds) | against cross-entropy |\n|---|---|---|')
-    for arm, values in losses.items():
-        gaps = [v - c for v, c in zip(values, losses['cross-entropy'])]
-        print(f'| {arm} | {statistics.mean(values):.4f} ({", ".join(f"{v:.4f}" for v in values)}) | {statistics.mean(gaps):+.4f} ({min(gaps):+.4f} to '
-              f'{max(gaps):+.4f}) |')
-    compare_caches(folder, names)
+        run('kd.py', 'cache', f'--teacher={TEACHER}', f'--source={",".join(NAMES)}', f'--name={name}', f'--data_dir={folder}', '--block_size=64', '--batch_size=64',
+            f'--k={k}', f'--draws={draws}')
+    run('sweep.py', 'configs', 'config/study/distil', f'--seeds={seeds}', f'--jobs={jobs}', '--threads=1', f'--out={out}/runs', 'config/study/base.py', f'--data_dir={folder}')
+    print_table(f'{out}/runs')
+    compare_caches(folder, f'{out}/runs')
