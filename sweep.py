@@ -177,7 +177,7 @@ def run_all(runs, arguments, what):
                         waiting.remove(job)
                         running[start(job, arguments, environment)] = job
                 time.sleep(0.1)
-                for line, job in zip(lines, running.values()):
+                for line, job in itertools.zip_longest(lines, running.values()):
                     show(line, job)
                 for process in [p for p in running if p.poll() is not None]:
                     job = running.pop(process)
@@ -200,18 +200,20 @@ def run_all(runs, arguments, what):
 
 
 def show(line, job):
-    """A line of the live table: a run's step and loss, from what it has logged, read every two seconds."""
+    """A line of the live table: a run's step and loss, from what it has logged, read every two seconds. Empty without a run."""
     if line.disable or time.monotonic() - getattr(line, 'shown', 0) < 2:
         return
     line.shown = time.monotonic()
+    if job is None:
+        return line.clear()
     records, path = read_metrics(job.folder), os.path.join(job.folder, 'config.json')
     logged = [r for r in records[-20:] if 'train/loss' in r]
-    if logged and os.path.isfile(path):
+    if os.path.isfile(path):
         with open(path, encoding='utf-8') as f:
             line.total = planned_steps(json.load(f)) or 0
-        line.n = logged[-1]['step'] + 1
-        line.set_description_str(os.path.basename(job.folder), refresh=False)
-        line.set_postfix_str(f'loss {logged[-1]["train/loss"]:.3f}, {logged[-1]["train/tokens_per_second"]:,.0f} tokens/s')
+    line.n = logged[-1]['step'] + 1 if logged else 0
+    line.set_description_str(os.path.basename(job.folder), refresh=False)
+    line.set_postfix_str(f'loss {logged[-1]["train/loss"]:.3f}, {logged[-1]["train/tokens_per_second"]:,.0f} tokens/s' if logged else 'starts')
 
 
 def reason(folder):
