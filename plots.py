@@ -104,7 +104,7 @@ def draw_report(out, entries, arms, sources, metric):
         for entry in (e for e in entries if e.arm == arm):
             for i, source in enumerate(_names(entry.records, 'mixture/weight_')):
                 axis.plot(*_series(entry.records, f'mixture/weight_{source}'), color=f'C{i}', linewidth=1, label=source if source not in axis.get_legend_handles_labels()[1] else None)
-        axis.set(title=arm, xlabel='step', ylabel='weight', ylim=(0, None))
+        axis.set(title=arm, xlabel='step', ylabel='weight', ylim=(0, 1.05 * axis.dataLim.ymax if axis.lines else None))
     axes[0, 0].legend(fontsize=8)
     paths.append(('Weights over time', _save_figure(figure, os.path.join(out, 'weights.png'))))
     figure, axis = plt.subplots(figsize=(7, 3), layout='constrained')

@@ -32,7 +32,7 @@ from runs import flops_of, is_finished, planned_steps, tokenizer_of
 out = 'report'                          # folder: report.html, report.md, figures
 metric = 'loss'                         # loss (nats per token) | bpb (bits per byte)
 sources: list[str] = []                 # the mean is over these; []: all that every run evaluates
-watch = False                           # renew the page until all runs have ended
+watch = False                           # renew the page until all runs have ended (of a folder of runs: and none began for two minutes)
 refresh = 10.0                          # seconds between two renewals
 
 ALIKE = ('seed', 'out_dir', 'resume', 'skillit_graph', 'doremi_reference', 'continue_from', 'stop_step')       # in which runs of one arm may differ
@@ -316,7 +316,8 @@ def to_markdown(sections):
 STYLE = '''body{font:15px/1.5 system-ui,sans-serif;margin:0 auto;max-width:70rem;padding:1rem;color:#222;background:#fff}
 h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem}.scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.9rem}
 th,td{padding:.3rem .6rem;border-bottom:1px solid #ddd;text-align:right;white-space:nowrap}th:first-child,td:first-child{text-align:left}
-th{border-bottom:2px solid #999}img{max-width:100%;height:auto}p{max-width:45rem}'''
+th{border-bottom:2px solid #999}img{max-width:100%;height:auto}p{max-width:45rem}
+@media(max-width:40rem){img{max-width:none;width:36rem}td:first-child{white-space:normal;overflow-wrap:anywhere;min-width:6rem}}'''
 
 
 def to_html(sections, live):
@@ -330,16 +331,16 @@ def to_html(sections, live):
             parts.append('<div class="scroll"><table><tr>' + ''.join(f'<th>{html.escape(c)}</th>' for c in header) + f'</tr>{body}</table></div>')
         if figure:
             with open(figure, 'rb') as f:
-                parts.append(f'<img alt="{html.escape(title)}" src="data:image/png;base64,{base64.b64encode(f.read()).decode()}">')
+                parts.append(f'<div class="scroll"><img alt="{html.escape(title)}" src="data:image/png;base64,{base64.b64encode(f.read()).decode()}"></div>')
     again = f'<meta http-equiv="refresh" content="{refresh:g}">' if live else ''
     return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">{again}'
             f'<title>Report</title><style>{STYLE}</style></head><body><h1>Report</h1><p>{time.strftime("%Y-%m-%d %H:%M:%S")}</p>{"".join(parts)}</body></html>')
 
 
-def write(folders):
-    """Writes the page and the Markdown; returns whether a run is still training."""
+def write(folders, live=False):
+    """Writes the page and the Markdown; returns whether a run is still training. live: the page loads itself anew."""
     sections, training = build(folders)
-    for name, text in (('report.md', to_markdown(sections)), ('report.html', to_html(sections, watch and training))):
+    for name, text in (('report.md', to_markdown(sections)), ('report.html', to_html(sections, live))):
         path = os.path.join(out, name)
         with open(path + '.tmp', 'w', encoding='utf-8') as f:
             f.write(text)
@@ -353,8 +354,12 @@ if __name__ == '__main__':
     if not paths:
         raise BadInput('say which runs: python report.py out/a out/b --out=report')
     _folders = find_folders(paths)
-    _training = write(_folders)
-    print(f'{len(_folders)} runs: {os.path.join(out, "report.html")}, {os.path.join(out, "report.md")}')
-    while watch and _training:
+    _training = write(_folders, live=watch)
+    print(f'{len(_folders)} runs: {os.path.join(out, "report.html")}, {os.path.join(out, "report.md")}', flush=True)
+    _patience, _seen = 0 if _folders == paths else 120, time.monotonic()          # seconds: the next run of a sweep may be about to start
+    while watch and (_training or time.monotonic() - _seen < _patience):
+        _seen = time.monotonic() if _training else _seen
         time.sleep(refresh)
-        _training = write(_folders)
+        _training = write(find_folders(paths), live=True)
+    if watch:
+        write(find_folders(paths))
