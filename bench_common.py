@@ -47,14 +47,19 @@ def random_cache(n, vocab_size, k=64, draws=16, device='cpu'):
     return Cached(*(t.to(device) for t in tensors), None)
 
 
+def random_shards(folder, name, n, tokens, vocab_size):
+    """A source of n training shards of random tokens."""
+    os.makedirs(f'{folder}/{name}/train')
+    for i in range(n):
+        with open(f'{folder}/{name}/train/{i:06d}.bin', 'wb') as f:
+            f.writelines(shard_bytes(np.random.default_rng([ord(name[0]), i]).integers(0, vocab_size, tokens), vocab_size))
+
+
 def loader_rate(rounds=3):
     """Millions of tokens per CPU-second from 200 MB of shards through MixtureLoader, 16 rows of 2048 at a time: (rounds' rates, of the bare copy)."""
     with tempfile.TemporaryDirectory() as folder:
         for name in ('a', 'b', 'c', 'd'):
-            os.makedirs(f'{folder}/{name}/train')
-            for i in range(5):
-                with open(f'{folder}/{name}/train/{i:06d}.bin', 'wb') as f:
-                    f.writelines(shard_bytes(np.random.default_rng(i).integers(0, 49152, 5_000_000), 49152))
+            random_shards(folder, name, 5, 5_000_000, 49152)
         loader = MixtureLoader([Source(folder, name, 'train', 2048, 0, 49152) for name in 'abcd'], {'a': 0.4, 'b': 0.3, 'c': 0.2, 'd': 0.1})
         rates = []
         for _ in range(rounds + 1):

@@ -29,7 +29,7 @@ import sys
 import tempfile
 import time
 
-from bench_common import in_turns, loader_rate, random_cache, spread
+from bench_common import in_turns, loader_rate, random_cache, random_shards, spread
 from configurator import configure
 
 # -- knobs --
@@ -301,10 +301,9 @@ def bench_presence():
 
 def bench_aioli():
     """A round of Aioli: 1 + 12 evaluations of three sources, the solve and the new weights, against 13 times the same forward passes."""
-    import numpy as np
     import torch
     import rivals
-    from data import MixtureLoader, Source, batch_of, shard_bytes
+    from data import MixtureLoader, Source, batch_of
     model, _, _ = small_model(vocab_size=1024, n_layer=4, n_embd=128, n_head=4, ffn_dim=352)
     config = dict(mixture='aioli', mixture_interval=100, aioli_sweeps=4, aioli_steps=4, one_hot_factor=0.5, aioli_rule='accumulate', aioli_ema=None,
                   aioli_matrix='measured', mixture_eta=None, mixture_rows=64, block_size=256, batch_size=16, max_epochs=None, seed=0)
@@ -314,9 +313,7 @@ def bench_aioli():
         return inputs, targets, None
     with tempfile.TemporaryDirectory() as folder:
         for name in 'abc':
-            os.makedirs(f'{folder}/{name}/train')
-            with open(f'{folder}/{name}/train/000000.bin', 'wb') as f:
-                f.writelines(shard_bytes(np.random.default_rng(ord(name)).integers(0, 1024, 500_000), 1024))
+            random_shards(folder, name, 1, 500_000, 1024)
         sources = [Source(folder, name, 'train', 256, 0, 1024) for name in 'abc']
         batches = [to_device(s.rows(range(i, i + 16))) for s in sources for i in range(0, config['mixture_rows'], 16)]
 
