@@ -3,8 +3,8 @@
     python prepare/folder.py --input=folder --out=data/study            # 66 MB of text in half a minute
 
 `input` holds train/<source>.jsonl.gz (also .jsonl, .parquet, anything that prepare/text.py reads), val/ and, where there are probe sets,
-probes/<domain>.jsonl.gz, each record with a field `text`. The tokenizer is a byte-level BPE, trained on the training text of `sources`. Sources
-that are there already, made in the same way, stay as they are.
+probes/<domain>.jsonl.gz, each record with a field `text`. The tokenizer is a byte-level BPE, trained on the training text of `sources`, unless one is named.
+Sources that are there already, made in the same way, stay as they are.
 """
 import glob
 import os
@@ -19,12 +19,14 @@ from configurator import BadInput, configure
 from prepare.demo import train_tokenizer
 from prepare.reading import local_files, read_batches, records_of
 from prepare.shards import PartWriter, finish_source, open_source
+from tokenizer import load_tokenizer
 
 # -- knobs --
 input = ''                       # folder with train/, val/ and perhaps probes/
 out = 'data/study'               # folder of the sources and of probe/
 sources: list[str] = []          # names; []: every file in train/
-vocab_size = 2048                # of the tokenizer
+tokenizer = ''                   # tiktoken name, rank file, tokenizer.json, or a folder that holds one; '': one is trained
+vocab_size = 2048                # of one that is trained
 
 
 def documents(folder, split, name):
@@ -52,13 +54,13 @@ def main():
     if not input or not names:
         raise BadInput(f"--input='{input}' has no train/<source>.jsonl.gz in it.")
     domains = sorted(os.path.basename(path).split('.')[0] for path in glob.glob(os.path.join(glob.escape(input), 'probes', '*')))
-    tokenizer = train_tokenizer([text for name in names for text in documents(input, 'train', name)], vocab_size)
-    settings = dict(made_by='prepare/folder.py', tokenizer=tokenizer.fingerprint)
+    encoder = load_tokenizer(tokenizer) if tokenizer else train_tokenizer([text for name in names for text in documents(input, 'train', name)], vocab_size)
+    settings = dict(made_by='prepare/folder.py', tokenizer=encoder.fingerprint)
     for name in tqdm(names, desc='sources', unit='source'):
-        write(os.path.join(out, name), tokenizer, settings, {split: documents(input, split, name) for split in ('train', 'val')})
+        write(os.path.join(out, name), encoder, settings, {split: documents(input, split, name) for split in ('train', 'val')})
     for domain in domains:
-        write(os.path.join(out, 'probe', domain), tokenizer, settings, dict(probe=documents(input, 'probes', domain)))
-    print(f'{len(names)} sources and {len(domains)} probe sets in {out}, {tokenizer.vocab_size} tokens')
+        write(os.path.join(out, 'probe', domain), encoder, settings, dict(probe=documents(input, 'probes', domain)))
+    print(f'{len(names)} sources and {len(domains)} probe sets in {out}, {encoder.vocab_size} tokens')
 
 
 if __name__ == '__main__':

@@ -2,8 +2,9 @@
 
     python tests/methods_study.py --text=folder            # about an hour on two idle cores; a run that is there is not made again
 
-`folder` holds train/, val/ and probes/. Methods see the text of train/ and val/ alone (influence: probe sets of val/); what counts is the loss on the
-text of probes/, which none of them has seen: sources <name>_test of weight 0. Every method starts from equal weights; `fixed` has the shares of the
+`folder` holds train/, val/ and probes/. Methods see the text of train/ and val/ alone (influence: probe sets made of val/, and for its sake, since train.py
+refuses a probe that a source holds as well, sources without it); what counts is the loss on the text of probes/, which none of them has seen: sources
+<name>_test of weight 0. Every method starts from equal weights; `fixed` has the shares of the
 sources' sizes, `stratified` equal ones. Methods of several runs learn their mixture anew for every seed. Model and steps are config/study/base.py.
 """
 import json
@@ -31,20 +32,19 @@ configure(globals(), verbose=False)
 
 SOURCES = {'code': 'code', 'math': 'math', 'web_edu': 'web'}           # source -> probe set of its kind
 METHODS = ('stratified', 'fixed', 'influence', 'skillit', 'doge', 'doremi', 'aioli', 'dml')
-ROUNDS = dict(mixture_interval=100, mixture_warmup=100, mixture_rows=96, one_hot_factor=0.5, max_epochs=None, probe_rows=64, influence_rows=32)
+ROUNDS = dict(mixture_interval=100, mixture_warmup=100, mixture_rows=96, max_epochs=None, probe_rows=64, influence_rows=32)
 
 
-def prepare(folder):
-    """Links that give every text its place, and the sources made of them."""
-    links = os.path.join(out, 'text')
+def prepare(folder, *options, **places):
+    """Sources and probe sets in `folder`, of links that give every text its place; places: split -> text, {n} the source, {d} its probe set's name."""
     for name, domain in SOURCES.items():
-        for place, origin in ((f'train/{name}', f'train/{name}'), (f'val/{name}', f'val/{name}'), (f'probes/{name}', f'val/{name}'),
-                              (f'train/{name}_test', f'val/{name}'), (f'val/{name}_test', f'probes/{domain}')):
-            path = os.path.join(links, f'{place}.jsonl.gz')
+        for place, origin in places.items():
+            split, _, test = place.partition('_')
+            path = os.path.join(f'{folder}_text', split, f'{name}{"_test" * bool(test)}.jsonl.gz')
             os.makedirs(os.path.dirname(path), exist_ok=True)
             if not os.path.islink(path):
-                os.symlink(os.path.abspath(os.path.join(text, f'{origin}.jsonl.gz')), path)
-    run('prepare/folder.py', f'--input={links}', f'--out={folder}')
+                os.symlink(os.path.abspath(os.path.join(text, f'{origin.format(n=name, d=domain)}.jsonl.gz')), path)
+    run('prepare/folder.py', f'--input={folder}_text', f'--out={folder}', *options)
 
 
 def run(*command):
@@ -71,7 +71,7 @@ def study(names, data):
             learned[method, seed] = os.path.join(where, 'mixture.py')
     sizes = {name: tokens_of(os.path.join(data, name)) for name in names}
     knobs = {'fixed': dict(sources={**{name: n / sum(sizes.values()) for name, n in sizes.items()}, **test}), 'stratified': {},
-             'influence': dict(mixture='influence', probe=dict.fromkeys(names, 1.0)), 'aioli': dict(mixture='aioli')}
+             'influence': dict(mixture='influence', probe=dict.fromkeys(names, 1.0), data_dir=f'{data}_influence'), 'aioli': dict(mixture='aioli')}
     sweep.jobs, sweep.threads = jobs, 1
     for seed in seeds:
         runs = []
@@ -119,7 +119,9 @@ if __name__ == '__main__':
     if not text:
         raise BadInput('--text is missing.')
     out = os.path.abspath(out)
-    prepare(os.path.join(out, 'data'))
+    data = os.path.join(out, 'data')
+    prepare(data, train='train/{n}', val='val/{n}', train_test='val/{n}', val_test='probes/{d}')
+    prepare(f'{data}_influence', f'--tokenizer={data}/code', train='train/{n}', val='probes/{d}', train_test='train/{n}', val_test='probes/{d}', probes='val/{n}')
     for n in m:
         names = list(SOURCES)[:n]
-        print_table(names, study(names, os.path.join(out, 'data')))
+        print_table(names, study(names, data))

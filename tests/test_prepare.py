@@ -451,5 +451,8 @@ def test_a_folder_of_texts_becomes_sources_that_share_a_tokenizer(tmp_path, caps
     before = (tmp_path / 'data' / 'a' / 'meta.json').stat().st_mtime_ns
     run_here(command)
     assert (tmp_path / 'data' / 'a' / 'meta.json').stat().st_mtime_ns == before
+    run_here([*command[:2], "--sources=['b']", f'--tokenizer={tmp_path / "data" / "a"}', f'--out={tmp_path / "other"}'])       # its tokens are those of data/b
+    same = [next((tmp_path / folder / 'b' / 'train').glob('*.bin')).read_bytes() for folder in ('data', 'other')]
+    assert same[0] == same[1]
     with pytest.raises(BadInput, match="has no train/<source>.jsonl.gz in it"):
         run_here(['prepare/folder.py', f'--input={tmp_path / "data"}'])
