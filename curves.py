@@ -303,6 +303,10 @@ def collect(path, out, bands, unit, at, loss, least):
         chosen = f'{p["pick"]} {p["pick_loss"]:.4f}, rank {p["pick_rank"]}' if p['pick'] else 'none'
         beside = f'{p["next_loss"]:.4f}' if p['next_loss'] is not None else 'n/a'
         print(f'{name:<16}{p["at"]:>14,.0f}{p["n_reached"]:>7}{p["n_band"]:>6}   {p["lowest"] + " " + format(p["lowest_loss"], ".4f"):<30}{beside:>8}   {chosen}')
+    print(f'\n{"band":<16}{"the lowest of it":<22}{"parameters":>12}{"loss":>9}{"sd":>9}  seeds')
+    for name, p in picks.items():
+        for r in p['rows'][:6]:
+            print(f'{name:<16}{r["shape"]:<22}{r["params"]:>12,}{r["loss"]:>9.4f}' + (f'{r["sd"]:>9.4f}' if r['sd'] is not None else f'{"n/a":>9}') + f'{r["seeds"]:>7}')
     found = effects(curves, unit, common_point(curves, unit) if at is None else at, least)
     if found is None:
         print('\nfewer than 12 shapes came so far: what depth, heads and inner width do cannot be told')
