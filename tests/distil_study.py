@@ -1,7 +1,7 @@
 """Distillation against plain training on the same tokens, and what a cache costs in accuracy (RESULTS.md). Not collected by pytest.
 
     python prepare/folder.py --input=folder --sources="['code', 'math', 'web_edu', 'wiki', 'noise']" --out=data/study
-    python tests/distil_study.py --data=data/study          # half an hour on two idle cores; what is complete is not made again
+    python tests/distil_study.py --data=data/study          # an hour of two cores beside other work; what is complete is not made again
 
 Trains the teacher of config/study/distil/_teacher.py, takes the first `tokens` of every source's training shards, caches the teacher on them in three
 ways, and trains the students of config/study/distil/ on them; then compares losses and gradients of the caches with the whole divergence on
@@ -11,15 +11,12 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
-import sys
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
+from studies import ROOT, read_arms, run
 
-from configurator import BadInput, configure  # noqa: E402
-from report import difference, mean_and_range, paired, read_entry  # noqa: E402
-from runs import is_finished, token_flops  # noqa: E402
+from configurator import configure
+from report import difference, mean_and_range, paired, read_entry
+from runs import is_finished, token_flops
 
 # -- knobs --
 data = 'data/study'                 # folder of prepared sources
@@ -31,12 +28,6 @@ jobs = 2                            # runs at the same time, of one thread each
 NAMES, TEACHER = ('math', 'web_edu'), os.path.join(ROOT, 'out', 'study_teacher')          # as config/study/distil/ has them
 CACHES = {'k64_draws16': (64, 16), 'k0_draws16': (0, 16), 'k64_draws0': (64, 0)}          # name -> likeliest ids, draws from the rest
 ARMS = ('cross_entropy', 'teacher', 'teacher_half', *CACHES)
-
-
-def run(*command):
-    print('\n$ python', *command, flush=True)
-    if subprocess.run([sys.executable, *command], cwd=ROOT).returncode:
-        raise BadInput(f'{command[0]} failed; its message stands above. The same command again goes on.')
 
 
 def cut_sources(folder):
@@ -59,11 +50,7 @@ def cut_sources(folder):
 
 
 def print_table(folder):
-    entries = {}
-    for arm in ARMS:
-        for seed in seeds:
-            entries[arm, seed] = read_entry(os.path.join(folder, f'{arm}_seed{seed}'))
-            entries[arm, seed].arm = arm
+    entries = read_arms(folder, ARMS, seeds)
 
     def loss(e):
         return statistics.mean(e.final[f'val/loss_{name}'] for name in NAMES)

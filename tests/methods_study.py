@@ -1,6 +1,6 @@
 """Which method gives the better mixture, and at what cost? All of them on two and three sources of real text; the tables of RESULTS.md.
 
-    python tests/methods_study.py --text=folder            # about an hour on two idle cores; a run that is there is not made again
+    python tests/methods_study.py --text=folder            # about two hours of two cores beside other work; a run that is there is not made again
 
 `folder` holds train/, val/ and probes/. Methods see the text of train/ and val/ alone (influence: probe sets made of val/, and for its sake, since train.py
 refuses a probe that a source holds as well, sources without it); what counts is the loss on the text of probes/, which none of them has seen: sources
@@ -9,18 +9,14 @@ sources' sizes, `stratified` equal ones. Methods of several runs learn their mix
 """
 import json
 import os
-import subprocess
-import sys
 
 import numpy as np
+from studies import read_arms, run
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
-
-import sweep  # noqa: E402
-from configurator import BadInput, configure  # noqa: E402
-from report import difference, mean_and_range, paired, read_entry, weights_of  # noqa: E402
-from runs import flops_of  # noqa: E402
+import sweep
+from configurator import BadInput, configure
+from report import difference, mean_and_range, paired, weights_of
+from runs import flops_of
 
 # -- knobs --
 text = ''                        # folder with train/*.jsonl.gz, val/ and probes/
@@ -45,12 +41,6 @@ def prepare(folder, *options, **places):
             if not os.path.islink(path):
                 os.symlink(os.path.abspath(os.path.join(text, f'{origin.format(n=name, d=domain)}.jsonl.gz')), path)
     run('prepare/folder.py', f'--input={folder}_text', f'--out={folder}', *options)
-
-
-def run(*command):
-    print('\n$ python', *command, flush=True)
-    if subprocess.run([sys.executable, *command], cwd=ROOT).returncode:
-        raise BadInput(f'{command[0]} failed; its message stands above. The same command again goes on.')
 
 
 def tokens_of(folder):
@@ -86,11 +76,7 @@ def study(names, data):
 
 
 def print_table(names, folder):
-    entries = {}
-    for method in METHODS:
-        for seed in seeds:
-            entries[method, seed] = read_entry(os.path.join(folder, 'runs', f'{method}_seed{seed}'))
-            entries[method, seed].arm = method
+    entries = read_arms(os.path.join(folder, 'runs'), METHODS, seeds)
     every = list(entries.values())
 
     def loss(e):

@@ -7,11 +7,8 @@ steps of 1,024 tokens are config/ablation/mixing.py. As published (arXiv:2411.05
 stopped half-way and continued for 100 steps by 9 mixtures each, for the dynamic law; for A* the same children of a run of each method and seed.
 """
 import os
-import subprocess
-import sys
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
+from studies import run
 
 from configurator import BadInput, configure
 
@@ -25,12 +22,6 @@ configure(globals(), verbose=False)
 
 SOURCES = ('code', 'math', 'web_edu')
 BREAK_STEP, VOCAB_SIZE = 150, 2048
-
-
-def run(*command):
-    print('\n$ python', *command, flush=True)
-    if subprocess.run([sys.executable, *command], cwd=ROOT).returncode:
-        raise BadInput(f'{command[0]} failed; its message stands above. The same command again goes on.')
 
 
 def study(part, config):
