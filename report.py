@@ -32,7 +32,7 @@ from runs import flops_of, is_finished, planned_steps, tokenizer_of
 out = 'report'                          # folder: report.html, report.md, figures
 metric = 'loss'                         # loss (nats per token) | bpb (bits per byte)
 sources: list[str] = []                 # the mean is over these; []: all that every run evaluates
-watch = False                           # renew the page until all runs have ended (of a folder of runs: and none began for two minutes)
+watch = False                           # renew the page until all runs have ended (of a folder of runs: and none began for 12 * refresh)
 refresh = 10.0                          # seconds between two renewals
 
 ALIKE = ('seed', 'out_dir', 'resume', 'skillit_graph', 'doremi_reference', 'continue_from', 'stop_step')       # in which runs of one arm may differ
@@ -356,7 +356,7 @@ if __name__ == '__main__':
     _folders = find_folders(paths)
     _training = write(_folders, live=watch)
     print(f'{len(_folders)} runs: {os.path.join(out, "report.html")}, {os.path.join(out, "report.md")}', flush=True)
-    _patience, _seen = 0 if _folders == paths else 120, time.monotonic()          # seconds: the next run of a sweep may be about to start
+    _patience, _seen = 0 if _folders == paths else 12 * refresh, time.monotonic()          # seconds: the next run of a sweep may be about to start
     while watch and (_training or time.monotonic() - _seen < _patience):
         _seen = time.monotonic() if _training else _seen
         time.sleep(refresh)

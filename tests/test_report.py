@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -128,3 +129,11 @@ def test_the_page_follows_a_run_that_trains(tmp_path, tiny_data):
     assert True in seen and watcher.returncode == 0 and 'http-equiv' not in (tmp_path / 'live' / 'report.html').read_text()
     assert row((tmp_path / 'live' / 'report.md').read_text(), 'one')[3] == 'finished'
     assert report.is_finished(str(tmp_path / 'one'))
+    (tmp_path / 'runs').mkdir()
+    shutil.copytree(tmp_path / 'one', tmp_path / 'runs' / 'first')                       # a folder of runs: one that appears later is taken in
+    watcher = subprocess.Popen([sys.executable, 'report.py', str(tmp_path / 'runs'), f'--out={tmp_path / "more"}', '--watch=True', '--refresh=0.5'], cwd=ROOT)
+    while not (tmp_path / 'more' / 'report.html').exists():
+        time.sleep(0.02)
+    shutil.copytree(tmp_path / 'one', tmp_path / 'late')
+    (tmp_path / 'late').rename(tmp_path / 'runs' / 'second')
+    assert watcher.wait(120) == 0 and row((tmp_path / 'more' / 'report.md').read_text(), 'second')[3] == 'finished'
