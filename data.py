@@ -2,7 +2,7 @@
 
 A source is a folder with `train/*.bin`, `val/*.bin` (and others) and `meta.json`. A shard is 256 int32 and then the tokens:
 llm.c's and modded-nanogpt's format for uint16, a version of our own for uint32. Reading is a memory map and one copy; no
-worker processes (bench_parts.py measures it).
+worker processes (tools/bench_parts.py measures it).
 
 The rows of a run are a pure function of a few integers: each source is a permuted set of windows of block_size + 1 tokens,
 permuted by a keyed bijection (so 2T tokens need no index), and a cursor per source says how far it has been read. The

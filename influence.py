@@ -1,8 +1,8 @@
 """Influence of sources, and of single rows, on probe sets: what a small step on them does to the loss on text that one wants to be good at.
 
-    python influence.py table --ckpt=out/run --sources=code,books --probe="{'math': 1, 'web': 1}"     # source x domain, with errors
-    python influence.py loo --ckpt=out/all --without="{'code': 'out/no_code'}" --probe="{'math': 1}"  # what leaving a source out cost
-    python influence.py score --ckpt=out/run --sources=code --probe="{'math': 1}"                     # every row of a source
+    python tools/influence_tables.py table --ckpt=out/run --sources=code,books --probe="{'math': 1, 'web': 1}"     # source x domain, with errors
+    python tools/influence_tables.py loo --ckpt=out/all --without="{'code': 'out/no_code'}" --probe="{'math': 1}"  # what leaving a source out cost
+    python tools/influence_tables.py score --ckpt=out/run --sources=code --probe="{'math': 1}"                     # every row of a source
 
 The influence of a source is the inner product of the gradient of its mean token loss with a direction made of the gradients
 on the probe: one backward pass per batch of the source, no gradient of a single row. (MobileLLM-R1, arXiv:2509.24945, section 5,
@@ -12,20 +12,19 @@ good as more text of the probe, 0 useless, negative harmful. The functions keep 
 Letters in shape comments: B rows, T positions, C n_embd, V vocab_size, N = B*T, I and O a layer's inputs and outputs, D directions,
 K batches.
 """
-import sys
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-import kernels
-from common import all_reduce_sum
-from configurator import BadInput, RunFault, configure
-from loss import budget_rows
+from configurator import BadInput, RunFault
+from lib.device import all_reduce_sum
+from lib.parallel import own, reshard, whole
 from model import RMSNorm
-from parallel import own, reshard, whole
-from ranks import copies, whole_shape
+from ops import kernels
+from ops.loss import budget_rows
+from ops.ranks import copies, whole_shape
 
 LAYERS = ('last', 'all', 'first', 'embedding+head')
 MATRIX_BLOCK = 2**24        # elements of rows' gradients that `row_matrix` holds at once
@@ -533,35 +532,3 @@ def unit(model, direction, batches):
     if not own > 0:
         raise RunFault(f'the probe is too small to measure influence on: two parts of it disagree (inner product {own:.3g}). Raise probe_rows.')
     return Direction({name: v / own for name, v in direction.v.items()}, direction.den, direction.reliability, direction.loss, direction.layers)
-
-
-# -- knobs of the command line --
-ckpt = ''                               # run, checkpoint, imported folder, hub name; table: several with commas, or a glob
-sources = ''                            # names of sources in data_dir, with commas
-probe: dict[str, float] = {}            # domain -> weight: probe sets (data_dir/probe/<domain>)
-without: dict[str, str] = {}            # loo: source -> run that was trained without it
-data_dir = 'data'                       # folder of the sources
-block_size: int | None = None           # tokens of a row; None: the model's context
-rows = 64                               # of every source
-probe_rows = 128                        # of every probe set
-layers = 'last'                         # parameters that influence is measured on: last | all | first | embedding+head
-scaling = 'none'                        # none | datainf
-batch_size = 8                          # rows at a time
-seed = 0                                # of the choice of rows
-out = 'out/influence'                   # folder for tables and figures
-scores = 'scores'                       # score: folder in every source's
-device = 'auto'                         # auto | cpu | cuda
-dtype = 'auto'                          # auto | float32 | bfloat16 (autocast over fp32 weights)
-
-if __name__ == '__main__':
-    command = sys.argv[1] if len(sys.argv) > 1 else '--help'
-    is_command = command in ('table', 'loo', 'score')
-    config = configure(globals(), sys.argv[2:] if is_command else sys.argv[1:] or ['--help'], verbose=False)
-    if not is_command or not ckpt or command != 'loo' and not sources:
-        raise BadInput('say `influence.py table --ckpt=... --sources=... --probe=...`, `loo --ckpt=... --without=... --probe=...` or '
-                       '`score --ckpt=... --sources=... --probe=...`.')
-    if scaling not in ('none', 'datainf'):
-        raise BadInput(f"scaling = '{scaling}' must be none or datainf (adam needs the optimizer of a run: train.py has it).")
-    check_layers(layers, 'layers')
-    import tables
-    tables.run(command, config)

@@ -21,15 +21,12 @@ import fsspec
 import numpy as np
 import torch
 
-import hf
-import parallel
-import ranks
-import storage
 from configurator import BadInput, check_values, configure
-from kernels import CACHED_MOST, DIVERGENCES, by_triton, cached_gradient_, divergence_gradient_
-from loss import add_weight_gradient, chunk_rows, loss_dtypes
+from lib import hf, parallel, storage
 from model import GPT
-
+from ops import ranks
+from ops.kernels import CACHED_MOST, DIVERGENCES, by_triton, cached_gradient_, divergence_gradient_
+from ops.loss import add_weight_gradient, chunk_rows, loss_dtypes
 
 # -- divergences -------------------------------------------------------------------------------------------------------
 

@@ -4,10 +4,10 @@ RMSNorm, rotary positions (with scaling), grouped-query attention, optional QK-n
 (Qwen2), SwiGLU, tied or untied embeddings, optional repetition of every layer (MobileLLM-LS). Weight layout and rotary
 convention (two halves) are those of Hugging Face's Llama, so its weights copy over one to one.
 
-`GPT.forward` returns hidden states. The loss is a function of hidden states and the output weight (loss.py) and works through the
-rows in chunks, so the B x T x V logits never exist at once. What lies between the matrix products is in kernels.py, mixtures of experts in moe.py.
+`GPT.forward` returns hidden states. The loss is a function of hidden states and the output weight (ops/loss.py) and works through the
+rows in chunks, so the B x T x V logits never exist at once. What lies between the matrix products is in ops/kernels.py, mixtures of experts in ops/moe.py.
 
-Under tensor parallelism (ranks.py) a module's weights are this rank's part of its heads, inner width or vocabulary, and its
+Under tensor parallelism (ops/ranks.py) a module's weights are this rank's part of its heads, inner width or vocabulary, and its
 tokens between modules are its part of them, (N/n, C); attention and feed-forward begin with a gather and end with a scatter.
 
 Letters in shape comments: B rows, T tokens, C n_embd, H n_head, K n_kv_head, D head_dim, F ffn_dim, V vocab_size, N = B*T, n ranks of a group.
@@ -21,14 +21,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import kernels
-import ranks
-from attention import attend, document_boundaries
 from configurator import BadInput
-from loss import chunk_rows, linear_cross_entropy
-from moe import MixtureOfExperts
-from moe import layers as moe_layers
-
+from ops import kernels, ranks
+from ops.attention import attend, document_boundaries
+from ops.loss import chunk_rows, linear_cross_entropy
+from ops.moe import MixtureOfExperts
+from ops.moe import layers as moe_layers
 
 ROPE_SCALING = {       # type -> its numbers
     'llama3': {'factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position'},

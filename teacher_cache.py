@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import hf
-from attention import check_documents
-from common import device_name, pick_dtype, start_ranks, tune_malloc
 from configurator import BadInput, RunFault, check_values
 from data import Source, batch_of, common_tokenizer, derive_keys
 from kd import find_teacher, open_teacher, weights_fingerprint
-from loss import chunk_rows
+from lib import hf
+from lib.device import device_name, pick_dtype, start_ranks, tune_malloc
+from ops.attention import check_documents
+from ops.loss import chunk_rows
 from packing import OVERLONG
 
 PART_TOKENS = 2**21     # of a file; a killed cache goes on at the first part that is not there

@@ -20,30 +20,48 @@ from dataclasses import asdict, fields
 import torch
 from tqdm import tqdm
 
-import checkpoint
-import common
-import hf
 import kd
-import moe
-import parallel
-import plan
-import presence as self_influence
-import ranks
-import reweight
-import rivals
-import schedule as schedules
-import storage
 import teacher_cache
-import validate
-import watch
-from attention import check_documents, document_boundaries
-from common import (all_reduce_sum, barrier, device_name, leave_ranks, peak_flops, pick_dtype, start_ranks, tune_malloc)
 from configurator import BadInput, RunFault, check_values, configure
-from data import MixtureLoader, Source, batch_of, check_sources, common_tokenizer, prepare_missing, report_packing, rows_of_rank
-from kernels import use as use_kernels
-from model import GPT, ModelConfig, count_parameters, flops_per_token, init_weights, positions_counted
+from data import (
+    MixtureLoader,
+    Source,
+    batch_of,
+    check_sources,
+    common_tokenizer,
+    prepare_missing,
+    report_packing,
+    rows_of_rank,
+)
+from lib import checkpoint, hf, parallel, storage, validate, watch
+from lib import device as lib_device
+from lib import schedule as schedules
+from lib.device import (
+    all_reduce_sum,
+    barrier,
+    device_name,
+    leave_ranks,
+    peak_flops,
+    pick_dtype,
+    start_ranks,
+    tune_malloc,
+)
+from lib.log import MetricsLog, Progress, start_trace
+from methods import baselines, reweight
+from methods import presence as self_influence
+from model import (
+    GPT,
+    ModelConfig,
+    count_parameters,
+    flops_per_token,
+    init_weights,
+    positions_counted,
+)
+from ops import moe, ranks
+from ops.attention import check_documents, document_boundaries
+from ops.kernels import use as use_kernels
 from packing import OVERLONG
-from progress import MetricsLog, Progress, start_trace
+from tools import plan
 
 # -- input and output --
 out_dir = 'out/run'                     # folder of this run; must be new unless resume=True
@@ -54,7 +72,7 @@ seed = 1337                             # of initial weights and data order
 log_interval = 10                       # steps between two lines in metrics.jsonl
 eval_interval = 1000                    # steps between two evaluations; there is one before the first and after the last step
 eval_rows = 128                         # fixed validation rows of every source
-eval_tasks = ''                         # benchmarks to run while training, with commas, as evaluate.py's --tasks
+eval_tasks = ''                         # benchmarks to run while training, with commas, as tools/evaluate.py's --tasks
 eval_tasks_interval = 5000              # steps between two runs of them, the first before training
 eval_tasks_limit: int | None = 200      # documents of each; None: all
 save_interval = 1000                    # steps between two checkpoints; there is one after the last step
@@ -92,7 +110,7 @@ influence_layers = 'last'               # parameters that influence is measured 
 influence_scaling = 'none'              # gradients as they are, divided by Adam's root of the moment, or DataInf: none | adam | datainf
 influence_units = 'loss'                # several domains: influence on their mean loss | own: mean of what each gains relative to itself
 influence_rule = 'step'                 # step (mixture_eta) | proportional (weight = mean influence, as MobileLLM-R1)
-skillit_graph: str | None = None        # what a run on one source does for the others: file of `sweep.py method`, or .npy (rows trained, columns evaluated)
+skillit_graph: str | None = None        # what a run on one source does for the others: file of `tools/sweep.py method`, or .npy (rows trained, columns evaluated)
 skillit_window = 3                      # skillit: losses of that many rounds are summed
 aioli_sweeps = 4                        # aioli: times that every mixture is explored in a round
 aioli_steps = 4                         # aioli: steps of each
@@ -104,7 +122,7 @@ doremi_reference: str | None = None     # doremi: run whose losses the proxy's a
 doremi_clip = 'token'                   # doremi: excess loss below 0 counts as 0 token by token (the original) | group: the source's mean
 doremi_smoothing = 1e-3                 # doremi: share of equal weights that is mixed in
 select = 'none'                         # rows dropped for low influence: none | online (by the model as it is) | scores (files)
-select_scores = 'scores'                # select='scores': folder in every source's, written by influence.py score
+select_scores = 'scores'                # select='scores': folder in every source's, written by tools/influence_tables.py score
 select_margin = 0.1                     # rows below this share of the probe rows' median influence are dropped; 0: the paper's rule
 select_keep = 0.1                       # share of every source's rows that is kept in any case
 # -- distillation --
@@ -187,7 +205,7 @@ is_master = rank == 0
 torch.manual_seed(seed + rank)
 dtype, dtype_reason = pick_dtype(config['dtype'], device)
 kernels_in_use = use_kernels(kernels, device)
-check_values(config, dict(optimizer=('adamw', 'muon'), schedule=('linear', 'cosine', 'wsd', 'constant'), mixture=reweight.MIXTURES + rivals.ONLINE + rivals.PROXIES, overlong=OVERLONG,
+check_values(config, dict(optimizer=('adamw', 'muon'), schedule=('linear', 'cosine', 'wsd', 'constant'), mixture=reweight.MIXTURES + baselines.ONLINE + baselines.PROXIES, overlong=OVERLONG,
                           packing=('window', 'document'), weigh_by=('rows', 'size'), wandb_mode=('online', 'offline', 'disabled'), activation_checkpointing=('none', 'selective', 'full')),
              {**dict.fromkeys(('block_size', 'batch_size', 'total_batch_tokens', 'log_interval', 'eval_interval', 'eval_rows', 'eval_tasks_interval',
                                'save_interval', 'mixture_interval', 'stop_step'), (1, math.inf)),
@@ -226,7 +244,7 @@ if used and not resume:
 barrier()                                                      # nobody writes before everybody has looked
 layout = ranks.make_layout(device.type, rank, world_size, sizes)
 data_rank = layout.data_rank if layout else 0
-common.rows_group = layout and layout.rows
+lib_device.rows_group = layout and layout.rows
 checkpointer = checkpoint.Checkpointer(out_dir, keep_last, device.type == 'cuda' if async_save is None else async_save, keep_every)
 
 # -- data --------------------------------------------------------------------------------------------------------------
@@ -245,14 +263,14 @@ about_teacher = kd.find_teacher(teacher, vocab_size, shards_tokenizer) if teache
 caches = teacher_cache.open_caches(config, active, about_teacher, vocab_size) if kd_cache else {}
 kept_shares = reweight.keep_scored(data_dir, active, config) if select == 'scores' else {}
 start_weights = {s.name: sources[s.name] * (s.n_windows if weigh_by == 'size' else 1) for s in train_sources}
-if mixture in ('stratified', *rivals.PROXIES):
+if mixture in ('stratified', *baselines.PROXIES):
     start_weights = {name: float(weight > 0) for name, weight in start_weights.items()}
 n_steps = schedules.count_steps(config, sum(s.n_windows for s in active))
 n_warmup = warmup_steps if warmup_frac is None else round(warmup_frac * n_steps)
 end_step = n_steps if stop_step is None else min(stop_step, n_steps)
 loader = MixtureLoader(train_sources, start_weights, seed)
 check_sources(train_sources + val_sources + probes, active, batch_rows)
-about_reference = rivals.check(config, active, n_steps, vocab_size, shards_tokenizer)
+about_reference = baselines.check(config, active, n_steps, vocab_size, shards_tokenizer)
 measures = reweight.check(config, active, probes, mixture_interval * batch_rows, n_data)
 if measures and found is None:
     reweight.check_texts(probes, active, val_sources, shards_tokenizer and shards_tokenizer['bos_id'], data_rank, n_data)
@@ -263,12 +281,12 @@ if bos_id is not None:
     check_documents(device, dtype)
 tokenizer, token_bytes = None, None
 if shards_tokenizer is not None:
-    from tokenizer import load_tokenizer, save_tokenizer
+    from lib.tokenizer import load_tokenizer, save_tokenizer
     tokenizer = load_tokenizer(os.path.join(data_dir, next(s.name for s in train_sources if s.meta is not None)))
     token_bytes = torch.tensor(tokenizer.token_bytes() + [0] * (vocab_size - tokenizer.vocab_size), device=device)
 benchmarks = [name.strip() for name in eval_tasks.split(',') if name.strip()]
 if benchmarks:
-    from benchmarks import Scorer, load_tasks, run_tasks
+    from tools.benchmarks import Scorer, load_tasks, run_tasks
     if tokenizer is None:
         raise BadInput('eval_tasks needs a tokenizer, and these sources have no meta.json that names one.')
     with checkpoint.untouched_rng():
@@ -368,8 +386,8 @@ def more_metrics(values, n_valid):
 
 # -- the loop ----------------------------------------------------------------------------------------------------------
 proxy = None
-if mixture in rivals.PROXIES:
-    proxy = rivals.Proxy(model, config, train_sources, val_sources, about_reference, to_device, autocast, device, dtype, layout, mixture_state, data_rank, n_data)
+if mixture in baselines.PROXIES:
+    proxy = baselines.Proxy(model, config, train_sources, val_sources, about_reference, to_device, autocast, device, dtype, layout, mixture_state, data_rank, n_data)
 micro = self_influence.MicroBatches(model, presence_layers, presence, grad_accum, presence_state) if presence != 'off' else proxy      # takes the gradients
 my_rows = rows_of_rank(batch_rows, batch_size, data_rank, n_data).reshape(grad_accum, batch_size)
 first_reweighting = max(n_warmup, n_steps // 20) if mixture_warmup is None else mixture_warmup
@@ -390,7 +408,7 @@ for step in range(first_step, end_step + 1):
     saves = (step % save_interval == 0 or step == end_step or stopping) and step > 0 and step != last_saved
     news, benchmarks_due = kept_shares if step == first_step else {}, benchmarks and (step % eval_tasks_interval == 0 or step == end_step)
     evaluates = step % eval_interval == 0 or step == end_step or benchmarks_due
-    reweights = measures and max(1, first_reweighting) <= step < n_steps and step % mixture_interval == 0 or mixture in rivals.ONLINE and rivals.due(
+    reweights = measures and max(1, first_reweighting) <= step < n_steps and step % mixture_interval == 0 or mixture in baselines.ONLINE and baselines.due(
         config, step, first_reweighting, n_steps, len(active))
     progress.read(saves or stopping or evaluates or reweights)
     if saves:
@@ -409,7 +427,7 @@ for step in range(first_step, end_step + 1):
         checkpointer.finish()                                  # an error in there must not cost the checkpoint that is being written
         model.eval()                                           # experts do not count what is only measured
         with autocast:
-            mixture_state, measured = (reweight if measures else rivals).update(model, loader, active, probes if measures else val_sources, config, mixture_state,
+            mixture_state, measured = (reweight if measures else baselines).update(model, loader, active, probes if measures else val_sources, config, mixture_state,
                                                                                 step, n_steps, batch_rows, optimizers, to_device, data_rank, n_data)
         model.train()
         news = news | measured
@@ -483,7 +501,7 @@ if stopping:
     if is_master:
         print(f'stopped by a signal before step {step}; {"saved" if step else "nothing to save yet"}. Go on with --resume=True.', flush=True)
 elif is_master:
-    from plots import draw_run, print_run
+    from tools.plots import draw_run, print_run
     print_run(run_folder, loader.epochs())
     print(f'curves: {draw_run(run_folder)}\ncheckpoint: {os.path.join(out_dir, "ckpt", f"step_{end_step:06d}")}')
 if not stopping and sample_tokens and tokenizer is not None:

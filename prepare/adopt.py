@@ -8,17 +8,16 @@ counts, hashes, bytes of text and a check that the ids and the document boundari
 import glob
 import hashlib
 import os
-import sys
+
+import _path  # noqa: F401
 
 import numpy as np
 from tqdm import tqdm
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))       # the project's own folder
-
 from configurator import BadInput, configure
 from data import open_shard
+from lib.tokenizer import load_tokenizer
 from prepare.shards import finish_source, open_source, print_table
-from tokenizer import load_tokenizer
 
 # -- knobs --
 source = ''                      # name of the new source: the folder <out>/<source>

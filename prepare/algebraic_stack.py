@@ -5,10 +5,8 @@
 3.4 million documents, 11 billion tokens, about 10 GB to read, 44 GB of shards. Each file keeps its own licence.
 https://huggingface.co/datasets/EleutherAI/proof-pile-2 (algebraic-stack)
 """
-import os
-import sys
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))       # the project's own folder
+import _path  # noqa: F401
 
 from configurator import configure
 from prepare import knobs

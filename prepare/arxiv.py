@@ -5,10 +5,8 @@
 1.5 million documents, 28 billion tokens, 30 GB to read, 112 GB of shards. RedPajama itself hosts the same text off the hub.
 https://huggingface.co/datasets/EleutherAI/proof-pile-2 (arxiv)
 """
-import os
-import sys
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))       # the project's own folder
+import _path  # noqa: F401
 
 from configurator import configure
 from prepare import knobs

@@ -6,10 +6,8 @@ TriviaQA, OpenBookQA, NQ-open, PIQA, GSM8K, BoolQ, ARC-Easy and ARC-Challenge: a
 that is trained on them is no longer a zero-shot model on their test sets. Each keeps its own licence.
 https://huggingface.co/datasets/allenai/ai2_arc and the others named below
 """
-import os
-import sys
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))       # the project's own folder
+import _path  # noqa: F401
 
 from configurator import configure
 from prepare import knobs

@@ -25,12 +25,12 @@ from dataclasses import dataclass, field
 import numpy as np
 from tqdm import tqdm
 
-from chat import check_template, encode_chat, marked
 from configurator import BadInput, RunFault
 from data import open_shard, shard_header
-from prepare.reading import local_files, location, make_parts, read_batches, records_of, remote_files
+from lib.chat import check_template, encode_chat, marked
+from lib.reading import local_files, location, make_parts, read_batches, records_of, remote_files
+from lib.tokenizer import load_tokenizer
 from prepare.shards import PartWriter, finish_source, lock, open_source, print_table, read_json
-from tokenizer import load_tokenizer
 
 SPLITS = ('train', 'val', 'probe')
 EMPTY, DROPPED, BROKEN = 3, 4, 5        # what else a record can come to; 0 to 2 are the splits

@@ -5,10 +5,8 @@
 31 million documents, 25 billion tokens, about 92 GB to read, 100 GB of shards. Apache 2.0.
 https://huggingface.co/datasets/HuggingFaceTB/cosmopedia
 """
-import os
-import sys
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))       # the project's own folder
+import _path  # noqa: F401
 
 from configurator import configure
 from prepare import knobs

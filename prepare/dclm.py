@@ -6,10 +6,8 @@
 commit is taken and recorded.
 https://huggingface.co/datasets/mlfoundations/dclm-baseline-1.0-parquet
 """
-import os
-import sys
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))       # the project's own folder
+import _path  # noqa: F401
 
 from configurator import configure
 from prepare import knobs

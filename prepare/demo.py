@@ -28,13 +28,14 @@ import numpy as np
 import rustbpe
 from tqdm import tqdm
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))       # the project's own folder
+if __name__ == '__main__':
+    import _path  # noqa: F401
 
-from chat import encode_chat
 from configurator import configure
+from lib.chat import encode_chat
+from lib.tokenizer import LLAMA3_PATTERN, make_tokenizer
 from prepare.common import check_space
 from prepare.shards import PartWriter, finish_source, open_source, print_table
-from tokenizer import LLAMA3_PATTERN, make_tokenizer
 
 # -- knobs --
 out = 'data/demo'                # folder of the demo's sources

@@ -6,10 +6,8 @@ Tokens: dclm 752B, flan 17B, pes2o 58.6B, wiki 3.7B, stackexchange 1.26B, math 1
 The test split of GSM8K, which lies among the math files, is left out.
 https://huggingface.co/datasets/allenai/dolmino-mix-1124
 """
-import os
-import sys
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))       # the project's own folder
+import _path  # noqa: F401
 
 from configurator import BadInput, configure
 from prepare import knobs

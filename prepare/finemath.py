@@ -5,10 +5,8 @@
 21.4 million documents, 34 billion tokens, 65 GB to read, 136 GB of shards with a vocabulary above 65,536. ODC-By.
 https://huggingface.co/datasets/HuggingFaceTB/finemath
 """
-import os
-import sys
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))       # the project's own folder
+import _path  # noqa: F401
 
 from configurator import configure
 from prepare import knobs

@@ -6,10 +6,8 @@
 samples that its authors drew (10BT, 100BT, 350BT). ODC-By.
 https://huggingface.co/datasets/HuggingFaceFW/fineweb-edu
 """
-import os
-import sys
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))       # the project's own folder
+import _path  # noqa: F401
 
 from configurator import BadInput, configure
 from prepare import knobs

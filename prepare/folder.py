@@ -8,18 +8,17 @@ Sources that are there already, made in the same way, stay as they are.
 """
 import glob
 import os
-import sys
+
+import _path  # noqa: F401
 
 import numpy as np
 from tqdm import tqdm
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))       # the project's own folder
-
 from configurator import BadInput, configure
+from lib.reading import local_files, read_batches, records_of
+from lib.tokenizer import load_tokenizer
 from prepare.demo import train_tokenizer
-from prepare.reading import local_files, read_batches, records_of
 from prepare.shards import PartWriter, finish_source, open_source
-from tokenizer import load_tokenizer
 
 # -- knobs --
 input = ''                       # folder with train/, val/ and perhaps probes/

@@ -6,10 +6,8 @@ About 148 million files in all, up to 1 TB to read; its page gives no count of t
 licence, which the dataset does not name.
 https://huggingface.co/datasets/nick007x/github-code-2025
 """
-import os
-import sys
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))       # the project's own folder
+import _path  # noqa: F401
 
 from configurator import configure
 from prepare import knobs

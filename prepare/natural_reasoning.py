@@ -6,10 +6,8 @@
 The answer is the first response, or the reference answer where there is none; a question without any is left out.
 https://huggingface.co/datasets/facebook/natural_reasoning
 """
-import os
-import sys
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))       # the project's own folder
+import _path  # noqa: F401
 
 from configurator import configure
 from prepare import knobs

@@ -6,10 +6,8 @@
 model training. Items of GSM8K's test set were found in it: do not report that benchmark without a look.
 https://huggingface.co/datasets/nvidia/Nemotron-CC-Math-v1
 """
-import os
-import sys
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))       # the project's own folder
+import _path  # noqa: F401
 
 from configurator import configure
 from prepare import knobs

@@ -5,10 +5,8 @@
 10.1 million documents, 16 billion tokens, 64 GB of shards: both files, v1 and the addition v1.1, as the paper counts them. CC BY 4.0.
 https://huggingface.co/datasets/nvidia/Llama-Nemotron-Post-Training-Dataset (code)
 """
-import os
-import sys
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))       # the project's own folder
+import _path  # noqa: F401
 
 from configurator import configure
 from prepare import knobs

@@ -5,10 +5,8 @@
 22.1 million documents, 15 billion tokens, 60 GB of shards: both files, v1 and the addition v1.1, as the paper counts them. CC BY 4.0.
 https://huggingface.co/datasets/nvidia/Llama-Nemotron-Post-Training-Dataset (math)
 """
-import os
-import sys
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))       # the project's own folder
+import _path  # noqa: F401
 
 from configurator import configure
 from prepare import knobs

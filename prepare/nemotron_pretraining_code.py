@@ -6,10 +6,8 @@ About 175 billion tokens. Gated, by hand: ask on its page first. NVIDIA's agreem
 dataset, Nemotron-Code-Metadata, has no text: repositories and commits to fetch from GitHub (747 billion tokens); not read here.
 https://huggingface.co/datasets/nvidia/Nemotron-Pretraining-Code-v1
 """
-import os
-import sys
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))       # the project's own folder
+import _path  # noqa: F401
 
 from configurator import configure
 from prepare import knobs

@@ -5,11 +5,10 @@
 708,920 documents, 2 billion tokens, 8 GB of shards. CC BY 4.0. prepare/nemotron_code.py and nemotron_math.py share its conversion.
 https://huggingface.co/datasets/nvidia/Llama-Nemotron-Post-Training-Dataset (science)
 """
-import os
 import re
-import sys
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))       # the project's own folder
+if __name__ == '__main__':
+    import _path  # noqa: F401
 
 from configurator import configure
 from prepare import knobs

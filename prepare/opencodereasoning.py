@@ -9,14 +9,13 @@ https://huggingface.co/datasets/nvidia/OpenCodeReasoning-2
 """
 import functools
 import os
-import sys
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))       # the project's own folder
+import _path  # noqa: F401
 
 from configurator import BadInput, configure
+from lib.reading import local_files, read_batches, records_of, remote_files
 from prepare import knobs
 from prepare.common import Dataset, prepare
-from prepare.reading import local_files, read_batches, records_of, remote_files
 from prepare.shards import read_json, write_json
 
 # -- knobs --

@@ -5,10 +5,8 @@
 3.2 million conversations, 72 GB of text, about 22 billion tokens. CC BY 4.0. The newest commit is taken and recorded.
 https://huggingface.co/datasets/nvidia/OpenMathReasoning (cot)
 """
-import os
-import sys
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))       # the project's own folder
+import _path  # noqa: F401
 
 from configurator import configure
 from prepare import knobs

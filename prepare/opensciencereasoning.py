@@ -5,10 +5,8 @@
 803,000 conversations, 15.7 GB to read, about 8 billion tokens. CC BY 4.0.
 https://huggingface.co/datasets/nvidia/OpenScienceReasoning-2
 """
-import os
-import sys
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))       # the project's own folder
+import _path  # noqa: F401
 
 from configurator import configure
 from prepare import knobs

@@ -5,10 +5,8 @@
 6.3 million documents, 14.7 billion tokens, 27 GB to read, 59 GB of shards. ODC-By. The newest commit is taken and recorded.
 https://huggingface.co/datasets/open-web-math/open-web-math
 """
-import os
-import sys
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))       # the project's own folder
+import _path  # noqa: F401
 
 from configurator import configure
 from prepare import knobs

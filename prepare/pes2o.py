@@ -6,10 +6,8 @@
 taken and recorded.
 https://huggingface.co/datasets/allenai/peS2o
 """
-import os
-import sys
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))       # the project's own folder
+import _path  # noqa: F401
 
 from configurator import configure
 from prepare import knobs

@@ -17,19 +17,26 @@ import importlib
 import json
 import os
 import re
-import sys
+
+import _path  # noqa: F401
 
 import datasketch
 import numpy as np
 from tqdm import tqdm
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))       # the project's own folder
-
 from configurator import BadInput, configure
+from lib.reading import local_files, location, make_parts, read_batches, records_of, remote_files
+from lib.tokenizer import load_tokenizer
 from prepare.common import document_of, hash_share, plain_text, split_of
-from prepare.reading import local_files, location, make_parts, read_batches, records_of, remote_files
-from prepare.shards import PartWriter, finish_source, open_source, print_table, read_json, write_atomic, write_json
-from tokenizer import load_tokenizer
+from prepare.shards import (
+    PartWriter,
+    finish_source,
+    open_source,
+    print_table,
+    read_json,
+    write_atomic,
+    write_json,
+)
 
 # -- knobs --
 sources: dict[str, str] = {'code': 'starcoder', 'math': 'finemath', 'web': 'fineweb_edu'}   # domain -> script in prepare/

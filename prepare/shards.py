@@ -16,7 +16,7 @@ import numpy as np
 
 from configurator import BadInput
 from data import shard_header
-from tokenizer import save_tokenizer
+from lib.tokenizer import save_tokenizer
 
 
 def write_atomic(path, parts):

@@ -6,10 +6,8 @@
 was out of reach at times in 2026; --input takes a copy. The part RedPajamaBook, withdrawn by its makers, is left out.
 https://huggingface.co/datasets/cerebras/SlimPajama-627B
 """
-import os
-import sys
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))       # the project's own folder
+import _path  # noqa: F401
 
 from configurator import configure
 from prepare import knobs

@@ -6,10 +6,8 @@
 read in ranges; --revision has no effect.
 https://huggingface.co/datasets/togethercomputer/RedPajama-Data-1T (stackexchange)
 """
-import os
-import sys
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))       # the project's own folder
+import _path  # noqa: F401
 
 from configurator import configure
 from prepare import knobs

@@ -6,11 +6,9 @@
 The marks for repository, file name and stars that may stand before a file are cut off. Each file keeps its own licence.
 https://huggingface.co/datasets/bigcode/starcoderdata
 """
-import os
 import re
-import sys
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))       # the project's own folder
+import _path  # noqa: F401
 
 from configurator import configure
 from prepare import knobs

@@ -10,10 +10,8 @@ column holds a list of messages with `role` and `content`, and the shards get ma
 """
 import dataclasses
 import functools
-import os
-import sys
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))       # the project's own folder
+import _path  # noqa: F401
 
 from configurator import BadInput, configure
 from prepare import knobs

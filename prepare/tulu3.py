@@ -6,10 +6,8 @@
 and recorded.
 https://huggingface.co/datasets/allenai/tulu-3-sft-olmo-2-mixture-0225
 """
-import os
-import sys
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))       # the project's own folder
+import _path  # noqa: F401
 
 from configurator import configure
 from prepare import knobs

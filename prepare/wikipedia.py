@@ -5,10 +5,8 @@
 6.2 million documents, 3.7 billion tokens, 16 GB of text, 15 GB of shards. ODC-By, text CC BY-SA.
 https://huggingface.co/datasets/allenai/dolmino-mix-1124 (wiki)
 """
-import os
-import sys
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))       # the project's own folder
+import _path  # noqa: F401
 
 from configurator import configure
 from prepare import knobs

@@ -1,4 +1,4 @@
-"""Does re-weighting help? train.py on real text with junk among the sources, arm by arm and seed by seed; the tables of RESULTS.md.
+"""Does re-weighting help? train.py on real text with junk among the sources, arm by arm and seed by seed; the tables of docs/RESULTS.md.
 
     python tests/closed_loop.py --text=folder --tokenizer=folder/tokenizers/bpe8k            # about 15 minutes for a seed on two idle cores
 
@@ -19,14 +19,14 @@ import torch
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
-from common import read_metrics
 from configurator import BadInput, configure
 from data import Source
-from hf import open_model
 from influence import ghost_sqnorm
-from prepare.reading import local_files, read_batches, records_of
+from lib.device import read_metrics
+from lib.hf import open_model
+from lib.reading import local_files, read_batches, records_of
+from lib.tokenizer import load_tokenizer
 from prepare.shards import PartWriter, finish_source
-from tokenizer import load_tokenizer
 
 # -- knobs --
 text = ''                        # folder with train/*.jsonl.gz, val/ and probes/

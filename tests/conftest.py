@@ -15,14 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+
+from data import open_shard, shard_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 SHARED = ROOT.parent / 'shared' / 'data'          # real text, present on some machines only
 
-import torch  # noqa: E402
-
-from data import open_shard, shard_bytes  # noqa: E402
 
 torch.set_num_threads(1)       # as the subprocesses: sums in another order would differ in the last bit
 
@@ -84,18 +83,25 @@ def run(command, timeout=300, cwd=ROOT, **env):
                           env={**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': '', **env})
 
 
+def run_script(path):
+    """Runs a script as `python path` does: its own folder comes first on the import path."""
+    sys.path.insert(0, str(ROOT / os.path.dirname(path)))
+    sys.modules.pop('_path', None)
+    runpy.run_path(path, run_name='__main__')
+
+
 def run_here(command):
     """Runs a script of ours with its arguments in this process (a start of torch costs seconds). Returns the exit code."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    before, folder, hook = sys.argv, os.getcwd(), sys.excepthook
+    before, folder, hook, path = sys.argv, os.getcwd(), sys.excepthook, sys.path[:]
     sys.argv = command[next(i for i, part in enumerate(command) if part.endswith('.py')):]
     os.chdir(ROOT)
     try:
-        runpy.run_path(sys.argv[0], run_name='__main__')
+        run_script(sys.argv[0])
     except SystemExit as stop:
         return stop.code
     finally:
-        sys.argv, sys.excepthook = before, hook
+        sys.argv, sys.excepthook, sys.path[:] = before, hook, path
         os.chdir(folder)
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -111,7 +117,7 @@ def as_rank(arguments, environment, log):
     sys.argv = arguments
     os.chdir(ROOT)
     try:
-        runpy.run_path(arguments[0], run_name='__main__')
+        run_script(arguments[0])
     except SystemExit as stop:
         os._exit(stop.code or 0)
     except BaseException:
@@ -125,7 +131,7 @@ def as_rank(arguments, environment, log):
 def start(command, log, environment):
     """A script of ours in a process that is forked from one which has imported torch, for a start costs seconds: multiprocessing.Process."""
     context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['conftest', 'checkpoint', 'kd', 'parallel', 'presence', 'reweight', 'validate', 'tqdm', 'matplotlib.pyplot'])
+    context.set_forkserver_preload(['tests.conftest', 'kd', 'lib.checkpoint', 'lib.parallel', 'lib.validate', 'methods.presence', 'methods.reweight', 'tqdm', 'matplotlib.pyplot'])
     arguments = command[next(i for i, part in enumerate(command) if part.endswith('.py')):]
     process = context.Process(target=as_rank, args=(arguments, environment, str(log)))
     process.start()
@@ -207,7 +213,7 @@ def demo_data(tmp_path_factory):
 @pytest.fixture(scope='session')
 def trained(tmp_path_factory):
     """The folder of a short run on text, with a byte-level tokenizer that has ChatML's tokens."""
-    from tokenizer import DIGITS_PATTERN, make_tokenizer, save_tokenizer
+    from lib.tokenizer import DIGITS_PATTERN, make_tokenizer, save_tokenizer
     folder = tmp_path_factory.mktemp('trained')
     (folder / 'tokenizer').mkdir()
     ranks = {bytes([b]): 3 + b for b in range(256)} | {b' t': 259, b'he': 260, b' the': 261, b'in': 262, b'ing': 263, b'er': 264}

@@ -1,4 +1,4 @@
-"""Distillation against plain training on the same tokens, and what a cache costs in accuracy (RESULTS.md). Not collected by pytest.
+"""Distillation against plain training on the same tokens, and what a cache costs in accuracy (docs/RESULTS.md). Not collected by pytest.
 
     python prepare/folder.py --input=folder --sources="['code', 'math', 'web_edu', 'wiki', 'noise']" --out=data/study
     python tests/distil_study.py --data=data/study          # an hour of two cores beside other work; what is complete is not made again
@@ -12,11 +12,10 @@ import os
 import shutil
 import statistics
 
-from studies import ROOT, read_arms, run
-
 from configurator import configure
-from report import difference, mean_and_range, paired, read_entry
-from runs import is_finished, token_flops
+from tests.studies import ROOT, read_arms, run
+from tools.report import difference, mean_and_range, paired, read_entry
+from tools.runs import is_finished, token_flops
 
 # -- knobs --
 data = 'data/study'                 # folder of prepared sources
@@ -33,6 +32,7 @@ ARMS = ('cross_entropy', 'teacher', 'teacher_half', *CACHES)
 def cut_sources(folder):
     """Copies of the sources with the first `tokens` tokens of training text."""
     import numpy as np
+
     from data import open_shard, shard_bytes
     for name in NAMES:
         if os.path.isdir(f'{folder}/{name}'):
@@ -66,10 +66,11 @@ def print_table(folder):
 def compare_caches(folder, runs):
     """Losses and gradients of caches against the whole divergence, on 32 validation rows, for the distilled student of the first seed."""
     import torch
+
     import kd
     import teacher_cache
     from data import Source, batch_of
-    from hf import open_model
+    from lib.hf import open_model
     cpu, vocab_size = torch.device('cpu'), read_entry(TEACHER).config['vocab_size']
     rows = torch.from_numpy(Source(folder, NAMES[0], 'val', 256, 0, vocab_size).rows(range(32)))
     inputs, targets, _ = batch_of(rows)
@@ -111,6 +112,6 @@ if __name__ == '__main__':
     for name, (k, draws) in CACHES.items():
         run('kd.py', 'cache', f'--teacher={TEACHER}', f'--source={",".join(NAMES)}', f'--name={name}', f'--data_dir={folder}', '--block_size=64', '--batch_size=64',
             f'--k={k}', f'--draws={draws}')
-    run('sweep.py', 'configs', 'config/study/distil', f'--seeds={seeds}', f'--jobs={jobs}', '--threads=1', f'--out={out}/runs', 'config/study/base.py', f'--data_dir={folder}')
+    run('tools/sweep.py', 'configs', 'config/study/distil', f'--seeds={seeds}', f'--jobs={jobs}', '--threads=1', f'--out={out}/runs', 'config/study/base.py', f'--data_dir={folder}')
     print_table(f'{out}/runs')
     compare_caches(folder, f'{out}/runs')

@@ -1,4 +1,4 @@
-"""Which method gives the better mixture, and at what cost? All of them on two and three sources of real text; the tables of RESULTS.md.
+"""Which method gives the better mixture, and at what cost? All of them on two and three sources of real text; the tables of docs/RESULTS.md.
 
     python tests/methods_study.py --text=folder            # about two hours of two cores beside other work; a run that is there is not made again
 
@@ -11,12 +11,12 @@ import json
 import os
 
 import numpy as np
-from studies import read_arms, run
 
-import sweep
 from configurator import BadInput, configure
-from report import difference, mean_and_range, paired, weights_of
-from runs import flops_of
+from tests.studies import read_arms, run
+from tools import sweep
+from tools.report import difference, mean_and_range, paired, weights_of
+from tools.runs import flops_of
 
 # -- knobs --
 text = ''                        # folder with train/*.jsonl.gz, val/ and probes/
@@ -57,7 +57,7 @@ def study(names, data):
         for seed in seeds:
             where = os.path.join(folder, 'phases', f'{method}_seed{seed}')
             if not os.path.isfile(os.path.join(where, 'cost.json')):
-                run('sweep.py', 'method', f'--method={method}', f'--seed={seed}', f'--seeds=[{seed}]', f'--jobs={jobs}', '--threads=1', f'--out={where}', *arguments)
+                run('tools/sweep.py', 'method', f'--method={method}', f'--seed={seed}', f'--seeds=[{seed}]', f'--jobs={jobs}', '--threads=1', f'--out={where}', *arguments)
             learned[method, seed] = os.path.join(where, 'mixture.py')
     sizes = {name: tokens_of(os.path.join(data, name)) for name in names}
     knobs = {'fixed': dict(sources={**{name: n / sum(sizes.values()) for name, n in sizes.items()}, **test}), 'stratified': {},

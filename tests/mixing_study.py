@@ -1,4 +1,4 @@
-"""Do the mixing laws hold, and which method measures what they say? sweep.py and mixing_laws.py on real text; the tables of RESULTS.md.
+"""Do the mixing laws hold, and which method measures what they say? tools/sweep.py and tools/mixing_laws.py on real text; the tables of docs/RESULTS.md.
 
     python tests/mixing_study.py --text=folder            # about two hours on two idle cores; a part that is there is not made again
 
@@ -8,9 +8,8 @@ stopped half-way and continued for 100 steps by 9 mixtures each, for the dynamic
 """
 import os
 
-from studies import run
-
 from configurator import BadInput, configure
+from tests.studies import run
 
 # -- knobs --
 text = ''                        # folder with train/*.jsonl.gz and val/
@@ -26,17 +25,17 @@ BREAK_STEP, VOCAB_SIZE = 150, 2048
 
 def study(part, config):
     folder = os.path.join(out, part)
-    sweep = ['sweep.py', 'mixture', '--dirichlet', '--n=9', f'--jobs={jobs}', '--threads=1', f'--out={folder}', *config]
+    sweep = ['tools/sweep.py', 'mixture', '--dirichlet', '--n=9', f'--jobs={jobs}', '--threads=1', f'--out={folder}', *config]
     if part == 'static':
         run(*sweep, f'--seeds={seeds}')
-        run('mixing_laws.py', 'fit-static', folder)
+        run('tools/mixing_laws.py', 'fit-static', folder)
     elif part == 'dynamic':
         run(*sweep, f'--seeds={seeds[:1]}', f'--break_step={BREAK_STEP}')
-        run('mixing_laws.py', 'fit-dynamic', os.path.join(folder, 'children'))
+        run('tools/mixing_laws.py', 'fit-dynamic', os.path.join(folder, 'children'))
     else:
         run(*sweep, f'--seeds={seeds}', f'--break_step={BREAK_STEP}', f'--method={part}')
-        run('mixing_laws.py', 'a-star', os.path.join(folder, 'children'))
-        run('mixing_laws.py', 'sim', os.path.join(folder, 'children'))
+        run('tools/mixing_laws.py', 'a-star', os.path.join(folder, 'children'))
+        run('tools/mixing_laws.py', 'sim', os.path.join(folder, 'children'))
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""Many ranks against one process, and runs whose ranks are killed: the figures of BENCHMARKS.md, "Many ranks". Not collected by pytest.
+"""Many ranks against one process, and runs whose ranks are killed: the figures of docs/BENCHMARKS.md, "Many ranks". Not collected by pytest.
 
     python tests/scale_study.py equal                                  # 20 steps of every layout against one process
     python tests/scale_study.py reshape                                # its checkpoint of step 4, continued by every other to step 8
@@ -19,10 +19,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
 
-import conftest  # noqa: E402
 from configurator import BadInput, configure  # noqa: E402
-from test_faults import INFLUENCE, MOMENTS, run_and_kill, unequal_numbers  # noqa: E402
-from test_layouts import EXPERTS, HEADS, write_data  # noqa: E402
+from tests import conftest  # noqa: E402
+from tests.test_faults import INFLUENCE, MOMENTS, run_and_kill, unequal_numbers  # noqa: E402
+from tests.test_layouts import EXPERTS, HEADS, write_data  # noqa: E402
 
 # -- knobs --
 layouts = ''             # with commas; '': those of EQUAL or RESHAPE, dp2 for kills

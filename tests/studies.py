@@ -7,7 +7,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 from configurator import BadInput  # noqa: E402
-from report import read_entry  # noqa: E402
+from tools.report import read_entry  # noqa: E402
 
 
 def run(*command):

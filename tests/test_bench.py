@@ -1,12 +1,12 @@
-"""bench.py runs, and prints and writes what it says."""
+"""tools/bench.py runs, and prints and writes what it says."""
 import json
 import sys
 
-from conftest import assert_one_sentence, run
+from tests.conftest import assert_one_sentence, run
 
 
 def test_bench_runs_beside_a_peer(tmp_path):
-    done = run([sys.executable, 'bench.py', "--models=['s1']", '--vs=transformers', '--rows=1', '--tokens=32', '--rounds=2', '--compiled=[False]',
+    done = run([sys.executable, 'tools/bench.py', "--models=['s1']", '--vs=transformers', '--rows=1', '--tokens=32', '--rounds=2', '--compiled=[False]',
                 '--dtypes=["float32"]', '--profile=True', f'--json={tmp_path}/bench.json'])
     assert done.returncode == 0, done.stderr
     (record,) = json.loads((tmp_path / 'bench.json').read_text())['records']
@@ -19,5 +19,5 @@ def test_bench_runs_beside_a_peer(tmp_path):
 
 
 def test_peers_that_are_not_there_are_named():
-    assert_one_sentence(run([sys.executable, 'bench.py', '--vs=nobody']), 2, "'nobody' must be one of", 'transformers')
-    assert_one_sentence(run([sys.executable, 'bench.py', '--side=liger,s1,float32,False']), 2, 'its kernels need a GPU')
+    assert_one_sentence(run([sys.executable, 'tools/bench.py', '--vs=nobody']), 2, "'nobody' must be one of", 'transformers')
+    assert_one_sentence(run([sys.executable, 'tools/bench.py', '--side=liger,s1,float32,False']), 2, 'its kernels need a GPU')

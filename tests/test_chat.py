@@ -6,10 +6,10 @@ import json
 import numpy as np
 import pytest
 
-from chat import check_template, encode_chat, marked
 from configurator import BadInput
-from test_prepare import trained_tokenizer_json
-from tokenizer import GPT2_PATTERN, LLAMA3_PATTERN, load_tokenizer
+from lib.chat import check_template, encode_chat, marked
+from lib.tokenizer import GPT2_PATTERN, LLAMA3_PATTERN, load_tokenizer
+from tests.test_prepare import trained_tokenizer_json
 
 SPECIALS = ('<|endoftext|>', '<|start_header_id|>', '<|end_header_id|>', '<|eot_id|>', '<|im_start|>', '<|im_end|>')
 # what Meta and OpenAI publish, with the assistant's part marked for transformers

@@ -4,12 +4,12 @@ import math
 
 import numpy as np
 import pytest
-from conftest import TINY, run_here
 
-import curves
 from configurator import BadInput
 from model import GPT, ModelConfig
-from sweep import arch_shapes
+from tests.conftest import TINY, run_here
+from tools import curves
+from tools.sweep import arch_shapes
 
 BANDS = {'3M-5M': 1_500_000, '7.5M-10M': 1_000_000, '12.5M-15M': 800_000, '22.5M-25M': 640_000, '45M-50M': 500_000}
 PICKS = ['10_22_160_240', '10_20_240_360', '16_26_256_384', '10_22_320_640', '14_24_448_896']
@@ -107,17 +107,17 @@ def test_states_of_hugging_face_at_equal_steps_and_flops(tmp_path, capsys):
 def test_a_sweep_of_shapes_and_a_grid(tmp_path, tiny_data, capsys):
     tiny = [f'--{k}={v}' for k, v in {**TINY, 'max_steps': 4, 'save_interval': 4, 'eval_interval': 2, 'data_dir': tiny_data, 'sources': {'a': 1.0, 'b': 1.0}}.items()]
     shapes = ['--grid.n_layer=[1, 2]', '--grid.n_embd=[16]', '--grid.n_head=[2, 3]', '--n_params=[1e3, 1e5]']
-    run_here(['sweep.py', 'arch', *shapes, f'--out={tmp_path / "arch"}', '--jobs=2', *tiny])
+    run_here(['tools/sweep.py', 'arch', *shapes, f'--out={tmp_path / "arch"}', '--jobs=2', *tiny])
     assert '2 combinations are not possible, the first is 3_1_16_48: n_embd = 16 is not a multiple of n_head = 3' in capsys.readouterr().out
     rows = [tuple(map(int, line.split('\t'))) for line in (tmp_path / 'arch' / 'ablation_params.tsv').read_text().splitlines()]
     assert len(rows) == 2
     for heads, layers, width, inner, n in rows:
         built = GPT(ModelConfig(vocab_size=64, n_layer=layers, n_head=heads, n_kv_head=heads, n_embd=width, ffn_dim=inner))
         assert sum(p.numel() for p in built.parameters()) == n
-    run_here(['sweep.py', 'collect', str(tmp_path / 'arch'), '--unit=flops'])
+    run_here(['tools/sweep.py', 'collect', str(tmp_path / 'arch'), '--unit=flops'])
     found = json.loads((tmp_path / 'arch' / 'collect.json').read_text())
     assert found['effects'] is None and sum(len(p['rows']) for p in found['picks'].values()) >= 1
     with pytest.raises(BadInput, match="no knob 'n_layers'. Did you mean 'n_layer'"):
-        run_here(['sweep.py', 'grid', '--grid.n_layers=[1]', *tiny])
+        run_here(['tools/sweep.py', 'grid', '--grid.n_layers=[1]', *tiny])
     with pytest.raises(BadInput, match='nothing is left to run. Widen n_params'):
-        run_here(['sweep.py', 'arch', '--dry_run=True', '--n_params=[1, 2]', f'--out={tmp_path / "none"}', *tiny])
+        run_here(['tools/sweep.py', 'arch', '--dry_run=True', '--n_params=[1, 2]', f'--out={tmp_path / "none"}', *tiny])

@@ -5,10 +5,21 @@ import struct
 import numpy as np
 import pytest
 
-from conftest import make_source, write_shard
 from configurator import BadInput
-from data import (MixtureLoader, Source, check_weights, common_tokenizer, derive_keys, document_ids, open_shard, permute,
-                  read_header, rows_of_rank, shard_bytes)
+from data import (
+    MixtureLoader,
+    Source,
+    check_weights,
+    common_tokenizer,
+    derive_keys,
+    document_ids,
+    open_shard,
+    permute,
+    read_header,
+    rows_of_rank,
+    shard_bytes,
+)
+from tests.conftest import make_source, write_shard
 
 
 def test_shard_written_by_hand_in_llm_c_format_is_read(tmp_path):

@@ -8,11 +8,11 @@ import sys
 import numpy as np
 import pytest
 
-from conftest import ROOT
-from chat import marked
 from configurator import BadInput
 from data import open_shard
-from tokenizer import GPT2_PATTERN, load_tokenizer, make_tokenizer, save_tokenizer
+from lib.chat import marked
+from lib.tokenizer import GPT2_PATTERN, load_tokenizer, make_tokenizer, save_tokenizer
+from tests.conftest import ROOT
 
 SPECIAL = ['<|endoftext|>', '<|begin_of_text|>', '<|start_header_id|>', '<|end_header_id|>', '<|eot_id|>', '<|im_start|>', '<|im_end|>']
 SCRIPTS = sorted(p.stem for p in (ROOT / 'prepare').glob('*.py') if 'from prepare.common import Dataset, prepare' in p.read_text() and p.stem != 'text')

@@ -1,4 +1,4 @@
-"""evaluate.py and benchmarks.py against lm-eval's own `hf` model on the exported folder, over ranks, and its files."""
+"""tools/evaluate.py and tools/benchmarks.py against lm-eval's own `hf` model on the exported folder, over ranks, and its files."""
 import json
 import math
 import sys
@@ -6,14 +6,13 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import run, run_here, run_ranks, train
 
-import benchmarks
-import checkpoint
-import hf
 from configurator import BadInput, RunFault
+from lib import checkpoint, hf
+from lib.tokenizer import DIGITS_PATTERN, load_tokenizer, make_tokenizer, save_tokenizer
 from model import GPT, ModelConfig, init_weights
-from tokenizer import DIGITS_PATTERN, load_tokenizer, make_tokenizer, save_tokenizer
+from tests.conftest import run, run_here, run_ranks, train
+from tools import benchmarks
 
 CONFIG = ModelConfig(vocab_size=300, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, ffn_dim=48, tie_embeddings=False)
 CHOICE = """task: {name}
@@ -191,7 +190,7 @@ def test_two_ranks_give_what_one_gives(model_folder, tmp_path):
     tasks = ','.join(str(model_folder / f'{name}.yaml') for name in ('choice', 'continue', 'roll'))
     bpb = tmp_path / 'text.jsonl'
     bpb.write_text(''.join(json.dumps({'text': 'the river in ' * n}) + '\n' for n in (1, 5, 40, 3)))
-    arguments = ['evaluate.py', f'--ckpt={model_folder / "ours"}', f'--tasks={tasks}', f'--bpb={bpb}', '--device=cpu', '--dtype=float32',
+    arguments = ['tools/evaluate.py', f'--ckpt={model_folder / "ours"}', f'--tasks={tasks}', f'--bpb={bpb}', '--device=cpu', '--dtype=float32',
                  '--batch_tokens=600']
     out = run([sys.executable, *arguments, f'--out={tmp_path}/one.json'])
     assert out.returncode == 0, out.stdout + out.stderr
@@ -256,7 +255,7 @@ def test_paired_differences_are_those_of_the_documents():
 def test_bad_input(model_folder, arguments, message):
     arguments = [a.replace('=choice', f'={model_folder}/choice.yaml').replace('=continue', f'={model_folder}/continue.yaml') for a in arguments]
     with pytest.raises(BadInput, match=message):
-        run_here(['evaluate.py', f'--ckpt={model_folder / "ours"}', '--device=cpu', *arguments])
+        run_here(['tools/evaluate.py', f'--ckpt={model_folder / "ours"}', '--device=cpu', *arguments])
 
 
 def test_tasks_that_cannot_be_loaded_or_run_code(model_folder):
@@ -314,7 +313,7 @@ def test_groups_of_groups_and_the_metrics_package(model_folder, monkeypatch):
 
 def test_results_of_several_evaluations_stand_in_one_file(model_folder, tmp_path):
     def evaluate_now(*arguments):
-        assert run_here(['evaluate.py', f'--ckpt={model_folder / "ours"}', '--device=cpu', f'--out={tmp_path}/x.json', *arguments]) == 0
+        assert run_here(['tools/evaluate.py', f'--ckpt={model_folder / "ours"}', '--device=cpu', f'--out={tmp_path}/x.json', *arguments]) == 0
         return json.loads((tmp_path / 'x.json').read_text())['results']
     (tmp_path / 'a.txt').write_text('the river in Zürich')
     assert evaluate_now(f'--bpb={tmp_path}/a.txt').keys() == {f'bpb {tmp_path}/a.txt'}

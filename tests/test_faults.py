@@ -10,13 +10,12 @@ import time
 
 import pytest
 
-import checkpoint
-import storage
 from configurator import BadInput
-from conftest import ROOT, metrics, run_here, run_ranks, train, train_command
-from test_layouts import HEADS, assert_equal_runs, data  # noqa: F401  (a fixture)
-from test_train import assert_same_run
-from watch import diagnose
+from lib import checkpoint, storage
+from lib.watch import diagnose
+from tests.conftest import ROOT, metrics, run_here, run_ranks, train, train_command
+from tests.test_layouts import HEADS, assert_equal_runs, data  # noqa: F401  (a fixture)
+from tests.test_train import assert_same_run
 
 INFLUENCE = dict(mixture='influence', mixture_interval=12, mixture_warmup=12, probe={'m': 1.0}, probe_rows=16, influence_rows=16, max_epochs=None,
                  learning_rate=5e-4)

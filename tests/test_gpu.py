@@ -2,10 +2,10 @@
 import pytest
 import torch
 
-import moe
-from conftest import metrics, train
-from loss import linear_cross_entropy
 from model import GPT, ModelConfig, init_weights
+from ops import moe
+from ops.loss import linear_cross_entropy
+from tests.conftest import metrics, train
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device here')]
 
@@ -35,8 +35,8 @@ def test_chunked_loss_on_cuda_equals_fp64():
 
 @pytest.mark.parametrize('kind', ['forward', 'reverse', 'js'])
 def test_distillation_on_cuda_equals_the_cpu(kind):
-    from test_kd import cached, problem
     import kd
+    from tests.test_kd import cached, problem
     h, w, th, tw, targets, weights = problem(n=70, v=1000)
     y = th @ tw.T
     for teacher in ((th, tw), cached(y, targets, 8, 0), cached(y, targets, 8, 4)):
@@ -54,7 +54,7 @@ def test_distillation_on_cuda_equals_the_cpu(kind):
 
 @pytest.mark.parametrize('changes', [dict(), dict(activation_checkpointing='full'), dict(activation_checkpointing='full', compile=True), dict(compile=True)])
 def test_conversations_and_a_teacher_on_cuda(tmp_path, changes):
-    from test_sft import SFT, conversations, write_chats
+    from tests.test_sft import SFT, conversations, write_chats
     write_chats(tmp_path / 'data', 'chat', conversations(300))
     knobs = {**SFT, 'device': 'cuda', 'dtype': 'bfloat16', 'n_embd': 64, 'max_steps': 30, 'eval_interval': 30, **changes}
     train(tmp_path / 'teacher', tmp_path / 'data', **{**knobs, 'n_embd': 128})
@@ -71,8 +71,8 @@ def test_a_run_on_cuda_learns_and_resumes(tmp_path, tiny_data):
 
 def test_influence_on_cuda_equals_the_cpu():
     """Sources, rows and norms in fp64 exactly; under bf16 autocast the same order of rows."""
-    from test_influence import batches, tiny
     import influence
+    from tests.test_influence import batches, tiny
 
     def results(device):
         model = tiny(qk_norm=True).to(device)
@@ -97,7 +97,8 @@ def test_influence_on_cuda_equals_the_cpu():
 @pytest.mark.parametrize('changes', [dict(mixture='influence'), dict(select='online'), dict(presence='stream'), dict(presence='store')])
 def test_data_methods_run_on_cuda(tmp_path, tiny_data, changes):
     import shutil
-    from conftest import make_source
+
+    from tests.conftest import make_source
     make_source(tmp_path / 'other', 'a', 6_000, seed=5)
     shutil.copytree(tmp_path / 'other' / 'a' / 'train', tiny_data / 'probe' / 'kind' / 'probe')
     m = train(tmp_path / 'run', tiny_data, device='cuda', dtype='bfloat16', n_embd=64, max_steps=40, total_batch_tokens=256, mixture_interval=10,
@@ -119,7 +120,8 @@ def test_curves_with_and_without_kernels_agree(tmp_path, demo_data):
 @pytest.mark.parametrize('changes', [dict(packing='window'), dict(packing='document')])
 def test_a_step_does_not_wait_for_the_host(tmp_path, changes):
     import warnings
-    from test_sft import SFT, conversations, write_chats
+
+    from tests.test_sft import SFT, conversations, write_chats
     write_chats(tmp_path / 'data', 'chat', conversations(300))
     waits = []
     for steps in (6, 16):
@@ -154,7 +156,7 @@ def test_experts_by_grouped_products_equal_the_loop(skew):
 
 
 def test_a_run_with_experts_and_selective_checkpointing_on_cuda(tmp_path):
-    from conftest import make_source
+    from tests.conftest import make_source
     make_source(tmp_path / 'data', 'a')
     make_source(tmp_path / 'data', 'b')
     knobs = dict(device='cuda', dtype='bfloat16', n_embd=64, n_expert=4, n_expert_active=2, expert_ffn_dim=32, n_shared_expert=1, max_steps=60, eval_interval=60)
@@ -168,8 +170,9 @@ def test_planned_memory_is_within_a_tenth_of_the_measured_peak_on_cuda():
     import re
     import subprocess
     import sys
-    from conftest import ROOT
-    done = subprocess.run([sys.executable, 'bench_memory.py', '--cases=bf16,vocabulary,long,selective,full,experts'], cwd=ROOT, capture_output=True, text=True)
+
+    from tests.conftest import ROOT
+    done = subprocess.run([sys.executable, 'tools/bench_memory.py', '--cases=bf16,vocabulary,long,selective,full,experts'], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for line in done.stdout.splitlines()[1:]:
         measured, planned = (float(n.replace(',', '')) for n in re.findall(r'[\d,]+\.\d', line)[:2])

@@ -1,17 +1,17 @@
-"""hf.py against transformers: import, logits, export, and every kind of broken folder."""
+"""tools/hf.py against transformers: import, logits, export, and every kind of broken folder."""
 import json
 import shutil
 import sys
 
 import pytest
 import torch
-from conftest import ROOT, run, train
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-import hf
 from configurator import BadInput
-from tokenizer import load_tokenizer
+from lib import hf
+from lib.tokenizer import load_tokenizer
+from tests.conftest import ROOT, run, train
 
 transformers = pytest.importorskip('transformers')
 LLAMA3_ROPE = dict(rope_type='llama3', rope_theta=500000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
@@ -120,7 +120,7 @@ def test_a_run_is_exported_with_its_tokenizer(tmp_path, trained):
     assert tokenizer(text).input_ids == [ours.bos_id, *ours.encode(text)]
     assert tokenizer.decode(ours.encode(text)) == text
     messages = [dict(role='system', content='Be brief.'), dict(role='user', content='  Hi <there>\n')]
-    from chat import JINJA, encode_prompt
+    from lib.chat import JINJA, encode_prompt
     rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     assert rendered == encode_prompt(ours, messages, 'chatml') == encode_prompt(ours, messages, JINJA['chatml'])
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'hf')
@@ -207,11 +207,11 @@ def test_a_tokenizer_larger_than_the_model(tmp_path, trained):
 def test_the_command_line(tmp_path):
     their_model('Llama', {}, tmp_path / 'hf')
     for arguments, code, message in (
-            (['import', f'--model={tmp_path}/hf', f'--out={tmp_path}/ours'], 0, 'Llama|llama'), (['import', '--out=x'], 2, 'hf.py import'),
+            (['import', f'--model={tmp_path}/hf', f'--out={tmp_path}/ours'], 0, 'Llama|llama'), (['import', '--out=x'], 2, 'tools/hf.py import'),
             (['import', f'--model={tmp_path}/hf', f'--out={tmp_path}/ours'], 2, 'already holds'),
             (['export', f'--ckpt={tmp_path}/ours', f'--out={tmp_path}/back', '--dtype=bfloat16'], 0, 'bfloat16'),
             (['export', f'--ckpt={tmp_path}/ours', f'--out={tmp_path}/back'], 2, 'not empty')):
-        result = run([sys.executable, 'hf.py', *arguments])
+        result = run([sys.executable, 'tools/hf.py', *arguments])
         output = result.stdout + result.stderr
         assert result.returncode == code and any(m in output for m in message.split('|')) and 'Traceback' not in output, output
     with safe_open(tmp_path / 'back' / 'model.safetensors', framework='pt') as f:
@@ -222,7 +222,7 @@ def test_a_vocabulary_that_lacks_bytes(tmp_path):
     """SmolLM2's has no token for some control characters: `tokenizers` drops them, and so do we."""
     from tokenizers import Tokenizer
 
-    from tokenizer import GPT2_PATTERN, make_tokenizer, save_tokenizer, save_tokenizer_json
+    from lib.tokenizer import GPT2_PATTERN, make_tokenizer, save_tokenizer, save_tokenizer_json
     ranks = {bytes([b]): b + 1 for b in range(256) if b not in (0x13, 0x14, 0xf1)}
     ours = make_tokenizer('x', ranks, GPT2_PATTERN, {'<|endoftext|>': 0}, '<|endoftext|>')
     save_tokenizer_json(str(tmp_path), ours, False, 64)

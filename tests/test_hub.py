@@ -9,10 +9,10 @@ import urllib.parse
 
 import pytest
 
-from conftest import ROOT, assert_one_sentence, run
 from configurator import RunFault
-from prepare import reading
-from test_prepare import byte_tokenizer, contents, documents  # noqa: F401  (a fixture among them)
+from lib import reading
+from tests.conftest import ROOT, assert_one_sentence, run
+from tests.test_prepare import byte_tokenizer, contents, documents  # noqa: F401  (a fixture among them)
 
 SHA = 'e92b25a616738fe95dc186b64dfb19f9c8525594'         # the commit that prepare/finemath.py names
 
@@ -191,13 +191,13 @@ def test_what_goes_wrong_on_the_hub_is_one_sentence(hub, tmp_path, byte_tokenize
     ('missing', 2, ['some/model does not exist on the hub']), ('revision', 2, ['no such revision', '--revision']),
     ('no network', 1, ['some/model cannot be reached', 'downloaded folder'])])
 def test_a_model_comes_from_the_hub(hub, tmp_path, state, code, parts):
-    from test_hf import their_model
+    from tests.test_hf import their_model
     their_model('Llama', {}, tmp_path / 'hf', max_shard_size='40KB')
     if state != 'missing':
         hub.repos['some/model'] = {path.name: path.read_bytes() for path in (tmp_path / 'hf').iterdir()} | {'model.bin': b'not fetched'}
         hub.sha['some/model'] = 'c' * 40
     hub.gated = state == 'gated'
-    done = run([sys.executable, 'hf.py', 'import', '--model=some/model', f'--out={tmp_path}/ours', *(['--revision=v2'] * (state == 'revision'))],
+    done = run([sys.executable, 'tools/hf.py', 'import', '--model=some/model', f'--out={tmp_path}/ours', *(['--revision=v2'] * (state == 'revision'))],
                HF_ENDPOINT='http://127.0.0.1:9' if state == 'no network' else hub.url, HF_HOME=str(tmp_path / 'home'), HF_TOKEN='',
                HF_HUB_ETAG_TIMEOUT='5', HF_HUB_DISABLE_IMPLICIT_TOKEN='1')
     if code:

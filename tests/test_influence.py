@@ -8,16 +8,14 @@ import signal
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, make_source, run_ranks, train, train_command, write_shard
 
 import influence
-import mixtures
-import presence
-import reweight
 from configurator import BadInput, RunFault
 from data import Source
-from loss import linear_cross_entropy
+from methods import presence, reweight, rules
 from model import GPT, ModelConfig, flops_per_token, init_weights
+from ops.loss import linear_cross_entropy
+from tests.conftest import TINY, make_source, run_ranks, train, train_command, write_shard
 
 SHAPES = [dict(), dict(tie_embeddings=False), dict(qk_norm=True, layer_repeat=2), dict(qkv_bias=True, n_kv_head=1)]
 
@@ -325,8 +323,8 @@ import json
 import torch, torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from common import leave_ranks
-from test_influence import sharded_results, tiny
+from lib.device import leave_ranks
+from tests.test_influence import sharded_results, tiny
 dist.init_process_group('gloo')
 rank = dist.get_rank()
 
@@ -413,7 +411,7 @@ def test_two_ranks_equal_one(tmp_path):
 
 def step(weights, r, se=0.01, state=None, eta=0.3, low=0.02, high=0.6):
     high = dict.fromkeys(weights, high) if isinstance(high, float) else high
-    return mixtures.update_influence(weights, r, dict.fromkeys(r, se), state or {}, eta, low, high)
+    return rules.update_influence(weights, r, dict.fromkeys(r, se), state or {}, eta, low, high)
 
 
 def test_the_rule_moves_towards_what_helps():
@@ -439,36 +437,36 @@ def test_bounds_hold_after_normalisation():
         n = int(rng.integers(2, 9))
         weights = dict(enumerate(rng.dirichlet(np.full(n, 0.3))))
         low, high = rng.uniform(0, 1 / n), dict(enumerate(rng.uniform(1 / n, 1, n)))
-        new = mixtures.project(weights, dict.fromkeys(weights, low), high)
+        new = rules.project(weights, dict.fromkeys(weights, low), high)
         assert sum(new.values()) == pytest.approx(1, abs=1e-12)
         assert all(low - 1e-12 <= new[i] <= high[i] + 1e-12 for i in new)
         free = [i for i in new if low + 1e-9 < new[i] < high[i] - 1e-9 and weights[i] > 1e-9]
         if len(free) > 1:
             assert np.ptp([new[i] / weights[i] for i in free]) < 1e-6 * new[free[0]] / weights[free[0]]
-    left = mixtures.project(dict(a=1.0, b=0.0, c=0.0), dict.fromkeys('abc', 0.1), dict.fromkeys('abc', 0.6))      # a cannot take all
+    left = rules.project(dict(a=1.0, b=0.0, c=0.0), dict.fromkeys('abc', 0.1), dict.fromkeys('abc', 0.6))      # a cannot take all
     assert left == pytest.approx(dict(a=0.6, b=0.2, c=0.2))
-    capped = mixtures.project(dict(a=0.5, b=0.5), dict(a=0.1, b=0.1), dict(a=0.2, b=0.3))      # caps that cannot all be kept
+    capped = rules.project(dict(a=0.5, b=0.5), dict(a=0.1, b=0.1), dict(a=0.2, b=0.3))      # caps that cannot all be kept
     assert capped == pytest.approx(dict(a=0.4, b=0.6))
     with pytest.raises(BadInput, match='leave no room'):
-        mixtures.check_bounds(4, 0.3, 0.6)
+        rules.check_bounds(4, 0.3, 0.6)
 
 
 def test_weights_in_proportion_to_influence():
     """Equations 5 and 6: the mean over updates, the t-th counting t, negative ones as 0."""
     weights, high = dict(a=0.25, b=0.25, c=0.5), dict(a=1.0, b=1.0, c=1.0)
-    new, state, log = mixtures.update_proportional(weights, dict(a=1.0, b=3.0, c=-2.0), {}, {}, 0.0, high)
+    new, state, log = rules.update_proportional(weights, dict(a=1.0, b=3.0, c=-2.0), {}, {}, 0.0, high)
     assert new == pytest.approx(dict(a=0.25, b=0.75, c=0.0)) and not log['kept']
-    new, state, _ = mixtures.update_proportional(new, dict(a=2.5, b=-0.5, c=-0.5), {}, state, 0.0, high)
+    new, state, _ = rules.update_proportional(new, dict(a=2.5, b=-0.5, c=-0.5), {}, state, 0.0, high)
     assert new == pytest.approx(dict(a=0.75, b=0.25, c=0.0))                            # (1 + 2 * 2.5, 3 - 2 * 0.5, negative) / 8
-    assert mixtures.update_proportional(new, dict(a=0.0, b=0.0, c=0.0), {}, state, 0.1, high)[0] == pytest.approx(dict(a=0.675, b=0.225, c=0.1))
-    kept, _, log = mixtures.update_proportional(weights, dict(a=-1.0, b=-3.0, c=-2.0), {}, {}, 0.0, high)
+    assert rules.update_proportional(new, dict(a=0.0, b=0.0, c=0.0), {}, state, 0.1, high)[0] == pytest.approx(dict(a=0.675, b=0.225, c=0.1))
+    kept, _, log = rules.update_proportional(weights, dict(a=-1.0, b=-3.0, c=-2.0), {}, {}, 0.0, high)
     assert kept is weights and 'no source' in log['kept']
 
 
 def test_epoch_caps():
-    caps = mixtures.epoch_caps(0.6, 4, dict(a=300, b=0, c=500), dict(a=100, b=1000, c=100), 1000)
+    caps = rules.epoch_caps(0.6, 4, dict(a=300, b=0, c=500), dict(a=100, b=1000, c=100), 1000)
     assert caps == dict(a=0.1, b=0.6, c=0.0)
-    assert mixtures.epoch_caps(0.6, None, dict(a=1), dict(a=1), 10) == dict(a=0.6)
+    assert rules.epoch_caps(0.6, None, dict(a=1), dict(a=1), 10) == dict(a=0.6)
 
 
 # -- in a training run -------------------------------------------------------------------------------------------------
@@ -528,7 +526,7 @@ def test_a_killed_run_ends_with_the_same_weights(probed_data, tmp_path):
 
 KILLED_WHILE_MEASURING = """
 import os, runpy, signal, sys
-import reweight
+from methods import reweight
 def killed(model, loader, sources, probes, config, state, step, *rest, update=reweight.update):
     state, log = update(model, loader, sources, probes, config, state, step, *rest)
     if step == 32:                              # measured, and the new weights set: nothing of it is saved yet

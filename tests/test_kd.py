@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import kd
 import teacher_cache
 from configurator import BadInput, RunFault
-from conftest import make_source, run_here, train, train_command
+from tests.conftest import make_source, run_here, train, train_command
 
 N, C, V = 37, 24, 211
 
@@ -223,7 +223,7 @@ def test_a_cache_teaches_what_its_teacher_does_also_while_weights_move(tmp_path,
 
 
 def test_a_cache_of_packed_conversations_teaches_what_its_teacher_does(tmp_path):
-    from test_sft import SFT, conversations, write_chats
+    from tests.test_sft import SFT, conversations, write_chats
     data, teacher = tmp_path / 'data', tmp_path / 'teacher'
     write_chats(data, 'chat', conversations(300))
     knobs = {**SFT, 'block_size': 160, 'max_steps': 6, 'eval_interval': 6}
@@ -323,8 +323,8 @@ def test_mistakes_are_one_sentence(tmp_path, taught, trained):
 
 def test_a_teacher_of_another_tokenizer_is_refused_by_both_names(tmp_path, trained):
     """`trained` is a model of 265 tokens; other shards of as many, of another tokenizer."""
-    from tokenizer import DIGITS_PATTERN, make_tokenizer
-    from test_sft import write_chats
+    from lib.tokenizer import DIGITS_PATTERN, make_tokenizer
+    from tests.test_sft import write_chats
     ranks = {bytes([b]): 3 + b for b in range(256)} | {x: 259 + i for i, x in enumerate((b'ab', b'cd', b'ef', b'gh', b'ij', b'kl'))}
     other = make_tokenizer('others', ranks, DIGITS_PATTERN, {'<|endoftext|>': 0, '<|im_start|>': 1, '<|im_end|>': 2}, '<|endoftext|>')
     chats = [[dict(role='user', content='abc'), dict(role='assistant', content='words ' * n)] for n in range(2, 30)]

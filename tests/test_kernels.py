@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 
 import kd
-import kernels
-import loss as loss_module
-from conftest import metrics, run, train_command
 from influence import ghost_sqnorm, probe_direction, row_influence
-from loss import linear_cross_entropy
 from model import GPT, ModelConfig, init_weights
+from ops import kernels
+from ops import loss as loss_module
+from ops.loss import linear_cross_entropy
+from tests.conftest import metrics, run, train_command
 
 DEVICE = torch.device('cuda' if torch.cuda.is_available() and not kernels.INTERPRETED else 'cpu')
 

@@ -6,9 +6,18 @@ import numpy as np
 import pytest
 
 from configurator import BadInput
-from conftest import assert_one_sentence, make_source, metrics, run_here, run_ranks, train, train_command, write_shard
-from ranks import check_sizes, resolve_sizes
 from model import ModelConfig
+from ops.ranks import check_sizes, resolve_sizes
+from tests.conftest import (
+    assert_one_sentence,
+    make_source,
+    metrics,
+    run_here,
+    run_ranks,
+    train,
+    train_command,
+    write_shard,
+)
 
 HEADS = dict(n_head=4, n_kv_head=2, qk_norm=True, batch_size=1)
 EXPERTS = dict(n_expert=4, n_expert_active=2, expert_ffn_dim=16, n_shared_expert=1, n_dense_layer=1, balance_loss=0.01)

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from scipy.optimize import least_squares
 
-import mixing_laws as laws
 from configurator import BadInput
-from conftest import SHARED, run_here
+from tests.conftest import SHARED, run_here
+from tools import mixing_laws as laws
 
 REFERENCE = SHARED.parent / 'reference'
 
@@ -150,7 +150,7 @@ def test_regression_by_trees_ranks_the_published_runs():
 # -- the command line --------------------------------------------------------------------------------------------------
 
 def command(*arguments):
-    assert run_here(['mixing_laws.py', *map(str, arguments)]) is None
+    assert run_here(['tools/mixing_laws.py', *map(str, arguments)]) is None
 
 
 def make_table(path, n=12, seeds=3, noise=0.003, parent=False, **change):

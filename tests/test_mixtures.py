@@ -4,9 +4,9 @@ import json
 import numpy as np
 import pytest
 
-import mixtures
 from configurator import BadInput
-from conftest import SHARED, make_source, train, write_shard
+from methods import rules
+from tests.conftest import SHARED, make_source, train, write_shard
 
 CASES = SHARED.parent / 'reference' / 'mixing_update_cases.json'
 
@@ -32,36 +32,36 @@ def test_aioli_rounds_of_the_public_code(cases, n):
         pytest.skip('there are fewer cases')
     case = cases['aioli_rounds']['cases'][n]
     m, sweeps, names = case['m'], case['sweeps'], [str(i) for i in range(case['m'])]
-    P = mixtures.one_hot_mixtures(names, case['one_hot_factor'])
-    rules = dict(accumulate='p_accumulating_exponentiated_gradient', **({} if case['ema'] is None else dict(reference_ema='p_reference_code')))
-    for rule, expected in rules.items():
-        weights, state = mixtures.uniform(named(range(m))), {}
+    P = rules.one_hot_mixtures(names, case['one_hot_factor'])
+    code = dict(accumulate='p_accumulating_exponentiated_gradient', **({} if case['ema'] is None else dict(reference_ema='p_reference_code')))
+    for rule, expected in code.items():
+        weights, state = rules.uniform(named(range(m))), {}
         per_round = 1 + sweeps * m
         for t in range(len(case['val_losses']) // per_round):
             losses = case['val_losses'][t * per_round:(t + 1) * per_round]
             order = [j for permutation in case['order'][t * sweeps:(t + 1) * sweeps] for j in permutation]
-            A = mixtures.aioli_matrix([listed(P[str(j)]) for j in order], -np.diff(losses, axis=0))
-            weights, state, log = mixtures.update_aioli(weights, A, state, case['eta'], case['ema'], rule)
+            A = rules.aioli_matrix([listed(P[str(j)]) for j in order], -np.diff(losses, axis=0))
+            weights, state, log = rules.update_aioli(weights, A, state, case['eta'], case['ema'], rule)
             assert A == pytest.approx(np.array(case['A_raw'][t]), abs=1e-8)
-            assert mixtures.normalised(A) == pytest.approx(np.array(case['A_normalised'][t]), abs=1e-8)
+            assert rules.normalised(A) == pytest.approx(np.array(case['A_normalised'][t]), abs=1e-8)
             assert listed(weights) == pytest.approx(case[expected][t], abs=1e-9)
 
 
 def test_aiolis_prior_is_kept_by_both_rules():
     prior, A = dict(a=0.9, b=0.1), np.array([[0.2, 0.1], [0.1, 0.3]])
     for rule in ('accumulate', 'reference_ema'):
-        first, state, _ = mixtures.update_aioli(prior, A, {}, 0.2, 0.1, rule)
+        first, state, _ = rules.update_aioli(prior, A, {}, 0.2, 0.1, rule)
         assert first['a'] == pytest.approx(0.9 * np.exp(0.2 * 3 / 7) / (0.9 * np.exp(0.2 * 3 / 7) + 0.1 * np.exp(0.2 * 4 / 7)))
-        second, _, _ = mixtures.update_aioli(first, A, state, 0.2, 0.1, rule)
+        second, _, _ = rules.update_aioli(first, A, state, 0.2, 0.1, rule)
         assert (second['a'] < first['a'] - 1e-3) == (rule == 'accumulate')
 
 
 def test_skillit_of_the_public_code(cases):
     case = cases['skillit']
-    weights, state, _ = mixtures.update_skillit(named([1, 1, 1]), {}, {}, np.transpose(case['G']), case['eta'], case['window'])
+    weights, state, _ = rules.update_skillit(named([1, 1, 1]), {}, {}, np.transpose(case['G']), case['eta'], case['window'])
     assert listed(weights) == pytest.approx(case['p0'], abs=1e-9)
     for k, losses in enumerate(case['losses_by_checkpoint']):
-        weights, state, log = mixtures.update_skillit(weights, named(losses), state, np.transpose(case['G']), case['eta'], case['window'])
+        weights, state, log = rules.update_skillit(weights, named(losses), state, np.transpose(case['G']), case['eta'], case['window'])
         assert listed(weights) == pytest.approx(case['p_after_k_checkpoints'][str(k + 1)], abs=1e-9)
     assert log['A'][0, 1] == pytest.approx(np.mean([loss[0] for loss in case['losses_by_checkpoint'][1:]]) * case['G'][1][0])
 
@@ -70,17 +70,17 @@ def test_doremi_of_the_public_code(cases):
     for case in cases['doremi']['cases']:
         p = named(case['p'])
         excess = {name: a - b for name, a, b in zip(p, case['loss'], case['ref_loss']) if a or b}
-        weights, state, _ = mixtures.update_doremi(p, excess, dict(scores=named(case['previous_scores'])), case['mu'], case['smoothing'])
+        weights, state, _ = rules.update_doremi(p, excess, dict(scores=named(case['previous_scores'])), case['mu'], case['smoothing'])
         assert listed(state['scores']) == pytest.approx(case['scores'], abs=1e-9)
         assert listed(weights) == pytest.approx(case['p_next'], abs=1e-9)
-        again, state, _ = mixtures.update_doremi(weights, excess, state, case['mu'], case['smoothing'])
+        again, state, _ = rules.update_doremi(weights, excess, state, case['mu'], case['smoothing'])
         assert listed(state['average']) == pytest.approx([(a + b) / 2 for a, b in zip(listed(weights), listed(again))])
 
 
 def test_doge_of_the_public_code(cases):
     for case in cases['doge']['cases']:
         g, v = np.array(case['grad_train']), np.array(case['grad_val_mix'])
-        weights, _, log = mixtures.update_doge(named(case['p']), named(g @ v), named(np.linalg.norm(g, axis=1)), {}, case['lr'], 1 / case['mu'],
+        weights, _, log = rules.update_doge(named(case['p']), named(g @ v), named(np.linalg.norm(g, axis=1)), {}, case['lr'], 1 / case['mu'],
                                                case['dw_min'], case['dw_max'])
         assert log['gains'] == pytest.approx(case['score'], abs=1e-10)
         assert listed(weights) == pytest.approx(case['p_next'], abs=1e-9)
@@ -90,11 +90,11 @@ def test_aioli_uses_the_mixtures_that_were_trained_on():
     """Rows are whole, so shares differ from what was asked; a linear world is recovered from what they were."""
     A, rng = np.array([[0.3, -0.1, 0.0], [0.05, 0.2, 0.1], [0.0, 0.0, 0.4]]), np.random.default_rng(0)
     shares = rng.dirichlet([1, 1, 1], 6)
-    assert mixtures.aioli_matrix(shares, shares @ A.T) == pytest.approx(A, abs=1e-12)
+    assert rules.aioli_matrix(shares, shares @ A.T) == pytest.approx(A, abs=1e-12)
     with pytest.raises(BadInput, match='need that many different'):
-        mixtures.aioli_matrix([[0.5, 0.5], [0.5, 0.5]], [[0.1, 0.1], [0.2, 0.1]])
+        rules.aioli_matrix([[0.5, 0.5], [0.5, 0.5]], [[0.1, 0.1], [0.2, 0.1]])
     with pytest.raises(BadInput, match='above 1 / sources = 0.3333'):
-        mixtures.one_hot_mixtures(['a', 'b', 'c'], 1 / 3)
+        rules.one_hot_mixtures(['a', 'b', 'c'], 1 / 3)
 
 
 # -- in the training loop ----------------------------------------------------------------------------------------------
@@ -179,9 +179,10 @@ def test_two_ranks_weigh_as_one_process_does(tmp_path, data, needed, method):
 def test_doges_step_is_its_formula(tmp_path, data):
     """One step from equal weights: products and norms by autograd on each source's rows alone, then the published rule."""
     import torch
+
     from data import MixtureLoader, Source, batch_of
-    from hf import open_model
-    from reweight import chosen_windows
+    from lib.hf import open_model
+    from methods.reweight import chosen_windows
     knobs = {**LOOP, 'mixture': 'doge', 'max_steps': 1, 'warmup_steps': 0, 'grad_clip': 0.5, 'save_interval': 1, 'learning_rate': 1e-9, 'min_lr_frac': 1.0,
              'mixture_eta': 1e9, 'schedule': 'constant', 'weight_decay': 0.0}
     logged = train(tmp_path / 'run', data, **knobs)[0]
@@ -203,14 +204,14 @@ def test_doges_step_is_its_formula(tmp_path, data):
     train_g = [gradient(loader.read(index[index == i], cursors[index == i])) for i in range(3)]
     val = [Source(str(data), n, 'val', 16, 0, 64) for n in names]
     val_g = gradient(np.concatenate([s.rows(chosen_windows(s, 4, (seed, 0, 2, i)).tolist()) for i, s in enumerate(val)]))
-    expected, _, _ = mixtures.update_doge(dict.fromkeys(names, 1 / 3), {n: float(g @ val_g) for n, g in zip(names, train_g)},
+    expected, _, _ = rules.update_doge(dict.fromkeys(names, 1 / 3), {n: float(g @ val_g) for n, g in zip(names, train_g)},
                                           {n: float(g.norm()) for n, g in zip(names, train_g)}, {}, 1e-9, 1e9)
     assert [logged[f'mixture/asked_{n}'] for n in names] == pytest.approx(list(expected.values()), abs=1e-4)
     assert max(expected.values()) - min(expected.values()) > 0.02
 
 
 @pytest.mark.parametrize('change, parts', [
-    (dict(mixture='skillit'), ['needs skillit_graph', 'sweep.py method --method=skillit']),
+    (dict(mixture='skillit'), ['needs skillit_graph', 'tools/sweep.py method --method=skillit']),
     (dict(mixture='doremi'), ['needs doremi_reference']),
     (dict(mixture='aioli', one_hot_factor=1 / 3), ['one_hot_factor', 'above 1 / sources']),
     (dict(mixture='aioli', aioli_steps=20), ['explores for', 'a round has to be longer']),

@@ -6,11 +6,11 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import configurator
-import loss as loss_module
-from attention import attend, document_boundaries, suits_blocks
-from conftest import ROOT, run_ranks
-from loss import linear_cross_entropy, token_losses
 from model import GPT, ModelConfig, count_parameters, flops_per_token, init_weights
+from ops import loss as loss_module
+from ops.attention import attend, document_boundaries, suits_blocks
+from ops.loss import linear_cross_entropy, token_losses
+from tests.conftest import ROOT, run_ranks
 
 TINY = dict(vocab_size=97, n_layer=3, n_head=4, n_kv_head=2, n_embd=48, ffn_dim=80)
 
@@ -129,8 +129,8 @@ def test_attention_by_blocks_equals_fp64(T, K):
 PARTS = '''
 import torch
 import torch.distributed as dist
-from common import leave_ranks
-from loss import linear_cross_entropy
+from lib.device import leave_ranks
+from ops.loss import linear_cross_entropy
 dist.init_process_group('gloo')
 rank = dist.get_rank()
 torch.manual_seed(0)

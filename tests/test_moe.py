@@ -3,9 +3,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import moe
 from configurator import BadInput
 from model import GPT, ModelConfig, init_weights
+from ops import moe
 
 SMALL = dict(vocab_size=64, n_layer=3, n_head=2, n_kv_head=1, n_embd=32, ffn_dim=48, n_expert=8, n_expert_active=3, expert_ffn_dim=16,
              n_shared_expert=2, n_dense_layer=1)

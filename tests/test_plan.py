@@ -7,19 +7,19 @@ import time
 import pytest
 import torch
 
-import plan
 from configurator import BadInput
-from conftest import ROOT, run_here
 from model import ModelConfig, count_parameters
-from test_model import load_model_config
+from tests.conftest import ROOT, run_here
+from tests.test_model import load_model_config
+from tools import plan
 
 KNOBS = dict(batch_size=2, block_size=2048, total_batch_tokens=4_194_304, optimizer='adamw', activation_checkpointing='none', teacher=None,
              reshard_after_forward=None, dp_replicate=1, dp_shard=-1, tp=1, ep=1, plan_mfu=0.4, plan_link=None)
 
 
 def test_planned_memory_is_within_a_tenth_of_the_measured_peak():
-    case = 'few tokens'             # the other cases, and several ranks: python bench_memory.py
-    done = subprocess.run([sys.executable, 'bench_memory.py', f'--cases={case}'], cwd=ROOT, capture_output=True, text=True)
+    case = 'few tokens'             # the other cases, and several ranks: python tools/bench_memory.py
+    done = subprocess.run([sys.executable, 'tools/bench_memory.py', f'--cases={case}'], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     line = next(line for line in done.stdout.splitlines() if line.startswith(case))
     measured, planned = (float(x.replace(',', '')) for x in re.findall(r'[\d,]+\.\d', line)[:2])

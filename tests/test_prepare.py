@@ -10,15 +10,22 @@ import time
 import numpy as np
 import pytest
 
-from conftest import ROOT, assert_one_sentence, run, run_here
 from configurator import BadInput
 from data import Source
-from prepare import reading
+from lib import reading
+from lib import tokenizer as tokenizer_module
+from lib.tokenizer import (
+    DIGITS_PATTERN,
+    GPT2_PATTERN,
+    LLAMA3_PATTERN,
+    load_tokenizer,
+    make_tokenizer,
+    save_tokenizer,
+)
 from prepare.common import check_space
 from prepare.demo import cut_docstrings, math_problem
 from prepare.shards import lock
-import tokenizer as tokenizer_module
-from tokenizer import DIGITS_PATTERN, GPT2_PATTERN, LLAMA3_PATTERN, load_tokenizer, make_tokenizer, save_tokenizer
+from tests.conftest import ROOT, assert_one_sentence, run, run_here
 
 WORDS = 'the cat sat on a mat and then it ran away from 12 dogs near 305 old houses naïve café 中文 \n\n'.split(' ')
 

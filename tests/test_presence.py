@@ -2,14 +2,14 @@
 import numpy as np
 import pytest
 import torch
-from conftest import make_source, train, write_shard
-from test_influence import batches, brute_force, tiny
 
 import influence
-import presence
 from configurator import BadInput
 from data import Source
-from hf import open_model
+from lib.hf import open_model
+from methods import presence
+from tests.conftest import make_source, train, write_shard
+from tests.test_influence import batches, brute_force, tiny
 
 
 @pytest.mark.parametrize('mode', ['store', 'stream'])

@@ -8,12 +8,12 @@ import sys
 import numpy as np
 import pytest
 
-from conftest import assert_one_sentence, run, write_shard
 from configurator import BadInput
 from data import Source, open_shard
-from test_datasets import run_script
-from test_prepare import byte_tokenizer, contents, prepare, write_lines  # noqa: F401  (a fixture among them)
-from tokenizer import load_tokenizer
+from lib.tokenizer import load_tokenizer
+from tests.conftest import assert_one_sentence, run, write_shard
+from tests.test_datasets import run_script
+from tests.test_prepare import byte_tokenizer, contents, prepare, write_lines  # noqa: F401  (a fixture among them)
 
 
 def sentences(n, seed):

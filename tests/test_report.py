@@ -1,4 +1,4 @@
-"""report.py: its differences against scipy's, what it refuses and marks, and a page that needs nothing else."""
+"""tools/report.py: its differences against scipy's, what it refuses and marks, and a page that needs nothing else."""
 import json
 import os
 import re
@@ -10,12 +10,12 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, run_here, start, train_command
 from scipy import stats
 
-import report
 from configurator import BadInput
 from model import ModelConfig
+from tests.conftest import ROOT, TINY, run_here, start, train_command
+from tools import report
 
 SHAPE = {k: v for k, v in TINY.items() if k in ModelConfig.__dataclass_fields__}
 CONFIG = {**TINY, **asdict(ModelConfig(**SHAPE)), 'sources': {'a': 0.5, 'b': 0.5}, 'data_dir': 'nowhere', 'packing': 'window', 'mixture': 'fixed', 'seed': 0, 'stop_step': None, 'max_tokens': None,
@@ -40,7 +40,7 @@ def make_run(folder, losses, seed, steps=12, tokenizer=None, **knobs):
 
 
 def page(tmp_path, *paths, **knobs):
-    run_here(['report.py', *map(str, paths), f'--out={tmp_path / "report"}', *(f'--{k}={v}' for k, v in knobs.items())])
+    run_here(['tools/report.py', *map(str, paths), f'--out={tmp_path / "report"}', *(f'--{k}={v}' for k, v in knobs.items())])
     return (tmp_path / 'report' / 'report.md').read_text(), (tmp_path / 'report' / 'report.html').read_text()
 
 
@@ -118,7 +118,7 @@ def test_the_page_follows_a_run_that_trains(tmp_path, tiny_data):
     process = start(train_command(tmp_path / 'one', tiny_data, max_steps=600, eval_interval=50), os.path.join(tmp_path, 'log'), {'OMP_NUM_THREADS': '1'})
     while not (tmp_path / 'one' / 'metrics.jsonl').exists():
         time.sleep(0.02)
-    watcher = subprocess.Popen([sys.executable, 'report.py', str(tmp_path / 'one'), f'--out={tmp_path / "live"}', '--watch=True', '--refresh=0.2'], cwd=ROOT)
+    watcher = subprocess.Popen([sys.executable, 'tools/report.py', str(tmp_path / 'one'), f'--out={tmp_path / "live"}', '--watch=True', '--refresh=0.2'], cwd=ROOT)
     seen = set()
     while watcher.poll() is None:
         path = tmp_path / 'live' / 'report.html'
@@ -131,7 +131,7 @@ def test_the_page_follows_a_run_that_trains(tmp_path, tiny_data):
     assert report.is_finished(str(tmp_path / 'one'))
     (tmp_path / 'runs').mkdir()
     shutil.copytree(tmp_path / 'one', tmp_path / 'runs' / 'first')                       # a folder of runs: one that appears later is taken in
-    watcher = subprocess.Popen([sys.executable, 'report.py', str(tmp_path / 'runs'), f'--out={tmp_path / "more"}', '--watch=True', '--refresh=0.5'], cwd=ROOT)
+    watcher = subprocess.Popen([sys.executable, 'tools/report.py', str(tmp_path / 'runs'), f'--out={tmp_path / "more"}', '--watch=True', '--refresh=0.5'], cwd=ROOT)
     while not (tmp_path / 'more' / 'report.html').exists():
         time.sleep(0.02)
     shutil.copytree(tmp_path / 'one', tmp_path / 'late')

@@ -1,4 +1,4 @@
-"""sample.py: the same text as transformers, thoughts shown dim, conversations in the right template."""
+"""tools/sample.py: the same text as transformers, thoughts shown dim, conversations in the right template."""
 import os
 import pty
 import select
@@ -8,17 +8,17 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, run_here
 
-import hf
-import sample
-from chat import encode_prompt
 from configurator import BadInput
+from lib import hf
+from lib.chat import encode_prompt
 from model import sample_token
+from tests.conftest import ROOT, run_here
+from tools import sample
 
 
 def text_of(capsys, *arguments):
-    assert run_here(['sample.py', '--device=cpu', '--dtype=float32', *arguments]) is None
+    assert run_here(['tools/sample.py', '--device=cpu', '--dtype=float32', *arguments]) is None
     return capsys.readouterr().out
 
 
@@ -98,7 +98,7 @@ def test_a_conversation_in_a_terminal(trained):
     expected = model.generate(torch.tensor([prompt]), 6, temperature=0)[0, len(prompt):].tolist()
     reply = tokenizer.decode([i for i in expected[:next((k for k, i in enumerate(expected) if i in (0, 2)), 6)] if i > 2])
     ours, theirs = pty.openpty()
-    process = subprocess.Popen([sys.executable, 'sample.py', f'--ckpt={trained}', '--chat=True', '--temperature=0', '--max_new_tokens=6',
+    process = subprocess.Popen([sys.executable, 'tools/sample.py', f'--ckpt={trained}', '--chat=True', '--temperature=0', '--max_new_tokens=6',
                                 '--dtype=float32', '--device=cpu'], stdin=theirs, stdout=theirs, stderr=theirs, cwd=ROOT,
                                env={**os.environ, 'OMP_NUM_THREADS': '1', 'TERM': 'dumb'})
     os.close(theirs)
@@ -124,12 +124,12 @@ def test_a_conversation_in_a_terminal(trained):
     (['--prompt=' + 'x' * 80], 'has 81 tokens, the context of the model 64'), (['--chat_template=alpaca', '--chat=True'], 'must be one of llama3, chatml')])
 def test_bad_input(trained, arguments, message):
     with pytest.raises(BadInput, match=message):
-        run_here(['sample.py', '--device=cpu', *([f'--ckpt={trained}'] if arguments else []), *arguments])
+        run_here(['tools/sample.py', '--device=cpu', *([f'--ckpt={trained}'] if arguments else []), *arguments])
 
 
 def test_marks_of_thoughts_that_are_tokens_are_shown():
     """In Qwen3's tokenizer <think> is an added token, and no special one."""
-    from tokenizer import GPT2_PATTERN, make_tokenizer
+    from lib.tokenizer import GPT2_PATTERN, make_tokenizer
     tokenizer = make_tokenizer('x', {bytes([b]): b for b in range(256)}, GPT2_PATTERN, {'<|endoftext|>': 256, '<think>': 257, '</think>': 258},
                                '<|endoftext|>', added=['<think>', '</think>'])
     ids = [257, *tokenizer.encode('hm'), 258, *tokenizer.encode('yes'), 256]

@@ -4,13 +4,13 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import make_source, metrics, run_here, train, write_shard
 
 import data
-import selection
 from configurator import BadInput
 from data import MixtureLoader, Source, peculiarities, shared_documents
-from selection import Reference, choose_next, judge
+from methods import selection
+from methods.selection import Reference, choose_next, judge
+from tests.conftest import make_source, metrics, run_here, train, write_shard
 
 REFERENCE = Reference(influence=1.0, max_loss=4.0, min_different=0.2, max_different=0.9, n_rows=32)
 
@@ -89,8 +89,8 @@ def test_windows_left_out_for_good(tiny_data):
 # -- text that influence is not made for -------------------------------------------------------------------------------
 
 def test_peculiar_text_is_noticed(shared_data):
-    from prepare.reading import local_files, read_batches, records_of
-    from tokenizer import load_tokenizer
+    from lib.reading import local_files, read_batches, records_of
+    from lib.tokenizer import load_tokenizer
     tokenizer, rng, T = load_tokenizer(str(shared_data / 'tokenizers/bpe8k')), np.random.default_rng(0), 256
 
     def rows_of(name):
@@ -175,9 +175,9 @@ def test_selection_and_weights_together_on_two_ranks(mixed_data, tmp_path):
 
 
 def test_scores_beside_the_shards(mixed_data, tmp_path, monkeypatch, capsys):
-    """influence.py score writes them, goes on after a kill, and train.py drops rows by them."""
+    """tools/influence_tables.py score writes them, goes on after a kill, and train.py drops rows by them."""
     train(tmp_path / 'run', mixed_data, **KNOBS)
-    command = ['influence.py', 'score', f'--ckpt={tmp_path}/run', f'--data_dir={mixed_data}', '--sources=a,half', "--probe={'kind': 1}",
+    command = ['tools/influence_tables.py', 'score', f'--ckpt={tmp_path}/run', f'--data_dir={mixed_data}', '--sources=a,half', "--probe={'kind': 1}",
                '--probe_rows=32', f'--out={tmp_path}/influence', '--block_size=16', '--dtype=float32']
     assert run_here(command) is None
     assert 'half: 1,2' in capsys.readouterr().out
@@ -207,7 +207,7 @@ def test_tables_of_influence_and_of_leaving_out(mixed_data, tmp_path, capsys):
     common = [f'--data_dir={mixed_data}', "--probe={'kind': 1, 'again': 1}", f'--out={tmp_path}/influence', '--probe_rows=64', '--dtype=float32']
     make_source(tmp_path / 'third', 'a', 8_000, seed=6)
     shutil.copytree(tmp_path / 'third' / 'a' / 'train', mixed_data / 'probe' / 'again' / 'probe')
-    assert run_here(['influence.py', 'table', f'--ckpt={run_dir}/ckpt/*', '--sources=a,half', '--rows=64', *common]) is None
+    assert run_here(['tools/influence_tables.py', 'table', f'--ckpt={run_dir}/ckpt/*', '--sources=a,half', '--rows=64', *common]) is None
     shown = capsys.readouterr().out
     table = json.loads((tmp_path / 'influence/influence_table.json').read_text())
     assert len(table['tables']) == 2 and table['columns'] == ['kind', 'again', 'mean'] and 'the t-th counting t' in shown
@@ -217,8 +217,8 @@ def test_tables_of_influence_and_of_leaving_out(mixed_data, tmp_path, capsys):
         assert found['r']['half'][2] < 0.8 * found['r']['a'][2]
     assert sum(table['weights'].values()) == pytest.approx(1) and table['weights']['a'] > table['weights']['half']
     assert (tmp_path / 'influence/influence_table.png').stat().st_size > 10_000
-    assert run_here(['influence.py', 'table', f'--ckpt={run_dir}', '--sources=a,half', '--scaling=datainf', '--rows=32', *common]) is None
-    assert run_here(['influence.py', 'loo', f'--ckpt={run_dir}', "--without={'a': '" + str(tmp_path / 'without') + "'}", *common]) is None
+    assert run_here(['tools/influence_tables.py', 'table', f'--ckpt={run_dir}', '--sources=a,half', '--scaling=datainf', '--rows=32', *common]) is None
+    assert run_here(['tools/influence_tables.py', 'loo', f'--ckpt={run_dir}', "--without={'a': '" + str(tmp_path / 'without') + "'}", *common]) is None
     loo = json.loads((tmp_path / 'influence/influence_loo.json').read_text())
     assert loo['delta']['a'][0] > 3 * loo['se']['a'][0] > 0      # without the clean source the model knows less of its kind
 

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from chat import encode_chat, marked
 from configurator import BadInput
-from conftest import metrics, run, run_here, train, train_command
 from data import MixtureLoader, Source, batch_of, open_mask, open_shard, token_ids
+from lib.chat import encode_chat, marked
+from lib.parallel import spread
+from lib.tokenizer import DIGITS_PATTERN, make_tokenizer
 from model import GPT, ModelConfig, init_weights
 from packing import best_fit, pack_documents
-from parallel import spread
 from prepare.shards import PartWriter, finish_source
-from tokenizer import DIGITS_PATTERN, make_tokenizer
+from tests.conftest import metrics, run, run_here, train, train_command
 
 BYTES = {bytes([b]): 3 + b for b in range(256)}
 TOKENIZER = make_tokenizer('bytes', BYTES, DIGITS_PATTERN, {'<|endoftext|>': 0, '<|im_start|>': 1, '<|im_end|>': 2}, '<|endoftext|>')
@@ -237,7 +237,7 @@ def test_dry_run_needs_no_data_and_its_activations_are_what_autograd_saves(tmp_p
     assert '140.2M parameters' in out and 'activation_checkpointing=full' in out and 'fits into 80 GiB' in out and not (tmp_path / 'x').exists()
     assert run_here([*command, '--activation_checkpointing=none']) == 0
     assert 'does not fit into 80 GiB' in capsys.readouterr().out
-    from plan import saved_bytes_per_token
+    from tools.plan import saved_bytes_per_token
 
     def saved(n_layer):
         model, kept = GPT(ModelConfig(vocab_size=50, n_layer=n_layer, n_head=8, n_kv_head=4, n_embd=96, ffn_dim=200, head_dim=16, qk_norm=True,
@@ -304,7 +304,8 @@ def test_mistakes_are_one_sentence(tmp_path, chat_data, tiny_data):
 
 def test_checkpointed_blocks_are_compiled_and_compute_the_same():
     import torch._dynamo
-    from parallel import spread
+
+    from lib.parallel import spread
     losses, gradients = [], []
     for compile_blocks in (False, True):
         torch._dynamo.reset()

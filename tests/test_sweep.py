@@ -1,4 +1,4 @@
-"""sweep.py: its mixtures, its runs (a killed sweep goes on), its phases, and what mixing_laws.py reads of them."""
+"""tools/sweep.py: its mixtures, its runs (a killed sweep goes on), its phases, and what tools/mixing_laws.py reads of them."""
 import fcntl
 import json
 import re
@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 
 from configurator import BadInput
-from conftest import ROOT, SHARED, TINY, metrics, run, run_here
-from sweep import dirichlet_mixtures, grid_mixtures, train_config
+from tests.conftest import ROOT, SHARED, TINY, metrics, run, run_here
+from tools.sweep import dirichlet_mixtures, grid_mixtures, train_config
 
 KNOBS = {**TINY, 'sources': {'a': 1.0, 'b': 1.0}, 'max_steps': 12, 'eval_interval': 12, 'save_interval': 100, 'mixture_interval': 6, 'mixture_warmup': 0,
          'mixture_rows': 4, 'aioli_sweeps': 1, 'aioli_steps': 1, 'one_hot_factor': 0.75}
 
 
 def command(data, out, *own, **knobs):
-    return [sys.executable, 'sweep.py', *own, f'--out={out}', '--threads=1', *(f'--{k}={v}' for k, v in {**KNOBS, 'data_dir': data, **knobs}.items())]
+    return [sys.executable, 'tools/sweep.py', *own, f'--out={out}', '--threads=1', *(f'--{k}={v}' for k, v in {**KNOBS, 'data_dir': data, **knobs}.items())]
 
 
 def test_dirichlet_mixtures_fill_the_simplex():
@@ -47,7 +47,7 @@ def test_grids():
 def test_train_pys_knobs_are_checked_before_anything_runs(tmp_path, tiny_data):
     assert train_config(['--max_steps=7'])['max_steps'] == 7
     for extra, part in (('--max_stepz=3', "unknown name 'max_stepz'"), ('--m=3', 'm = 3, and the config has 2 sources'), ('--break_step=11', 'go beyond the 12 steps'),
-                        ('--out_dir=x', 'sweep.py sets that')):
+                        ('--out_dir=x', 'tools/sweep.py sets that')):
         with pytest.raises(BadInput, match=re.escape(part)):
             run_here([*command(tiny_data, tmp_path / 'out', 'mixture'), extra])
     assert not (tmp_path / 'out').exists()
@@ -71,12 +71,12 @@ def test_children_continue_a_methods_run_after_a_kill(tmp_path, tiny_data):
         assert min(records) == 8 and max(records) == 11 and 'val/loss' in records[11]
         assert records[8]['mixture/weight_a'] == pytest.approx(config['sources']['a'], abs=1e-5)
         assert records[8]['train/learning_rate'] == pytest.approx(0.01 * (0.1 + 0.9 * (1 - 6 / 10)))          # the schedule of the whole run
-    assert run_here(['mixing_laws.py', 'a-star', str(tmp_path / 'out' / 'children')]) is None
-    assert run_here(['mixing_laws.py', 'sim', str(tmp_path / 'out' / 'children')]) is None
-    assert run_here(['mixing_laws.py', 'plot', str(tmp_path / 'out' / 'children')]) is None
+    assert run_here(['tools/mixing_laws.py', 'a-star', str(tmp_path / 'out' / 'children')]) is None
+    assert run_here(['tools/mixing_laws.py', 'sim', str(tmp_path / 'out' / 'children')]) is None
+    assert run_here(['tools/mixing_laws.py', 'plot', str(tmp_path / 'out' / 'children')]) is None
     found = json.loads((tmp_path / 'out' / 'children' / 'sim.json').read_text())['aioli']
     assert -1 <= found['sim'] <= 1 and found['between_seeds'] is None
-    assert run_here(['mixing_laws.py', 'plot', str(tmp_path / 'out')]) is None           # the weights of the methods' runs
+    assert run_here(['tools/mixing_laws.py', 'plot', str(tmp_path / 'out')]) is None           # the weights of the methods' runs
     assert (tmp_path / 'out' / 'weights.png').stat().st_size > 10_000
 
 
@@ -103,12 +103,12 @@ def test_every_config_file_of_a_folder_is_an_arm(tmp_path, tiny_data):
         (tmp_path / 'arms' / f'{name}.py').write_text(text)
     (tmp_path / 'base.py').write_text('learning_rate = 5e-3\nmax_steps = 7')
     knobs = [f'--{k}={v}' for k, v in {**KNOBS, 'data_dir': tiny_data}.items() if k not in ('learning_rate', 'max_steps')]
-    run_here(['sweep.py', 'configs', str(tmp_path / 'arms'), '--seeds=[3, 4]', '--slurm=True', f'--out={tmp_path / "out"}', str(tmp_path / 'base.py'), *knobs])
+    run_here(['tools/sweep.py', 'configs', str(tmp_path / 'arms'), '--seeds=[3, 4]', '--slurm=True', f'--out={tmp_path / "out"}', str(tmp_path / 'base.py'), *knobs])
     lines = [shlex.split(line) for line in (tmp_path / 'out' / 'first.txt').read_text().splitlines()]
     found = [train_config(line[2:]) for line in lines]
     assert [(c['learning_rate'], c['seed'], c['max_steps']) for c in found] == [(1e-3, 3, 7), (2e-3, 3, 7), (1e-3, 4, 7), (2e-3, 4, 7)]
     with pytest.raises(BadInput, match='has no config file in it'):
-        run_here(['sweep.py', 'configs', str(tmp_path / 'out'), *knobs])
+        run_here(['tools/sweep.py', 'configs', str(tmp_path / 'out'), *knobs])
 
 
 def test_a_finished_run_with_other_knobs_does_not_pass_for_this_one(tmp_path, tiny_data):

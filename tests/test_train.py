@@ -13,12 +13,23 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-import parallel
-from checkpoint import find_checkpoint, read_state
 from configurator import BadInput
 from data import open_shard
-from conftest import (ROOT, assert_one_sentence, make_source, metrics, run, run_here, run_ranks, start, train, train_command,
-                      write_shard)
+from lib import parallel
+from lib.checkpoint import find_checkpoint, read_state
+from tests.conftest import (
+    ROOT,
+    assert_one_sentence,
+    make_source,
+    metrics,
+    run,
+    run_here,
+    run_ranks,
+    start,
+    train,
+    train_command,
+    write_shard,
+)
 
 
 def weights_of(out_dir):
@@ -199,7 +210,7 @@ def test_document_mask_changes_what_is_seen(tmp_path, tiny_data):
     for name in 'ab':
         (tiny_data / name / 'tok').mkdir()
         ranks = {bytes([b]): b for b in range(63)}
-        from tokenizer import GPT2_PATTERN, make_tokenizer, save_tokenizer
+        from lib.tokenizer import GPT2_PATTERN, make_tokenizer, save_tokenizer
         tokenizer = make_tokenizer('x', ranks, GPT2_PATTERN, {'<|endoftext|>': 63}, '<|endoftext|>')
         save_tokenizer(str(tiny_data / name), tokenizer)
         (tiny_data / name / 'meta.json').write_text(json.dumps(

@@ -1,6 +1,6 @@
 # Mixing laws and rival mixtures at nano scale: three of the demo's sources, a model of 0.6M parameters, 300 steps of 1,024 tokens: half a minute
 # of one CPU core. Muon and an output table of its own: after so few steps they keep the noise of the seed small.
-# python sweep.py mixture --dirichlet --n=9 --seeds="[0, 1, 2]" --jobs=2 --out=out/static config/ablation/mixing.py
+# python tools/sweep.py mixture --dirichlet --n=9 --seeds="[0, 1, 2]" --jobs=2 --out=out/static config/ablation/mixing.py
 # On text of your own: --prepare=None --data_dir=... --sources="{...}" --vocab_size=...
 data_dir = 'data/demo'
 prepare = 'prepare/demo.py'
