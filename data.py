@@ -175,7 +175,7 @@ class Source:
         self.has_mask, self.n_windows = not without, self.packs.n_rows
         if self.n_windows == 0:
             raise BadInput(f"source '{self.name}' ({self.split}) has no document with a token that the loss counts within block_size + 1 = "
-                           f'{self.block_size + 1} tokens ({self.packs.n_overlong:,} are longer). Raise block_size, or look at its masks.')
+                           f'{self.block_size + 1} tokens ({self.packs.n_too_long:,} are longer). Raise block_size, or look at its masks.')
 
     def keep_windows(self, keep):
         """Leaves out the windows where keep (n_windows,) bool is False, for good: epochs are of the rest."""
@@ -270,7 +270,7 @@ def common_tokenizer(sources):
     return first
 
 
-def peculiarities(rows, vocab_size):
+def text_warnings(rows, vocab_size):
     """What is odd about a sample of a Source's rows (n, T) of ids below vocab_size, in words: list of str, [] for ordinary text.
 
     Random or shuffled tokens: neighbours form as many different pairs as they do in another order; random ones: their entropy is
@@ -329,8 +329,8 @@ def report_packing(sources):
     for source in sources:
         p = source.packs
         print(f"{source.name} ({source.split}): {len(p.length):,} documents in {p.n_rows:,} rows of {p.capacity - 1:,} tokens, utilisation "
-              f'{p.utilisation:.1%}, {p.n_counted / max(1, p.length.sum()):.0%} of the tokens count' + ('' if source.has_mask else ' (no masks)')
-              + (f'; {p.n_overlong:,} longer than a row, {dict(truncate="truncated", drop="dropped")[source.overlong]}' if p.n_overlong else '')
+              f'{p.utilisation:.1%}, {p.n_valid / max(1, p.length.sum()):.0%} of the tokens count' + ('' if source.has_mask else ' (no masks)')
+              + (f'; {p.n_too_long:,} longer than a row, {dict(truncate="truncated", drop="dropped")[source.overlong]}' if p.n_too_long else '')
               + (f'; {p.n_unsupervised:,} left out, since no token of theirs counts' if p.n_unsupervised else ''))
 
 
@@ -366,6 +366,20 @@ def batch_of(rows, bos_id=None):
     """
     inputs = token_ids(rows)[:, :-1]
     return inputs, rows[:, 1:].long().clamp(min=-1), None if bos_id is None else document_ids(inputs, bos_id)
+
+
+def valid_positions(targets, group=None):
+    """The positions of supervised targets (>= 0) in a flattened CPU tensor, or None when all of them are supervised.
+
+    targets  int64 of any shape
+    group    ranks.Group of tensor parallelism: every rank then gets its share of the positions, for `GPT.loss` with an
+             objective. None: all positions
+    Returns (n,) int64 or None.
+    """
+    valid = (targets.flatten() >= 0).nonzero()[:, 0]
+    if group is not None:
+        return valid[group.rank::group.size]
+    return None if len(valid) == targets.numel() else valid
 
 
 def document_ids(rows, bos_id):
@@ -407,7 +421,7 @@ class MixtureLoader:
         self.seed = seed
         self.cursors = {name: 0 for name in self.names}          # rows drawn so far, and dropped
         self.dropped = {name: 0 for name in self.names}          # those of them that a verdict dropped
-        self.verdicts = {name: (0, np.zeros(0, dtype=bool)) for name in self.names}      # first cursor, keep (n,) from there on
+        self.keep_masks = {name: (0, np.zeros(0, dtype=bool)) for name in self.names}      # first cursor, keep (n,) from there on
         self.credits = {name: 0 for name in self.names}          # rows owed, in WEIGHT_UNITs; they sum to 0
         self.set_weights(weights)
 
@@ -435,13 +449,13 @@ class MixtureLoader:
         """dict name -> rows that have been trained on."""
         return {name: self.cursors[name] - self.dropped[name] for name in self.names}
 
-    def set_verdicts(self, name, keep):
+    def set_keep_masks(self, name, keep):
         """The next rows of a source are dropped where keep (n,) bool is False; those after them are all kept."""
-        self.verdicts[name] = self.cursors[name], keep
+        self.keep_masks[name] = self.cursors[name], keep
 
     def _take(self, name, n_rows):
         """The next n_rows cursors that are not dropped: list. Moves on behind them."""
-        first, keep = self.verdicts[name]
+        first, keep = self.keep_masks[name]
         taken, cursor = [], self.cursors[name]
         while len(taken) < n_rows:
             if cursor - first >= len(keep) or keep[cursor - first]:
@@ -508,7 +522,7 @@ class MixtureLoader:
 
     def state_dict(self):
         """Everything that the coming batches depend on, as plain integers and text by source name."""
-        verdicts = {name: [first, len(keep), np.packbits(keep).tobytes().hex()] for name, (first, keep) in self.verdicts.items()}
+        verdicts = {name: [first, len(keep), np.packbits(keep).tobytes().hex()] for name, (first, keep) in self.keep_masks.items()}
         return dict(cursors=dict(self.cursors), dropped=dict(self.dropped), credits=dict(self.credits), units=dict(self.units), verdicts=verdicts,
                     fingerprints={name: source.fingerprint() for name, source in self.sources.items()})
 
@@ -524,7 +538,7 @@ class MixtureLoader:
         self.cursors, self.dropped, self.credits, self.units = (
             {name: int(state[key][name]) for name in self.names} for key in ('cursors', 'dropped', 'credits', 'units'))
         for name, (first, n, packed) in state['verdicts'].items():
-            self.verdicts[name] = first, np.unpackbits(np.frombuffer(bytes.fromhex(packed), dtype=np.uint8), count=n).astype(bool)
+            self.keep_masks[name] = first, np.unpackbits(np.frombuffer(bytes.fromhex(packed), dtype=np.uint8), count=n).astype(bool)
 
 
 def rows_of_rank(n_rows, batch_size, rank, world_size):

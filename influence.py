@@ -20,14 +20,13 @@ import torch.distributed as dist
 
 from configurator import BadInput, RunFault
 from lib.device import all_reduce_sum
-from lib.parallel import own, reshard, whole
+from lib.parallel import full_tensor, local_tensor, reshard
 from model import RMSNorm
 from ops import kernels
 from ops.loss import budget_rows
-from ops.ranks import copies, whole_shape
+from ops.ranks import full_shape, n_replicas
 
 LAYERS = ('last', 'all', 'first', 'embedding+head')
-MATRIX_BLOCK = 2**24        # elements of rows' gradients that `row_matrix` holds at once
 
 
 @dataclass
@@ -61,7 +60,7 @@ def select(model, layers):
 
 def inner(a, b):
     """Inner product of two tensors, of this rank's parts where they are sharded: () fp64, four million elements at a time."""
-    a, b = own(a), own(b)
+    a, b = local_tensor(a), local_tensor(b)
     parts = zip(a.flatten().split(2**22), b.flatten().split(2**22))
     return sum(torch.dot(x.double(), y.double()) for x, y in parts)
 
@@ -110,8 +109,8 @@ def adam_scale(model, optimizers):
             if 'exp_avg_sq' not in state.get(parameter, {}):
                 raise BadInput(f"influence_scaling = 'adam' needs AdamW's second moments, and there are none of {name}.")
             moments[name] = state[parameter]['exp_avg_sq']
-    sums = all_reduce_sum([own(m).sqrt().sum() / copies(model.layout, name) for name, m in moments.items()], everywhere=True)
-    return {name: (m, 0.01 * total / whole_shape(model.layout, name, m).numel()) for (name, m), total in zip(moments.items(), sums)}
+    sums = all_reduce_sum([local_tensor(m).sqrt().sum() / n_replicas(model.layout, name) for name, m in moments.items()], everywhere=True)
+    return {name: (m, 0.01 * total / full_shape(model.layout, name, m).numel()) for (name, m), total in zip(moments.items(), sums)}
 
 
 def probe_direction(model, probe, layers='last', weights=None, scale=None, units='loss'):
@@ -139,7 +138,7 @@ def probe_direction(model, probe, layers='last', weights=None, scale=None, units
             if scale is not None and name not in scale:
                 return
             if name in total:
-                products.append(inner(scaled(name, total[name]), gradient) / copies(model.layout, name))        # with all batches before
+                products.append(inner(scaled(name, total[name]), gradient) / n_replicas(model.layout, name))        # with all batches before
                 total[name].add_(gradient)
             else:
                 total[name] = gradient
@@ -148,7 +147,7 @@ def probe_direction(model, probe, layers='last', weights=None, scale=None, units
         if not total or tokens == 0 or squares == tokens**2:
             raise BadInput(f"influence: the probe set '{domain}' gives " + ('fewer than two batches with counted tokens.' if total else
                            f"no gradient of the layers '{layers}' that scaling by Adam leaves in."))
-        pairs, norm = all_reduce_sum([sum(products), sum(inner(scaled(n, g), g) / copies(model.layout, n) for n, g in total.items())], everywhere=True)
+        pairs, norm = all_reduce_sum([sum(products), sum(inner(scaled(n, g), g) / n_replicas(model.layout, n) for n, g in total.items())], everywhere=True)
         den[domain], loss[domain] = 2 * pairs / (tokens**2 - squares), losses / tokens
         if not den[domain] > 0:
             raise RunFault(f"the batches of the probe set '{domain}' disagree (mean inner product {den[domain]:.3g}): it is too small to "
@@ -174,7 +173,7 @@ def source_products(model, batches, directions):
     def use(name, gradient):
         for i, direction in enumerate(directions):
             if name in direction.v:
-                sums[i] += inner(direction.v[name], gradient) / copies(model.layout, name)
+                sums[i] += inner(direction.v[name], gradient) / n_replicas(model.layout, name)
     for batch_loss, n in stream_gradients(model, batches, directions[0].layers, use):
         rows.append(sums.clone())
         sums.zero_()
@@ -196,18 +195,6 @@ def mean_and_error(products, tokens):
     r = products.sum(0) / total
     spread = products - np.multiply.outer(tokens, r)
     return r, np.sqrt((spread**2).sum(0) * k / (k - 1)) / total
-
-
-def group_influence(model, sources, direction):
-    """Influence of every source: (r, se, loss), dicts by source, floats.
-
-    sources   source -> batches as for `stream_gradients`, at least two each (from their spread comes the standard error)
-    """
-    r, se, loss = {}, {}, {}
-    for name, batches in sources.items():
-        products, tokens, loss[name] = source_products(model, batches, [direction])
-        r[name], se[name] = (float(x) for x in mean_and_error(products[:, 0], tokens))
-    return r, se, loss
 
 
 # -- single rows -------------------------------------------------------------------------------------------------------
@@ -263,7 +250,7 @@ def row_pass(model, batch, layers, at_module, at_head):
         with torch.compiler.set_stance('force_eager'), torch.enable_grad(), kernels.modules_alone():
             h = model(inputs, doc_ids, grad_from=grad_from)
             with torch.no_grad():
-                dh = at_head(h.detach(), whole(model.output_weight.detach()).to(h.dtype))
+                dh = at_head(h.detach(), full_tensor(model.output_weight.detach()).to(h.dtype))
             g = torch.autograd.grad(h, leaf[0], dh)[0]
     finally:
         for hook in hooks:
@@ -285,7 +272,7 @@ def row_products(model, batch, direction):
         products[name] = products[name] + part.double() if name in products else part.double()
 
     def at_module(name, module, a, g):
-        weight, bias = whole(v.get(f'{name}.weight')), whole(v.get(f'{name}.bias'))
+        weight, bias = full_tensor(v.get(f'{name}.weight')), full_tensor(v.get(f'{name}.bias'))
         if weight is None:
             return
         if isinstance(module, torch.nn.Linear):
@@ -302,7 +289,7 @@ def row_products(model, batch, direction):
     losses = torch.zeros(targets.shape, dtype=torch.float64, device=targets.device)
 
     def at_head(h, weight):
-        towards = whole(v.get(f'{head}.weight'))
+        towards = full_tensor(v.get(f'{head}.weight'))
         towards = None if towards is None else towards.to(h.dtype)
         h, parts = h.flatten(0, 1), torch.zeros_like(losses).flatten()
 
@@ -318,18 +305,16 @@ def row_products(model, batch, direction):
     return products, losses
 
 
-def row_influence(model, batch, direction, per_position=False):
+def row_influence(model, batch, direction):
     """Influence of every row of a batch, exact, for the work of one forward and backward: ((B,) float64, losses (B, T) in nats).
 
     The inner product of the gradient of the row's summed loss with the direction. A layer's part of it is the sum over positions
     of <g, V a>: a its input, g the gradient by its output, V the direction, so that no gradient of a parameter is ever formed.
-    Divided by the counted tokens of all rows, the sum over rows is `group_influence`. per_position=True: (B, T), the part of
-    every position of the inputs (where the gradient of a weight arises, not the token whose loss it is). Under FSDP2 every rank
+    Under FSDP2 every rank
     has its own rows and gives the same number of batches.
     """
     products, losses = row_products(model, batch, direction)
-    rows = sum(products.values())
-    return (rows if per_position else rows.sum(1)), losses
+    return sum(products.values()).sum(1), losses
 
 
 def row_sqnorms(model, batch, layers):
@@ -403,65 +388,6 @@ def row_sqnorms(model, batch, layers):
 def ghost_sqnorm(model, batch, layers):
     """Squared norm of the gradient of every row's summed loss, its self-influence: (B,) float64, for one forward and backward."""
     return sum(row_sqnorms(model, batch, layers).values())
-
-
-def row_matrix(model, batch, probe, layers):
-    """Inner products of the gradient of every row of a batch with that of every row of another, of summed losses: (B, Q) float64.
-
-    batch, probe: as for `stream_gradients`, B and Q rows. Gradients of rows exist for MATRIX_BLOCK elements of one layer at a time.
-    """
-    selected, W = select(model, layers)[0], whole(model.output_weight.detach())
-    head = 'embed' if model.lm_head is None else 'lm_head'
-
-    def capture(rows):
-        """{module name: [(a, g)] of its applications}, and under 'head' hidden states, log-sum-exp and targets."""
-        seen = {}
-
-        def at_head(h, weight):
-            flat = h.flatten(0, 1)
-            if f'{head}.weight' in selected:
-                logits = flat @ weight.T
-                seen['head'] = h, logits.to(torch.promote_types(h.dtype, torch.float32)).logsumexp(1).view(*h.shape[:2], 1), rows[1]
-            return head_gradient(flat, weight, rows[1].flatten(), lambda *_: None).view_as(h)
-        row_pass(model, rows, layers, lambda name, module, a, g: seen.setdefault(name, []).append((a, g)), at_head)
-        return seen
-
-    def table_gradient(seen, name, part):
-        """Rows' gradients of rows `part` of the embedding table or output weight: (B, n, C)."""
-        n, G = len(range(*part.indices(len(W)))), 0.0
-        if name == head and 'head' in seen:
-            h, lse, targets = seen['head']
-            ids = torch.arange(part.start, part.start + n, device=h.device)
-            dz = (h @ W[part].to(h.dtype).T - lse).exp().sub_((targets[..., None] == ids).to(lse.dtype)).mul_((targets >= 0)[..., None])
-            G = dz.to(h.dtype).transpose(1, 2) @ h
-        if name == 'embed' and name in seen:
-            (ids, g), = seen[name]
-            here = (ids >= part.start) & (ids < part.start + n)
-            place = (torch.arange(len(ids), device=ids.device)[:, None] * n + ids - part.start)[here]
-            G = G + torch.zeros(len(ids) * n, g.shape[-1], dtype=g.dtype, device=g.device).index_add_(0, place, g[here]).view(len(ids), n, -1)
-        return G
-    sides = [capture(rows) for rows in (batch, probe)]
-    total, modules = torch.zeros(len(batch[0]), len(probe[0]), dtype=torch.float64, device=W.device), dict(model.named_modules())
-
-    def add(x, y):
-        total.add_((x.flatten(1) @ y.flatten(1).T).double())
-    n_rows = len(batch[0]) + len(probe[0])
-    for name in sorted({parameter.rpartition('.')[0] for parameter in selected}):
-        if name in ('embed', 'lm_head'):
-            step = max(1, MATRIX_BLOCK // (n_rows * W.shape[1]))
-            for start in range(0, len(W), step):
-                add(*(table_gradient(seen, name, slice(start, start + step)) for seen in sides))
-        elif isinstance(modules[name], RMSNorm):
-            m = modules[name]
-            add(*(sum((torch.nn.functional.rms_norm(a, (m.dim,), None, m.eps) * g).flatten(1, -2).sum(1) for a, g in seen[name]) for seen in sides))
-        else:
-            pairs = [[torch.cat(parts, 1) for parts in zip(*seen[name])] for seen in sides]               # (B, T, I), (B, T, O)
-            step = max(1, MATRIX_BLOCK // (n_rows * pairs[0][0].shape[-1]))
-            for start in range(0, pairs[0][1].shape[-1], step):
-                add(*(g[:, :, start:start + step].transpose(1, 2) @ a for a, g in pairs))
-            if modules[name].bias is not None:
-                add(*(g.sum(1) for _, g in pairs))
-    return total
 
 
 # -- with curvature ----------------------------------------------------------------------------------------------------

@@ -278,7 +278,7 @@ def open_teacher(about, device, dtype, layout=None, compile_blocks=False):
         ranks.check_sizes({**layout.sizes, 'ep': layout.sizes['ep'] if about['model'].n_expert else 1}, about['model'], whose='the teacher: ')
     with torch.device('meta'):
         model = GPT(about['model']).frozen(dtype)
-    parallel.spread(model, layout, dtype, compile_blocks)
+    parallel.apply_parallelism(model, layout, dtype, compile_blocks)
     model.to_empty(device=device)
     hf.load_weights(about, model)
     return model.eval()
@@ -308,7 +308,7 @@ class Distiller:
         else:
             with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
                 hidden = self.teacher(inputs, doc_ids).flatten(0, 1)                     # (N, C_t)
-                weight = parallel.whole(self.teacher.output_weight)
+                weight = parallel.full_tensor(self.teacher.output_weight)
                 teacher = hidden if counted is None else hidden[counted], ranks.collect(weight, self.teacher.tp) if self.teacher.tp else weight
 
         def loss(h, weight, targets, token_weights):

@@ -22,6 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from configurator import BadInput
+from data import valid_positions
 from ops import kernels, ranks
 from ops.attention import attend, document_boundaries
 from ops.loss import chunk_rows, linear_cross_entropy
@@ -248,8 +249,8 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """The whole network. Build it on the meta device, shard it (parallel.spread), `to_empty` it, then call `init_weights`."""
-    layout = tp = None                                    # ranks.Layout and its tensor-parallel Group, set by parallel.spread
+    """The whole network. Build it on the meta device, shard it (parallel.apply_parallelism), `to_empty` it, then call `init_weights`."""
+    layout = tp = None                                    # ranks.Layout and its tensor-parallel Group, set by parallel.apply_parallelism
     balance_loss = 0.0                                    # weight of the experts' balance loss while training
 
     def __init__(self, config):
@@ -286,7 +287,7 @@ class GPT(nn.Module):
         and are to use it alike.
         """
         x, _ = self.hidden(idx, doc_ids, cache, position, first, grad_from)
-        return ranks.gather(x, self.tp, alike=True).view(*idx.shape, -1)
+        return ranks.gather(x, self.tp, replicated=True).view(*idx.shape, -1)
 
     def hidden(self, idx, doc_ids=None, cache=None, position=0, first=None, grad_from=0):
         """As `forward`, but (B, T, C) or this rank's tokens of it, (N/n, C); beside it the sum of the layers' balance losses, None: there is none."""
@@ -322,34 +323,34 @@ class GPT(nn.Module):
                     application += 1
         return self.norm(x), imbalance
 
-    def loss(self, idx, targets, token_weights=None, doc_ids=None, grad_from=0, objective=None, counted=None):
+    def loss(self, idx, targets, token_weights=None, doc_ids=None, grad_from=0, objective=None, valid=None):
         """Forward and loss in one call (under FSDP2 this is where the output weight is whole).
 
-        targets (B, T) int64, -1 = not counted; token_weights (B, T) fp32 or None. Returns `linear_cross_entropy`'s three
+        targets (B, T) int64, -1 where the loss ignores the token; token_weights (B, T) fp32 or None. Returns `linear_cross_entropy`'s three
         results: sum () fp32 with gradient; losses (B, T) and hits (B, T) without. grad_from: as in `forward`; above 0 the output
-        weight gets no gradient. objective: a function in the place of linear_cross_entropy (distillation), None: that. counted: what
-        `positions_counted` says of targets, so that others cost nothing in the output layer, and the objective sees these positions alone;
+        weight gets no gradient. objective: a function in the place of linear_cross_entropy (distillation), None: that. valid: what
+        `valid_positions` says of targets, so that others cost nothing in the output layer, and the objective sees these positions alone;
         None: all go through it, but for linear_cross_entropy on the CPU, where looking costs nothing. Under tensor parallelism an objective sees
-        the positions that this rank is given in `counted`, which are to be a part of them for every rank: losses and hits are of these.
+        the positions that this rank is given in `valid`, which are to be a part of them for every rank: losses and hits are of these.
         """
         x, imbalance = self.hidden(idx, doc_ids, grad_from=grad_from)
-        h, targets = ranks.gather(x, self.tp, alike=objective is None).flatten(0, -2), targets.flatten()       # (N, C), (N,)
+        h, targets = ranks.gather(x, self.tp, replicated=objective is None).flatten(0, -2), targets.flatten()       # (N, C), (N,)
         flat_weights = None if token_weights is None else token_weights.flatten()
         weight = self.output_weight.detach() if grad_from else self.output_weight
-        if counted is None and objective is None and targets.device.type == 'cpu':
-            counted = positions_counted(targets)
+        if valid is None and objective is None and targets.device.type == 'cpu':
+            valid = valid_positions(targets)
         if objective is None:
             part_of = None if self.tp is None else (self.tp.group, self.tp.rank * len(weight))
             objective = functools.partial(linear_cross_entropy, part_of=part_of)
         elif self.tp is not None:                         # tokens are split in place of the vocabulary: then any objective will do
             weight = ranks.gather(weight, self.tp)
-        if counted is None:
+        if valid is None:
             total, losses, hits = objective(h, weight, targets, flat_weights)
         else:
-            total, *some = objective(h[counted], weight, targets[counted], None if flat_weights is None else flat_weights[counted])
-            losses, hits = (torch.zeros(len(h), dtype=t.dtype, device=t.device).index_copy_(0, counted, t) for t in some)
+            total, *some = objective(h[valid], weight, targets[valid], None if flat_weights is None else flat_weights[valid])
+            losses, hits = (torch.zeros(len(h), dtype=t.dtype, device=t.device).index_copy_(0, valid, t) for t in some)
         if imbalance is not None and self.balance_loss:
-            total = total + self.balance_loss * imbalance / len(idx) * (targets >= 0).sum()        # the rows' mean, once the total is divided by the counted tokens
+            total = total + self.balance_loss * imbalance / len(idx) * (targets >= 0).sum()        # the rows' mean, once the total is divided by the valid tokens
         return total, losses.view_as(idx), hits.view_as(idx)
 
     @torch.no_grad()
@@ -359,7 +360,7 @@ class GPT(nn.Module):
         idx (B, T), padded on the right. Logits are made for these n places alone. Returns losses (n,) fp32 nats, hits (n,) bool.
         """
         h = self.forward(idx)[rows, positions]                                        # (n, C)
-        weight = self.whole_output_weight().to(h.dtype)
+        weight = self.full_output_weight().to(h.dtype)
         losses, hits = [], []
         step = chunk_rows(len(h), len(weight), h.device, torch.float32)
         for part, target in zip(h.split(step), targets.split(step)):
@@ -375,7 +376,7 @@ class GPT(nn.Module):
         z = F.linear(h, self.output_weight.to(h.dtype)).float()
         return z if self.tp is None else ranks.collect(z.T, self.tp).T
 
-    def whole_output_weight(self):
+    def full_output_weight(self):
         return self.output_weight if self.tp is None else ranks.collect(self.output_weight, self.tp)
 
     @torch.no_grad()
@@ -431,17 +432,6 @@ def sample_token(logits, temperature, top_k, top_p, generator):
     return torch.multinomial(probabilities, 1, generator=generator)
 
 
-def positions_counted(targets, group=None):
-    """Where targets, int64 of any shape on the CPU, are counted (>= 0), in the flat order: (n,) int64, or None where all are.
-
-    group: a tensor-parallel ranks.Group whose ranks are each to have their share of them, for `GPT.loss` with an objective.
-    """
-    counted = (targets.flatten() >= 0).nonzero()[:, 0]
-    if group is not None:
-        return counted[group.rank::group.size]
-    return None if len(counted) == targets.numel() else counted
-
-
 @torch.no_grad()
 def init_weights(model, seed):
     """Random weights in place, the same for any number of ranks and any device.
@@ -472,7 +462,7 @@ def init_weights(model, seed):
                 fill(expert, f'{name}.{first + i}', False)
             parameter.copy_(ranks.sharded(parameter, own))
         else:
-            whole = torch.empty(ranks.whole_shape(model.layout, name, parameter))
+            whole = torch.empty(ranks.full_shape(model.layout, name, parameter))
             fill(whole, name, parameter is model.output_weight)
             parameter.copy_(ranks.placed(model.layout, name, parameter, whole))
     for buffer in model.buffers():                        # of experts: biases and loads

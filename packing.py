@@ -22,9 +22,9 @@ class Packs:
     length: np.ndarray          # (documents,) int32, tokens that are used of it
     first: np.ndarray           # (rows + 1,) int64
     capacity: int               # tokens of a row
-    n_overlong: int             # documents of more tokens than a row, truncated or dropped
+    n_too_long: int             # documents of more tokens than a row, truncated or dropped
     n_unsupervised: int         # documents left out since no token of theirs counts
-    n_counted: int              # tokens that the loss counts
+    n_valid: int              # tokens that the loss counts
 
     @property
     def n_rows(self):
@@ -87,7 +87,7 @@ def pack_documents(shards, bos_id, capacity, overlong='truncate'):
     overlong    what becomes of documents of more than `capacity` tokens: truncate | drop
     Documents of which no token counts within `capacity` are left out.
     """
-    parts, n_overlong, n_unsupervised = [], 0, 0
+    parts, n_too_long, n_unsupervised = [], 0, 0
     for number, (tokens, mask) in enumerate(shards):
         starts = np.flatnonzero(np.asarray(tokens) == bos_id)
         if not len(starts):
@@ -95,7 +95,7 @@ def pack_documents(shards, bos_id, capacity, overlong='truncate'):
         length = np.diff(starts, append=len(tokens))
         counted = length - 1 if mask is None else np.add.reduceat(mask, starts, dtype=np.int64) - mask[starts]
         long = length > capacity
-        n_overlong += int(long.sum())
+        n_too_long += int(long.sum())
         for i in np.flatnonzero(long):
             counted[i] = capacity - 1 if mask is None else int(mask[starts[i] + 1:starts[i] + capacity].sum())
         keep = ~long if overlong == 'drop' else np.ones_like(long)
@@ -105,4 +105,4 @@ def pack_documents(shards, bos_id, capacity, overlong='truncate'):
     nothing = (np.zeros(0, np.int32),) * 4
     shard, start, length, counted = (np.concatenate(columns) for columns in zip(nothing, *parts))
     order, first = best_fit(length, capacity)
-    return Packs(shard[order], start[order], length[order], first, capacity, n_overlong, n_unsupervised, int(counted.sum()))
+    return Packs(shard[order], start[order], length[order], first, capacity, n_too_long, n_unsupervised, int(counted.sum()))

@@ -55,7 +55,7 @@ from model import (
     count_parameters,
     flops_per_token,
     init_weights,
-    positions_counted,
+    valid_positions,
 )
 from ops import moe, ranks
 from ops.attention import check_documents, document_boundaries
@@ -306,7 +306,7 @@ peak, token_flops = peak_flops(device), flops_per_token(model_config, block_size
 if reshard_after_forward is None:
     reshard_after_forward = plan.too_large_whole(model_config, sizes)
 compile, _reason = plan.choose_compile(compile, n_steps * total_batch_tokens * token_flops, peak, world_size, device)
-parallel.spread(model, layout, dtype, compile, activation_checkpointing, reshard_after_forward)
+parallel.apply_parallelism(model, layout, dtype, compile, activation_checkpointing, reshard_after_forward)
 model.to_empty(device=device)
 model.balance_loss = balance_loss
 counts = count_parameters(model_config)
@@ -393,7 +393,7 @@ my_rows = rows_of_rank(batch_rows, batch_size, data_rank, n_data).reshape(grad_a
 first_reweighting = max(n_warmup, n_steps // 20) if mixture_warmup is None else mixture_warmup
 last_saved, drawn_before = first_step if found else None, loader.drawn()
 watcher = watch.Watch(rank, world_size, hang_timeout)
-stop, spoilt = checkpoint.StopRequest(), torch.zeros((), device=device)        # 1 from the first loss or norm on that is not finite
+stop, not_finite = checkpoint.StopRequest(), torch.zeros((), device=device)        # 1 from the first loss or norm on that is not finite
 bar = tqdm(total=end_step, initial=first_step, disable=not is_master, unit='step', dynamic_ncols=True)
 progress = Progress(bar, metrics_log, checkpointer, total_batch_tokens, token_flops, peak and peak * world_size, device)
 tracer = start_trace(os.path.join(run_folder, 'trace.json')) if profile and is_master else None
@@ -443,7 +443,7 @@ for step in range(first_step, end_step + 1):
     t0 = time.perf_counter()
     source_index, cursors = loader.next_batch(batch_rows)
     rows = proxy.read(loader, source_index, cursors) if proxy else [loader.read(source_index[part], cursors[part]) for part in my_rows]
-    micro_batches = [(*to_device(r), parallel.put(positions_counted(torch.from_numpy(r[:, 1:]), model.tp if distiller else None), device)) for r in rows]
+    micro_batches = [(*to_device(r), parallel.put(valid_positions(torch.from_numpy(r[:, 1:]), model.tp if distiller else None), device)) for r in rows]
     read_s = time.perf_counter() - t0
     watcher.at(step, 'trains')
     n_tokens = all_reduce_sum([(r[:, 1:] >= 0).sum() for r in rows])
@@ -454,15 +454,15 @@ for step in range(first_step, end_step + 1):
     if micro is not proxy:
         micro.begin(self_influence.tau_at(step, n_steps, presence_tau, presence_schedule, presence_switch))
     loss_sum, n_hits = torch.zeros(2, device=device, dtype=torch.float64)
-    for micro_step, (inputs, targets, doc_ids, counted) in enumerate(micro_batches):
+    for micro_step, (inputs, targets, doc_ids, valid) in enumerate(micro_batches):
         if layout is not None:                                 # gradients cross the network once, after the last micro-step, where there is room for whole ones
             is_last = micro_step == len(micro_batches) - 1
             model.set_requires_gradient_sync(bool(micro or reshard_after_forward) or is_last)
             model.set_requires_all_reduce(bool(micro) or is_last)           # between copies of the model, in any case
             model.set_reshard_after_backward(reshard_after_forward or is_last)
         with autocast:
-            objective = distiller and distiller.objective(inputs, doc_ids, source_index[my_rows[micro_step]], cursors[my_rows[micro_step]], counted)
-            loss, losses, hits = model.loss(inputs, targets, doc_ids=doc_ids, objective=objective, counted=counted)
+            objective = distiller and distiller.objective(inputs, doc_ids, source_index[my_rows[micro_step]], cursors[my_rows[micro_step]], valid)
+            loss, losses, hits = model.loss(inputs, targets, doc_ids=doc_ids, objective=objective, valid=valid)
         if proxy:
             proxy.see(inputs, targets, doc_ids, losses)
         (loss * (n_data / n_valid)).backward()                 # FSDP averages over ranks; the loss is a sum over all of them
@@ -473,11 +473,11 @@ for step in range(first_step, end_step + 1):
     micro_metrics = proxy.finish(step, lr, n_valid) if proxy else micro.finish() if micro else {}
     grad_norm = parallel.gradient_norm(model)
     sums = parallel.sum_over_ranks(torch.stack((loss_sum, n_hits, *(distiller.take() if distiller else ()))), layout, everywhere=bool(distiller))
-    spoilt = torch.maximum(spoilt, (~torch.isfinite(sums[0] + grad_norm)).float())
+    not_finite = torch.maximum(not_finite, (~torch.isfinite(sums[0] + grad_norm)).float())
     if grad_clip > 0:
         parallel.clip_gradients(model, grad_clip, grad_norm)
     for o in optimizers:
-        parallel.step(o, spoilt)                               # leaves everything as it is once a number was not finite
+        parallel.step(o, not_finite)                               # leaves everything as it is once a number was not finite
         o.zero_grad(set_to_none=True)
     loads = moe.balance(model, balance_rate)
     logs = is_master and ((step + 1) % log_interval == 0 or step + 1 == end_step)

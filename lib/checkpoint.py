@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from configurator import BadInput, RunFault
 from lib import storage
 from lib.device import barrier
-from ops.ranks import stored_form, whole_shape
+from ops.ranks import full_shape, stored_form
 
 warnings.filterwarnings('ignore', message='torch.distributed is disabled')      # DCP's remark on every run of one process
 
@@ -333,7 +333,7 @@ def load(checkpoint, model, optimizers):
                 prefix = f'optim.{names[parameter]}.'
                 states[optimizer, parameter] = {
                     key.removeprefix(prefix): torch.zeros_like(parameter.detach(), dtype=stored[key].properties.dtype)
-                    if tuple(stored[key].size) == tuple(whole_shape(model.layout, names[parameter], parameter))
+                    if tuple(stored[key].size) == tuple(full_shape(model.layout, names[parameter], parameter))
                     else torch.zeros(stored[key].size, dtype=stored[key].properties.dtype,
                                      device=parameter.device if group.get('fused') else 'cpu')
                     for key in stored if key.startswith(prefix)}

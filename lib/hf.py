@@ -200,8 +200,8 @@ def read_weights(folder, hf, model):
     spare = {name for name in found if name.endswith('rotary_emb.inv_freq') or config.tie_embeddings and name == 'lm_head.weight'}
     faults = [f'{kind}: {", ".join(sorted(names)[:5])}{" ..." if len(names) > 5 else ""} ({len(names)})' for kind, names in (
         ('missing', wanted.keys() - found.keys()), ('not known', found.keys() - wanted.keys() - spare)) if names]
-    faults += [f'{name} has shape {list(found[name][1])}, the config asks for {list(ranks.whole_shape(model.layout, ours, parameter))}'
-               for name, (ours, parameter) in wanted.items() if name in found and found[name][1] != tuple(ranks.whole_shape(model.layout, ours, parameter))]
+    faults += [f'{name} has shape {list(found[name][1])}, the config asks for {list(ranks.full_shape(model.layout, ours, parameter))}'
+               for name, (ours, parameter) in wanted.items() if name in found and found[name][1] != tuple(ranks.full_shape(model.layout, ours, parameter))]
     if faults:
         raise BadInput(f'{folder}: the tensors are not those of its config.json. ' + '; '.join(faults[:8]) + '.')
     for path in sorted({path for path, _ in found.values()}):

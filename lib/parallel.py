@@ -29,7 +29,7 @@ ATTENTION = ('_scaled_dot_product_flash_attention', '_scaled_dot_product_flash_a
 SAC_IGNORED_OPS |= {torch.ops.profiler._record_function_enter_new.default, torch.ops.profiler._record_function_exit._RecordFunction}
 
 
-def spread(model, layout, dtype, compile_blocks=False, checkpointing='none', reshard_after_forward=True):
+def apply_parallelism(model, layout, dtype, compile_blocks=False, checkpointing='none', reshard_after_forward=True):
     """Prepares a GPT on the meta device: its parts, activation checkpointing, compiled blocks, and shards over the layout (None: one process).
 
     checkpointing   'none'; 'full': a block keeps its input alone and runs again in the backward (Chen et al. 2016, arXiv:1604.06174); 'selective':
@@ -101,12 +101,12 @@ def kept(wide, context, op, *args, **_):
     return CheckpointPolicy.MUST_SAVE if narrow or name in ATTENTION else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def whole(tensor):
+def full_tensor(tensor):
     """A tensor that every rank holds all of; None stays None."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def own(tensor):
+def local_tensor(tensor):
     """This rank's part of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
@@ -142,10 +142,10 @@ def sum_over_ranks(tensor, layout, everywhere=False):
 def gradient_norm(model):
     """Norm of all gradients, over all ranks: () fp32 on the device."""
     named = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
-    norms = torch.stack(torch._foreach_norm([own(g) for _, g in named]))
+    norms = torch.stack(torch._foreach_norm([local_tensor(g) for _, g in named]))
     if model.layout is None:
         return torch.linalg.vector_norm(norms)
-    share = torch.tensor([1 / ranks.copies(model.layout, name) for name, _ in named], device=norms.device)
+    share = torch.tensor([1 / ranks.n_replicas(model.layout, name) for name, _ in named], device=norms.device)
     total = (norms.double().square() * share).sum()
     dist.all_reduce(total)
     return total.sqrt().float()
@@ -154,7 +154,7 @@ def gradient_norm(model):
 def clip_gradients(model, most, norm):
     """Scales all gradients so that their norm, `norm`, is at most `most`."""
     factor = (most / (norm + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_([own(p.grad) for p in model.parameters() if p.grad is not None], factor)
+    torch._foreach_mul_([local_tensor(p.grad) for p in model.parameters() if p.grad is not None], factor)
 
 
 def make_optimizers(model, name, learning_rate, weight_decay, betas, eps):
@@ -175,11 +175,11 @@ def make_optimizers(model, name, learning_rate, weight_decay, betas, eps):
     return optimizers
 
 
-def step(optimizer, spoilt):
-    """A step of the optimizer, or none at all when `spoilt` () fp32 is 1. Fused AdamW decides that on the device; for others the host waits."""
+def step(optimizer, not_finite):
+    """A step of the optimizer, or none at all when `not_finite` () fp32 is 1. Fused AdamW decides that on the device; for others the host waits."""
     if isinstance(optimizer, torch.optim.AdamW):
-        optimizer.found_inf = spoilt
-    elif spoilt:
+        optimizer.found_inf = not_finite
+    elif not_finite:
         return
     optimizer.step()
 

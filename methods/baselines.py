@@ -17,12 +17,12 @@ from configurator import BadInput, check_values
 from influence import inner
 from lib import validate
 from lib.device import all_reduce_sum
-from lib.parallel import gradient_norm, own
+from lib.parallel import gradient_norm, local_tensor
 from methods import rules
 from methods.presence import accumulate
 from methods.reweight import batches_of_rows, caps_of, chosen_windows
 from model import flops_per_token
-from ops.ranks import copies
+from ops.ranks import n_replicas
 
 ONLINE, PROXIES = ('skillit', 'aioli'), ('doge', 'doremi')
 LAST = 5                # a proxy's matrix A is the mean of its last so many steps
@@ -194,7 +194,7 @@ class Proxy:
         self.val_sources = [s for s in val_sources if s.name in self.names]
         self.rank, self.world_size = rank, world_size
         self.parameters = list(model.parameters())
-        self.copies = [copies(model.layout, name) for name, _ in model.named_parameters()]
+        self.copies = [n_replicas(model.layout, name) for name, _ in model.named_parameters()]
         self.weights = state.get('weights', dict.fromkeys(self.names, 1 / len(self.names)))
         self.rule, self.matrices, self.flops = state.get('rule', {}), state.get('matrices', []), state.get('flops', 0.0)
         self.token_flops = flops_per_token(model.config, config['block_size'])
@@ -243,7 +243,7 @@ class Proxy:
             p.grad = None
         self.shares[group] += share
         if group in self.kept:
-            torch._foreach_add_([own(g) for g in self.kept[group]], [own(g) for g in gradients])
+            torch._foreach_add_([local_tensor(g) for g in self.kept[group]], [local_tensor(g) for g in gradients])
         else:
             self.kept[group] = gradients
 
@@ -252,15 +252,15 @@ class Proxy:
         total = sum(inner(a, b) / n for a, b, n in zip(one, other, self.copies))
         return all_reduce_sum([total], everywhere=True)[0]
 
-    def finish(self, step, lr, n_counted):
-        """The rule, then the weighted gradient into .grad. n_counted: counted tokens of the step, by all ranks. Returns metrics to log."""
+    def finish(self, step, lr, n_valid):
+        """The rule, then the weighted gradient into .grad. n_valid: counted tokens of the step, by all ranks. Returns metrics to log."""
         one = torch.ones((), dtype=torch.float64, device=self.parameters[0].device)
         for group, gradients in self.kept.items():             # of the mean loss of the source
             accumulate(gradients, [], one / self.shares[group], one)
-        self.flops += n_counted * (self.reference_flops if self.reference is not None else 0)
+        self.flops += n_valid * (self.reference_flops if self.reference is not None else 0)
         if self.reference is not None:
             sums = all_reduce_sum(self.sums.tolist())
-            excess = {name: x / (self.shares[name] * n_counted) for name, x in zip(self.names, sums) if self.shares[name]}
+            excess = {name: x / (self.shares[name] * n_valid) for name, x in zip(self.names, sums) if self.shares[name]}
             self.weights, self.rule, about = rules.update_doremi(self.weights, excess, self.rule, rules.eta_of(self.config),
                                                                     self.config['doremi_smoothing'])
             matrix = about['A']
@@ -290,7 +290,7 @@ class Proxy:
         norms = {name: self.product(g, g) ** 0.5 for name, g in self.kept.items()}
         for name, gradients in self.kept.items():
             if norms[name] > most:
-                torch._foreach_mul_([own(g) for g in gradients], most / norms[name])
+                torch._foreach_mul_([local_tensor(g) for g in gradients], most / norms[name])
                 norms[name] = most
         n_rows = max(len(self.names), self.config['mixture_rows'] // len(self.names) * len(self.names))
         per_source = n_rows // len(self.names)

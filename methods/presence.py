@@ -14,8 +14,8 @@ import torch.distributed as dist
 
 from configurator import BadInput, check_values
 from influence import check_layers, select
-from lib.parallel import own
-from ops.ranks import copies
+from lib.parallel import local_tensor
+from ops.ranks import n_replicas
 
 MODES, SCHEDULES = ('off', 'store', 'stream'), ('constant', 'two_stage', 'cosine')
 EQUAL = 1e-3            # scores whose deviation is a smaller share of their mean are noise: all count alike
@@ -51,7 +51,7 @@ class MicroBatches:
         """layers: those that s is taken of, as in influence.py; n: micro-batches of a step; saved: `state` of the run that goes on."""
         scored = select(model, layers)[0]
         self.parameters, self.scored = list(model.parameters()), list(scored.values())
-        self.counts = torch.tensor([1 / copies(model.layout, name) for name in scored], dtype=torch.float64, device=self.scored[0].device)
+        self.counts = torch.tensor([1 / n_replicas(model.layout, name) for name in scored], dtype=torch.float64, device=self.scored[0].device)
         self.mode, self.layers, self.n, self.sigma = mode, layers, n, saved['sigma'] if saved else None
         if saved and (saved['n'], saved['layers']) != (n, layers):
             raise BadInput(f"the run weighed {saved['n']} micro-batches by the layers '{saved['layers']}', it would weigh {n} by '{layers}' now. Put "
@@ -92,7 +92,7 @@ class MicroBatches:
 
     def score(self):
         """Squared norm of .grad over the scored parameters and all ranks: () fp64."""
-        norms = torch.stack(torch._foreach_norm([own(p.grad) for p in self.scored], dtype=torch.float64))
+        norms = torch.stack(torch._foreach_norm([local_tensor(p.grad) for p in self.scored], dtype=torch.float64))
         s = (norms.square() * self.counts).sum()
         if dist.is_initialized():
             dist.all_reduce(s)
@@ -128,7 +128,7 @@ class MicroBatches:
 @torch.no_grad()
 def accumulate(total, gradients, before, factor):
     """total = before * total + factor * gradients, lists of tensors in place; before and factor are () fp64 tensors."""
-    total, gradients = ([own(t) for t in tensors] for tensors in (total, gradients))
+    total, gradients = ([local_tensor(t) for t in tensors] for tensors in (total, gradients))
     for i, t in enumerate(total):
         t.mul_(before.to(t.dtype))
         if gradients:

@@ -10,7 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from configurator import BadInput, check_values
-from data import Source, peculiarities, shared_documents
+from data import Source, shared_documents, text_warnings
 from influence import (
     Direction,
     adam_scale,
@@ -97,7 +97,7 @@ def check_texts(probes, sources, val_sources, bos_id, rank=0, world_size=1):
     """
     if rank == 0:
         for source in sources:
-            for found in peculiarities(source.rows(range(min(64, source.n_windows))), source.vocab_size):
+            for found in text_warnings(source.rows(range(min(64, source.n_windows))), source.vocab_size):
                 print(f"warning: source '{source.name}': {found}. Influence is not made for such text; look at it, and at its weight.")
     if bos_id is None and rank == 0:
         print('probe: these shards do not say where documents begin; aligned pieces of 256 tokens are compared with those of the sources')
@@ -217,7 +217,7 @@ def update(model, loader, sources, probes, config, state, step, n_steps, batch_r
             log |= {f'mixture/influence_{name}_{domain}': float(value) for name in r for domain, value in zip(weights, r[name])}
     if config['select'] == 'online':
         direction = directions[0] if len(directions) == 1 else joint(directions, shares)
-        verdicts_log, n_judged = set_verdicts(model, loader, sources, probes, direction, config, step, batch_rows, key, options)
+        verdicts_log, n_judged = set_keep_masks(model, loader, sources, probes, direction, config, step, batch_rows, key, options)
         log, n_rows = log | verdicts_log, n_rows + n_judged
     spent += n_rows * flops_of_rows(model.config, config['influence_layers'], config['block_size'])
     return {**state, 'flops': spent}, {**log, 'mixture/extra_flops': spent, 'system/mixture_ms': (time.perf_counter() - start) * 1e3}
@@ -261,7 +261,7 @@ def unseen_reference(model, probes, direction, probe_rows, batch_size, key, to_d
     return selection.reference_of(np.concatenate(scores))
 
 
-def set_verdicts(model, loader, sources, probes, direction, config, step, batch_rows, key, options):
+def set_keep_masks(model, loader, sources, probes, direction, config, step, batch_rows, key, options):
     """Judges the rows that the sources will give until the next update. Returns metrics and the number of rows looked at."""
     reference = unseen_reference(model, probes, direction, config['probe_rows'], key=key, **options)
     log, medians, n_judged = {'select/reference': reference.influence}, [], len(probes) * (config['probe_rows'] // 2)
@@ -271,7 +271,7 @@ def set_verdicts(model, loader, sources, probes, direction, config, step, batch_
         n_rows = int(np.ceil(loader.weights[source.name] * batch_rows * config['mixture_interval'])) + 2      # at most two rows off
         keep, reasons, scores = selection.choose_next(score, loader.cursors[source.name], n_rows, reference, config['select_margin'],
                                                       config['select_keep'])
-        loader.set_verdicts(source.name, keep)
+        loader.set_keep_masks(source.name, keep)
         n_judged += len(scores)
         low, median, high = np.quantile(scores[:, 0], (0.1, 0.5, 0.9)) / reference.influence
         medians.append((median, loader.weights[source.name]))

@@ -7,8 +7,6 @@ Letters in shape comments: N tokens, C n_embd, V vocab_size, n rows of a chunk.
 """
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 from ops import kernels
 
@@ -117,26 +115,3 @@ def linear_cross_entropy(h, weight, targets, token_weights=None, part_of=None):
     others: leave them out (`GPT.loss` does).
     """
     return _LinearCrossEntropy.apply(h, weight, targets, token_weights, part_of)
-
-
-def _chunk_losses(h, weight, targets):
-    logits = F.linear(h, weight).to(torch.promote_types(h.dtype, torch.float32))
-    return F.cross_entropy(logits, targets, ignore_index=-1, reduction='none')
-
-
-def token_losses(h, weight, targets, reduction='none'):
-    """Differentiable losses, for gradients other than of one weighted sum: logits are recomputed in the backward.
-
-    h (B, T, C), weight (V, C), targets (B, T) int64 with -1 = not counted. reduction 'none': (B, T) fp32 nats per token,
-    0 where not counted; 'row': (B,) sums over tokens. A quarter more work than `linear_cross_entropy`.
-    """
-    dtype, _ = loss_dtypes(h)
-    flat, flat_targets, weight = h.flatten(0, 1).to(dtype), targets.flatten(), weight.to(dtype)
-    rows = chunk_rows(flat.shape[0], weight.shape[0], h.device, torch.float32)
-    losses = torch.cat([checkpoint(_chunk_losses, flat[i:i + rows], weight, flat_targets[i:i + rows], use_reentrant=False)
-                        for i in range(0, flat.shape[0], rows)]).view_as(targets)
-    if reduction == 'none':
-        return losses
-    if reduction == 'row':
-        return losses.sum(1)
-    raise ValueError(f"reduction must be 'none' or 'row', got {reduction!r}")

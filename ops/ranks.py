@@ -116,14 +116,14 @@ def part_of(layout, name):
     return (SPLIT[ends[0]], group) if ends and group is not None else None
 
 
-def copies(layout, name):
+def n_replicas(layout, name):
     """Ranks that hold the same numbers of a sharded parameter."""
     if layout is None:
         return 1
     return layout.sizes['dp_replicate'] * (1 if part_of(layout, name) else layout.sizes['tp'])
 
 
-def whole_shape(layout, name, parameter):
+def full_shape(layout, name, parameter):
     """The shape of a parameter with all parts."""
     shape, part = list(parameter.shape), part_of(layout, name)
     if part:
@@ -148,7 +148,7 @@ def stored_form(layout, name, tensor):
     part = part_of(layout, name)
     if not part or not isinstance(tensor, DTensor):
         return tensor
-    shape = whole_shape(layout, name, tensor)
+    shape = full_shape(layout, name, tensor)
     stride = tuple(math.prod(shape[i + 1:]) for i in range(len(shape)))
     mesh = layout.stored['experts' if '.experts.' in name and layout.sizes['ep'] > 1 else 'tp']
     return DTensor.from_local(tensor.to_local(), mesh, (Replicate(), Shard(part[0]), Shard(0)), run_check=False, shape=shape, stride=stride)
@@ -169,16 +169,16 @@ def _reduced(x, group):
 
 
 class _Gather(torch.autograd.Function):
-    """(N/n, C) -> (N, C). Backward: ranks' gradients are added up (`alike`: they are the same already), own part."""
+    """(N/n, C) -> (N, C). Backward: ranks' gradients are added up (`replicated`: they are the same already), own part."""
 
     @staticmethod
-    def forward(ctx, x, group, alike):
-        ctx.group, ctx.alike = group, alike
+    def forward(ctx, x, group, replicated):
+        ctx.group, ctx.replicated = group, replicated
         return _gathered(x, group)
 
     @staticmethod
     def backward(ctx, g):
-        return (g.chunk(ctx.group.size)[ctx.group.rank].contiguous() if ctx.alike else _reduced(g, ctx.group)), None, None
+        return (g.chunk(ctx.group.size)[ctx.group.rank].contiguous() if ctx.replicated else _reduced(g, ctx.group)), None, None
 
 
 class _Scatter(torch.autograd.Function):
@@ -223,9 +223,9 @@ class _Add(torch.autograd.Function):
         return g, None
 
 
-def gather(x, group, alike=False):
-    """The tokens of all ranks, (N, C), from this one's (N/n, C). alike: what follows is the same on every rank."""
-    return x if group is None or not group.splits else _Gather.apply(x, group, alike)
+def gather(x, group, replicated=False):
+    """The tokens of all ranks, (N, C), from this one's (N/n, C). replicated: what follows is the same on every rank."""
+    return x if group is None or not group.splits else _Gather.apply(x, group, replicated)
 
 
 def collect(x, group):

@@ -7,7 +7,7 @@ import pytest
 
 import data
 from configurator import BadInput
-from data import MixtureLoader, Source, peculiarities, shared_documents
+from data import MixtureLoader, Source, shared_documents, text_warnings
 from methods import selection
 from methods.selection import Reference, choose_next, judge
 from tests.conftest import make_source, metrics, run_here, train, write_shard
@@ -57,7 +57,7 @@ def test_dropped_rows_are_not_drawn_and_the_state_comes_back(tiny_data):
     loader, rng = new(), np.random.default_rng(0)
     loader.next_batch(8)
     first, keep = loader.cursors['a'], rng.random(40) < 0.5
-    loader.set_verdicts('a', keep)
+    loader.set_keep_masks('a', keep)
     drawn = []
     for i in range(10):
         if i == 2:
@@ -100,11 +100,11 @@ def test_peculiar_text_is_noticed(shared_data):
             if len(ids) > 65 * T:
                 return np.array(ids[:64 * T]).reshape(64, T)
     for name in ('code', 'web_edu', 'math', 'papers', 'books', 'docs', 'qa', 'wiki'):
-        assert peculiarities(rows_of(name), 8192) == [], name
+        assert text_warnings(rows_of(name), 8192) == [], name
     rows = rows_of('math')
-    assert 'shuffled' in peculiarities(rng.permuted(rows.ravel()).reshape(rows.shape), 8192)[0]
-    assert 'random' in peculiarities(rng.integers(0, 8192, rows.shape), 8192)[0]
-    assert 'repetitions' in peculiarities(np.tile(rows[:8], (8, 1)), 8192)[0]
+    assert 'shuffled' in text_warnings(rng.permuted(rows.ravel()).reshape(rows.shape), 8192)[0]
+    assert 'random' in text_warnings(rng.integers(0, 8192, rows.shape), 8192)[0]
+    assert 'repetitions' in text_warnings(np.tile(rows[:8], (8, 1)), 8192)[0]
 
 
 @pytest.mark.parametrize('bos', [0, None])

@@ -11,7 +11,7 @@ import torch
 from configurator import BadInput
 from data import MixtureLoader, Source, batch_of, open_mask, open_shard, token_ids
 from lib.chat import encode_chat, marked
-from lib.parallel import spread
+from lib.parallel import apply_parallelism
 from lib.tokenizer import DIGITS_PATTERN, make_tokenizer
 from model import GPT, ModelConfig, init_weights
 from packing import best_fit, pack_documents
@@ -90,7 +90,7 @@ def test_rows_hold_every_conversation_once_with_its_mask(chat_data):
         for a, b in zip(starts, [*starts[1:], end]):
             found.append((ids[a:b].astype(np.uint32).tobytes(), counted[a:b].astype(np.uint8).tobytes()))
     assert sorted(found) == expected
-    assert source.packs.utilisation > 0.95 and source.packs.n_overlong == 0
+    assert source.packs.utilisation > 0.95 and source.packs.n_too_long == 0
     first = encode_chat(TOKENIZER, conversations(1)[0], 'chatml')
     said = [m['content'] for m in conversations(1)[0] if m['role'] == 'assistant']
     assert marked(TOKENIZER, *first).count('[[') == len(said) and f'[[{said[0]}<|im_end|>]]' in marked(TOKENIZER, *first)
@@ -100,7 +100,7 @@ def test_rows_hold_every_conversation_once_with_its_mask(chat_data):
 def test_a_packed_row_equals_its_conversations_run_alone(chat_data, checkpointing):
     model = GPT(ModelConfig(vocab_size=259, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, ffn_dim=48)).double()
     init_weights(model, 3)
-    spread(model, None, torch.float64, checkpointing=checkpointing)
+    apply_parallelism(model, None, torch.float64, checkpointing=checkpointing)
     rows = torch.from_numpy(Source(chat_data, 'chat', 'train', 160, 7, 259, 'document').rows(range(3)))
     inputs, targets, doc_ids = batch_of(rows, 0)
     assert doc_ids.max() >= 3 and (targets >= 0).sum() == (rows[:, 1:] >= 0).sum()
@@ -129,7 +129,7 @@ def test_long_conversations_are_cut_or_dropped_and_counted(tmp_path):
                                  [dict(role='user', content='u'), dict(role='assistant', content='s' * 300)]]
     write_chats(tmp_path, 'chat', chats)
     rows = {overlong: Source(tmp_path, 'chat', 'train', 160, 0, 259, 'document', overlong) for overlong in ('truncate', 'drop')}
-    assert {k: (s.packs.n_overlong, s.packs.n_unsupervised, len(s.packs.length)) for k, s in rows.items()} == {
+    assert {k: (s.packs.n_too_long, s.packs.n_unsupervised, len(s.packs.length)) for k, s in rows.items()} == {
         'truncate': (2, 1, 41), 'drop': (2, 0, 40)}
     cut = [row for row in rows['truncate'].rows(range(rows['truncate'].n_windows)) if (token_ids(row) == 3 + ord('s')).sum() > 100]
     assert len(cut) == 1 and len(np.flatnonzero(token_ids(cut[0]) == 0)) == 1 and cut[0][-1] == 3 + ord('s')      # a row of its own, to its end
@@ -143,7 +143,7 @@ def test_documents_without_masks_count_whole_but_for_their_first_token(tmp_path,
         path.write_bytes(b'\1' * path.stat().st_size)
     source = Source(tmp_path, 'text', 'train', 160, 0, 259, 'document')
     rows = source.rows(range(source.n_windows))
-    assert (rows >= 0).sum() == source.packs.n_counted == source.packs.length.sum() - 30
+    assert (rows >= 0).sum() == source.packs.n_valid == source.packs.length.sum() - 30
 
 
 def test_loader_resumes_within_packed_rows(chat_data):
@@ -267,7 +267,7 @@ def test_real_conversations_fill_their_rows(tmp_path, shared_data):
         for block_size in (1024, 2048, 4096):
             packs = Source(tmp_path, name, 'train', block_size, 0, 8192, 'document').packs
             assert packs.utilisation > 0.97 and len(packs.length) + packs.n_unsupervised > 1880
-            assert 0.5 < packs.n_counted / packs.length.sum() < 0.6
+            assert 0.5 < packs.n_valid / packs.length.sum() < 0.6
 
 
 # -- mistakes ----------------------------------------------------------------------------------------------------------
@@ -305,7 +305,7 @@ def test_mistakes_are_one_sentence(tmp_path, chat_data, tiny_data):
 def test_checkpointed_blocks_are_compiled_and_compute_the_same():
     import torch._dynamo
 
-    from lib.parallel import spread
+    from lib.parallel import apply_parallelism
     losses, gradients = [], []
     for compile_blocks in (False, True):
         torch._dynamo.reset()
@@ -314,7 +314,7 @@ def test_checkpointed_blocks_are_compiled_and_compute_the_same():
         init_weights(model, 0)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch, 'compile', lambda f, compiler=torch.compile: compiler(f, backend='aot_eager'))
-            spread(model, None, torch.float32, compile_blocks, 'full')
+            apply_parallelism(model, None, torch.float32, compile_blocks, 'full')
         idx = torch.arange(48).view(2, 24)
         loss = model.loss(idx, idx + 1)[0]
         loss.backward()

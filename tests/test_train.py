@@ -332,12 +332,12 @@ def test_diverging_run_stops_before_the_optimizer_and_names_the_batch(tmp_path, 
 def test_a_step_of_numbers_that_are_not_finite_changes_nothing(name):
     p = torch.nn.Parameter(torch.randn(4, 4))
     optimizer = torch.optim.AdamW([p], fused=True) if name == 'adamw' else torch.optim.Muon([p])
-    for spoilt, gradient in ((0.0, torch.ones(4, 4)), (1.0, torch.full((4, 4), math.nan)), (1.0, torch.ones(4, 4)), (0.0, torch.ones(4, 4))):
+    for not_finite, gradient in ((0.0, torch.ones(4, 4)), (1.0, torch.full((4, 4), math.nan)), (1.0, torch.ones(4, 4)), (0.0, torch.ones(4, 4))):
         before = [t.clone() for t in (p.detach(), *optimizer.state[p].values())]
         p.grad = gradient
-        parallel.step(optimizer, torch.tensor(spoilt))
+        parallel.step(optimizer, torch.tensor(not_finite))
         after = [p.detach(), *optimizer.state[p].values()]
-        assert all(torch.equal(a, b) for a, b in zip(before, after)) == bool(spoilt)
+        assert all(torch.equal(a, b) for a, b in zip(before, after)) == bool(not_finite)
 
 
 def test_a_failed_rank_is_named(tmp_path, tiny_data):

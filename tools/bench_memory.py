@@ -53,7 +53,7 @@ def measure(name):
     layout, dtype = ranks.make_layout(device.type, rank, world_size, sizes), getattr(torch, k['dtype'])
     with torch.device('meta'):
         model = GPT(ModelConfig(**fields))
-    parallel.spread(model, layout, dtype, False, k['activation_checkpointing'], bool(k['reshard_after_forward']))
+    parallel.apply_parallelism(model, layout, dtype, False, k['activation_checkpointing'], bool(k['reshard_after_forward']))
     model.to_empty(device=device)
     init_weights(model, 0)
     optimizers = parallel.make_optimizers(model, 'adamw', 1e-3, 0.1, (0.9, 0.95), 1e-8)
@@ -72,7 +72,7 @@ def measure(name):
             o.zero_grad(set_to_none=True)
     step()
     held = [t for t in model.parameters()] + [t for o in optimizers for state in o.state.values() for t in state.values()]
-    at_rest = sum(parallel.own(t).numel() * t.element_size() for t in held)
+    at_rest = sum(parallel.local_tensor(t).numel() * t.element_size() for t in held)
     if device.type == 'cuda':
         torch.cuda.reset_peak_memory_stats()
         step()
