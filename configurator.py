@@ -19,6 +19,7 @@ import copy
 import difflib
 import errno
 import io
+import json
 import os
 import sys
 import tokenize
@@ -49,6 +50,17 @@ def report_error(kind, error, traceback):
               'itself if it could. Go on with --resume=True.', file=sys.stderr, flush=True)
         raise SystemExit(1)
     sys.__excepthook__(kind, error, traceback)
+
+
+def read_json(path):
+    """Returns the content of a JSON file. Raises BadInput when the file is missing or holds no valid JSON."""
+    try:
+        with open(path, encoding='utf-8') as f:
+            return json.load(f)
+    except FileNotFoundError:
+        raise BadInput(f'{path} does not exist.') from None
+    except ValueError as error:
+        raise BadInput(f'{path} is no valid JSON: {error}.') from None
 
 
 def did_you_mean(name, known):

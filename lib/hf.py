@@ -19,9 +19,9 @@ from dataclasses import asdict
 
 import torch
 
-from configurator import BadInput, did_you_mean
+from configurator import BadInput, did_you_mean, read_json
 from lib import checkpoint, storage
-from lib.tokenizer import load_tokenizer, read_json, save_tokenizer_json, stop_ids
+from lib.tokenizer import load_tokenizer, save_tokenizer_json, stop_ids
 from model import GPT, ModelConfig
 from ops import ranks
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 import tiktoken
 
-from configurator import BadInput
+from configurator import BadInput, read_json
 
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # GPT-2's pattern on text whose digits were first cut out one by one; a space run before a digit ends its piece
@@ -213,16 +213,6 @@ def load_rank_file(path):
         names += [f'<|reserved_special_token_{i}|>' for i in range(3, 3 + 256 - len(names))]
         return make_tokenizer(path, ranks, LLAMA3_PATTERN, {n: len(ranks) + i for i, n in enumerate(names)}, names[0])
     return make_tokenizer(path, ranks, GPT2_PATTERN, {'<|endoftext|>': len(ranks)}, '<|endoftext|>')
-
-
-def read_json(path):
-    try:
-        with open(path, encoding='utf-8') as f:
-            return json.load(f)
-    except FileNotFoundError:
-        raise BadInput(f'{path} does not exist.') from None
-    except ValueError as error:
-        raise BadInput(f'{path} is no valid JSON: {error}.') from None
 
 
 def byte_of_character():
