@@ -1,18 +1,29 @@
-"""Config files and --key=value override a script's globals; a mistake is an error, never a guess.
+"""Config files and --key=value override the knobs of a script. A mistake is an error, never a
+guess.
 
-A script assigns its knobs as plain lower-case globals at its top and then calls `configure(globals())`:
+A script assigns its knobs as plain lower-case globals at its top and then calls
+`configure(globals())`:
 
-    learning_rate = 4e-3               # peak learning rate
-    max_tokens: int | None = None      # stop after this many tokens; None: max_steps decides
+    learning_rate: at_least(0.0) = 4e-3      # peak learning rate
+    max_tokens: int | None = None            # stop after this many tokens. None: max_steps decides
 
-`python train.py config/model/smollm2_135m.py config/stage2.py --max_steps=5000 --sources.code=0.5` then applies files
-and overrides from left to right. A config file is Python that assigns some of those names; it may read the current
-value of any knob, import modules, and keep helpers under names that begin with `_`. A name that the script does not
-define is an error with the nearest match; so is a value of another type. A knob's type is its annotation, or else the
-type of its default; a knob that may be None must be annotated. `--help` is made from the script's own comments.
+`python train.py config/model/smollm2_135m.py config/stage2.py --max_steps=5000
+--sources.code=0.5` applies config files and overrides from left to right. A config file is
+Python that assigns some of those names. It may read the current value of any knob, import
+modules, and keep helpers under names that begin with `_`.
 
-Also here, because every script needs them: `BadInput` and `RunFault`, the two kinds of failure that are the user's to
-mend, and the hook that prints them as one sentence (exit code 2 and 1). Anything else keeps its traceback: it is ours.
+A knob is declared once, in the file that reads it. Other files than the script declare theirs
+as the fields of a dataclass, and the script names these classes: `configure(globals(),
+owners=(ModelConfig, InfluenceConfig))`. Their values are in the returned config, and
+`pick(ModelConfig, config)` makes an instance.
+
+The type of a knob is its annotation, or the type of its default. `at_least`, `between` and
+`one_of` also limit the value. A knob that may be None says so in its annotation. A name that
+nothing declares is an error that suggests the nearest match, and so is a value of another type
+or outside its range. `--help` is made from the comments.
+
+This file also holds what every script needs: the errors `BadInput` and `RunFault`, the hook
+that prints them as one sentence, and `read_json`.
 """
 import ast
 import copy
@@ -20,40 +31,62 @@ import difflib
 import errno
 import io
 import json
+import math
 import os
+import re
 import sys
 import tokenize
 import types
+from dataclasses import dataclass, fields
+from typing import Annotated, Literal
+
+# -- errors that a user can mend -------------------------------------------------------------------
 
 
 class BadInput(ValueError):
-    """A user's mistake in config or data. Scripts print the message alone and exit with code 2."""
+    """A user's mistake in config or data. Scripts print the message and exit with code 2."""
 
 
 class RunFault(RuntimeError):
-    """A fault while running (NaN loss, disk full). Scripts print the message alone and exit with code 1."""
+    """A fault during a run, such as a NaN loss. Scripts print the message and exit with code 1."""
 
 
 def report_error(kind, error, traceback):
-    """sys.excepthook: one sentence for BadInput (exit 2), RunFault, a full disk and a lost rank (exit 1); a traceback for the rest."""
+    """sys.excepthook that prints one sentence for the faults that a user can mend.
+
+    BadInput exits with code 2. RunFault, a full disk and a lost connection between ranks exit with
+    code 1. Every other exception is a bug of ours and keeps its traceback.
+    """
     sys.stdout.flush()
-    rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get('WORLD_SIZE', 1)) > 1 else ''
+    is_parallel = int(os.environ.get('WORLD_SIZE', 1)) > 1
+    rank = f"[rank {os.environ['RANK']}] " if is_parallel else ''
     if issubclass(kind, (BadInput, RunFault)):
         print(f'\n{rank}error: {error}', file=sys.stderr, flush=True)
         raise SystemExit(2 if issubclass(kind, BadInput) else 1)
     if issubclass(kind, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        print(f'{rank}error: {error.strerror} while writing {error.filename or "a file"}. '
-              'Free some space; what was complete before is intact.', file=sys.stderr, flush=True)
+        print(
+            f'{rank}error: {error.strerror} while writing {error.filename or "a file"}. Free some '
+            'space. Files that were complete before are intact.', file=sys.stderr, flush=True)
         raise SystemExit(1)
-    if kind.__name__ in ('DistBackendError', 'DistNetworkError', 'DistStoreError') or kind is RuntimeError and 'gloo' in str(error):
-        print(f'\n{rank}error: the connection to another rank broke ({str(error).strip().splitlines()[0][:200]}): it ended or was killed, and has said why '
-              'itself if it could. Go on with --resume=True.', file=sys.stderr, flush=True)
+    lost = kind.__name__ in ('DistBackendError', 'DistNetworkError', 'DistStoreError')
+    if lost or kind is RuntimeError and 'gloo' in str(error):
+        reason = str(error).strip().splitlines()[0][:200]
+        print(
+            f'\n{rank}error: the connection to another rank broke ({reason}). That rank ended or '
+            'was killed. Its own message, if there is one, says why. Continue with --resume=True.',
+            file=sys.stderr, flush=True)
         raise SystemExit(1)
     sys.__excepthook__(kind, error, traceback)
 
 
+def did_you_mean(name, known):
+    """Returns " Did you mean 'x'?" for the nearest of the known names, or ''."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f" Did you mean '{near[0]}'?" if near else ''
+
+
 def read_json(path):
-    """Returns the content of a JSON file. Raises BadInput when the file is missing or holds no valid JSON."""
+    """Returns the content of a JSON file. Raises BadInput if it is missing or no valid JSON."""
     try:
         with open(path, encoding='utf-8') as f:
             return json.load(f)
@@ -63,29 +96,91 @@ def read_json(path):
         raise BadInput(f'{path} is no valid JSON: {error}.') from None
 
 
-def did_you_mean(name, known):
-    """' Did you mean 'x'?' for the nearest of the known names, or ''."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f" Did you mean '{near[0]}'?" if near else ''
+# -- types of knobs with limits --------------------------------------------------------------------
+# These are annotations. `configure` reads them from the source text, together with the comments.
 
 
-def parse_knobs(source, filename):
-    """Reads a script's text and returns its knobs in order: name -> dict(type=str, comment=str, heading=str).
+def at_least(low):
+    """A number of low's type that is not smaller than low."""
+    return Annotated[type(low), low, math.inf]
 
-    Knobs are the module-level assignments to public lower-case names above the call of `configure(...)`. The type is the
-    text of the annotation ('int | None'), or '' when there is none. Headings are comment lines '# -- like this --'.
+
+def between(low, high):
+    """A number of low's type from low to high, both included."""
+    return Annotated[type(low), low, high]
+
+
+def one_of(*choices):
+    """One of several strings."""
+    return Literal[choices]
+
+
+# -- declarations ----------------------------------------------------------------------------------
+
+
+@dataclass
+class Knob:
+    """What the source says about a knob."""
+    type: str = ''              # as check_type reads it, for example 'int | None'
+    default: object = None
+    comment: str = ''
+    heading: str = ''           # '# -- like this --' in a script, or the class that owns the knob
+    choices: tuple = ()         # allowed strings; (): all
+    low: float = -math.inf
+    high: float = math.inf
+
+
+def limits_of(annotation):
+    """Reads the limits in an annotation (an ast node or None): dict(type, choices, low, high)."""
+    found = dict(type='', choices=(), low=-math.inf, high=math.inf)
+    if annotation is None:
+        return found
+    is_optional = isinstance(annotation, ast.BinOp) and ast.unparse(annotation.right) == 'None'
+    inner = annotation.left if is_optional else annotation
+    name = ast.unparse(inner.func) if isinstance(inner, ast.Call) else ''
+    if name not in ('at_least', 'between', 'one_of'):
+        return {**found, 'type': ast.unparse(annotation)}
+    arguments = tuple(ast.literal_eval(a) for a in inner.args)
+    if name == 'one_of':
+        found['choices'] = arguments
+    else:
+        found['low'] = arguments[0]
+        found['high'] = arguments[1] if name == 'between' else math.inf
+    found['type'] = type(arguments[0]).__name__ + (' | None' if is_optional else '')
+    return found
+
+
+def parse_knobs(source, filename, owner=None):
+    """Reads the knobs that a file declares, in order: dict name -> Knob (without the default).
+
+    source    text of the file
+    owner     name of a dataclass in it whose fields are the knobs. None: the knobs are the
+              assignments to public lower-case names above the call of `configure(...)`
     """
-    tree, lines = ast.parse(source, filename), source.split('\n')
-    comments = {token.start[0]: token for token in tokenize.generate_tokens(io.StringIO(source).readline)
-                if token.type == tokenize.COMMENT}
-    knobs, heading, last_line = {}, '', 0
-    for node in tree.body:
-        if isinstance(node, (ast.Assign, ast.Expr)) and 'configure(' in '\n'.join(lines[node.lineno - 1:node.end_lineno]).split('#')[0]:
+    tree = ast.parse(source, filename)
+    lines = source.split('\n')
+    comments = {}
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            comments[token.start[0]] = token
+    body = tree.body
+    heading = ''
+    if owner is not None:
+        [body] = [n.body for n in body if isinstance(n, ast.ClassDef) and n.name == owner]
+        project = os.path.dirname(os.path.abspath(__file__))
+        heading = f'{owner} ({os.path.relpath(filename, project)})'
+    knobs = {}
+    last_line = 0
+    for node in body:
+        text = '\n'.join(lines[node.lineno - 1:node.end_lineno])
+        is_statement = isinstance(node, (ast.Assign, ast.Expr))
+        if owner is None and is_statement and 'configure(' in text.split('#')[0]:
             break
+        annotation = None
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            name, annotation = node.target.id, ast.unparse(node.annotation)
-        elif isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
-            name, annotation = node.targets[0].id, ''
+            name, annotation = node.target.id, node.annotation
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            name = node.targets[0].id
         else:
             continue
         if name.startswith('_') or name != name.lower():
@@ -93,33 +188,72 @@ def parse_knobs(source, filename):
         for line in range(last_line + 1, node.lineno):
             if line in comments and comments[line].string.startswith('# -- '):
                 heading = comments[line].string.strip('# -')
-        comment = comments[node.end_lineno].string.lstrip('# ') if node.end_lineno in comments else ''
-        line = node.end_lineno + 1         # a comment that goes on alone on the following lines belongs to the knob
-        while line in comments and comments[line].line.strip().startswith('#') and comments[line].start[1] > 0:
+        comment = ''
+        if node.end_lineno in comments:
+            comment = comments[node.end_lineno].string.lstrip('# ')
+        # An indented comment that stands alone on the following lines continues the knob's comment.
+        line = node.end_lineno + 1
+        while line in comments and re.match(r' {5,}#', comments[line].line):
             comment += ' ' + comments[line].string.lstrip('# ')
             line += 1
-        knobs[name] = dict(type=annotation, comment=comment, heading=heading)
+        knobs[name] = Knob(comment=comment, heading=heading, **limits_of(annotation))
         last_line = node.end_lineno
     return knobs
 
 
-def check_type(value, annotation, default):
-    """Returns `value` as the knob's type, or raises TypeError with a phrase that says which type is wanted.
+def read_source(path):
+    with open(path, encoding='utf-8') as f:
+        return f.read()
 
-    annotation  text such as 'int | None', 'dict[str, float]', 'list[str]'; '' means the type of `default`
-    An int is fine where a float stands, and a whole float (1e9) where an int stands; a bool is neither.
+
+def knobs_of(scope, owners):
+    """All knobs of a script and of its owners: dict name -> Knob.
+
+    Raises BadInput for a name that is declared twice.
     """
-    wanted = annotation or type(default).__name__
-    for kind in (part.strip() for part in wanted.split('|')):
-        base, _, inside = kind.rstrip(']').partition('[')
+    script = scope['__file__']
+    knobs = parse_knobs(read_source(script), script)
+    for name, knob in knobs.items():
+        knob.default = scope[name]
+    for owner in owners:
+        path = sys.modules[owner.__module__].__file__
+        own = parse_knobs(read_source(path), path, owner.__name__)
+        instance = owner()
+        for name, knob in own.items():
+            if name in knobs:
+                other = knobs[name].heading or script
+                raise BadInput(
+                    f"the knob '{name}' of {knob.heading} is also declared in {other}. "
+                    'Rename one of them.')
+            knob.default = getattr(instance, name)
+            knobs[name] = knob
+    return knobs
+
+
+def pick(owner, config):
+    """Makes an instance of a dataclass from the entries of a config that are its fields."""
+    return owner(**{field.name: config[field.name] for field in fields(owner)})
+
+
+# -- values ----------------------------------------------------------------------------------------
+
+
+def check_type(value, wanted, default):
+    """Returns `value` as the knob's type. Raises TypeError with a phrase that names the type.
+
+    wanted  text such as 'int | None', 'dict[str, float]', 'list[str]'
+    An int is accepted for a float, and a whole float (1e9) for an int. A bool is neither.
+    """
+    for kind in wanted.split('|'):
+        base, _, inside = kind.strip().rstrip(']').partition('[')
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if base == 'None' and value is None:
             return None
         if base == 'bool' and isinstance(value, bool):
             return value
-        if base == 'int' and not isinstance(value, bool) and (
-                isinstance(value, int) or isinstance(value, float) and value.is_integer()):
+        if base == 'int' and is_number and (isinstance(value, int) or value.is_integer()):
             return int(value)
-        if base == 'float' and not isinstance(value, bool) and isinstance(value, (int, float)):
+        if base == 'float' and is_number:
             return float(value)
         if base == 'str' and isinstance(value, str):
             return value
@@ -128,17 +262,29 @@ def check_type(value, annotation, default):
         if base == 'dict' and isinstance(value, dict):
             if not inside:
                 return value
-            key_type, value_type = (part.strip() for part in inside.split(','))
+            key_type, value_type = inside.split(',')
             try:
-                return {check_type(k, key_type, None): check_type(v, value_type, None) for k, v in value.items()}
+                return {
+                    check_type(k, key_type, None): check_type(v, value_type, None)
+                    for k, v in value.items()}
             except TypeError:
-                pass            # falls through to the error below, which names the whole type
+                pass            # the error below names the type of the whole dict
     raise TypeError(f'must be {wanted}, got {type(value).__name__} {value!r}')
 
 
-def parse_literal(text, annotation, default):
-    """A command-line value: the text itself where only a str fits, else a Python literal ('1e-3', '{...}', 'None')."""
-    wanted = annotation or type(default).__name__
+def check_limits(name, value, knob):
+    """Raises BadInput if a value is not among a knob's choices or is out of range. None passes."""
+    if value is None:
+        return
+    if knob.choices and value not in knob.choices:
+        raise BadInput(f"{name} = '{value}' must be one of {', '.join(knob.choices)}.")
+    if isinstance(value, (int, float)) and not knob.low <= value <= knob.high:
+        most = f' and at most {knob.high:g}' if knob.high < math.inf else ''
+        raise BadInput(f'{name} = {value} must be at least {knob.low:g}{most}.')
+
+
+def parse_literal(text, wanted):
+    """A value from the command line: the text itself for a str, else a Python literal."""
     lowered = text.strip().lower()
     if 'bool' in wanted and lowered in ('true', 'false'):
         return lowered == 'true'
@@ -148,24 +294,29 @@ def parse_literal(text, annotation, default):
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return text
-    return text if 'str' == wanted.replace('None', '').strip(' |') and not isinstance(value, str) else value
+    only_text = wanted.replace('None', '').strip(' |') == 'str'
+    return text if only_text and not isinstance(value, str) else value
 
 
 def run_config_file(path, values, knobs):
-    """Runs one config file over the current values. Returns [(name, value, 'path:line')]; raises BadInput."""
+    """Runs a config file over the current values. Returns [(name, value, 'path:line')].
+
+    Raises BadInput if the file does not exist, fails, or assigns an unknown name.
+    """
     if not os.path.isfile(path):
         folder = os.path.dirname(path) or '.'
-        names = [os.path.join(folder, n) for n in os.listdir(folder)] if os.path.isdir(folder) else []
-        raise BadInput(f"config file '{path}' does not exist.{did_you_mean(path, [os.path.normpath(n) for n in names])} "
-                       'Arguments are config files or --key=value.')
-    with open(path, encoding='utf-8') as f:
-        source = f.read()
+        there = os.listdir(folder) if os.path.isdir(folder) else []
+        paths = [os.path.normpath(os.path.join(folder, name)) for name in there]
+        raise BadInput(
+            f"config file '{path}' does not exist.{did_you_mean(path, paths)} "
+            'Arguments are config files or --key=value.')
+    source = read_source(path)
     scope = {**copy.deepcopy(values), '__file__': path}
     before = {**values, '__file__': path}
     try:
         tree = ast.parse(source, path)
         exec(compile(tree, path, 'exec'), scope)
-    except Exception as error:          # a config is the user's own code: whatever it raises is named with its line
+    except Exception as error:          # the file is the user's code, which may raise anything
         line = getattr(error, 'lineno', None)
         traceback = error.__traceback__
         while traceback is not None:
@@ -173,12 +324,16 @@ def run_config_file(path, values, knobs):
                 line = traceback.tb_lineno
             traceback = traceback.tb_next
         raise BadInput(f'{path}:{line}: {type(error).__name__}: {error}') from None
-    lines = {n.id: n.lineno for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    lines = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            lines[node.id] = node.lineno
     found = []
     for name, value in scope.items():
         if name.startswith('_') or isinstance(value, types.ModuleType):
             continue
-        if name in before and name not in lines and value == before[name]:      # a dict may have been changed in place
+        # A dict may have been changed in place, so a value counts even without an assignment.
+        if name in before and name not in lines and value == before[name]:
             continue
         where = f'{path}:{lines.get(name, 1)}'
         if name not in knobs:
@@ -187,58 +342,51 @@ def run_config_file(path, values, knobs):
     return found
 
 
-def check_values(config, allowed, bounds):
-    """BadInput when a knob has a value that is not among those allowed (name -> tuple), or outside its bounds (name -> (low, high)); None passes."""
-    for name, values in allowed.items():
-        if config[name] not in values:
-            raise BadInput(f"{name} = '{config[name]}' must be one of {', '.join(values)}.")
-    for name, (low, high) in bounds.items():
-        if config[name] is not None and not low <= config[name] <= high:
-            raise BadInput(f'{name} = {config[name]} must be at least {low:g}' + (f' and at most {high:g}.' if high < float('inf') else '.'))
+# -- the command line ------------------------------------------------------------------------------
 
 
-def print_help(script, doc, knobs, defaults):
-    """Prints the script's docstring and every knob with its default and its comment."""
+def print_help(script, doc, knobs):
+    """Prints the script's docstring and every knob with default and comment, by owner."""
     print((doc or '').strip(), '\n')
     print(f'usage: python {script} [config/file.py ...] [--key=value ...] [--dict.key=value ...]')
     heading = None
     for name, knob in knobs.items():
-        if knob['heading'] != heading:
-            heading = knob['heading']
+        if knob.heading != heading:
+            heading = knob.heading
             print(f'\n{heading}')
-        kind = f" ({knob['type']})" if knob['type'] else ''
-        print(f'  --{name}={defaults[name]!r}{kind}')
-        if knob['comment']:
-            print(f"        {knob['comment']}")
+        kind = f' ({" | ".join(knob.choices) or knob.type})' if knob.choices or knob.type else ''
+        print(f'  --{name}={knob.default!r}{kind}')
+        if knob.comment:
+            print(f'        {knob.comment}')
 
 
-def configure(scope, argv=None, verbose=None, shared=None):
-    """Overrides the knobs in `scope` (a script's globals()) from config files and --key=value in `argv`.
+def configure(scope, argv=None, verbose=None, owners=()):
+    """Overrides the knobs in `scope`, a script's globals(), from config files and --key=value.
 
-    argv     list of str; None means sys.argv[1:]
-    verbose  print what differs from the defaults; None means on rank 0 only (environment variable RANK)
-    shared   a module whose knobs are the script's as well, after its own; they get into `scope`, too
-    Returns the resolved config, name -> value, in the script's order, and installs `report_error` as the excepthook.
-    Raises BadInput for an unknown name, a wrong type, or a config file that is missing or fails. `--help` exits 0.
+    argv     list of str. None: sys.argv[1:]
+    verbose  print what differs from the defaults. None: on rank 0 only (environment variable RANK)
+    owners   dataclasses whose fields are knobs of the script as well. Their values are only in
+             the result
+    Returns the resolved config, name -> value, in the order of declaration, and installs
+    `report_error` as sys.excepthook. Raises BadInput for an unknown name, a wrong type, a value
+    outside its limits, or a config file that is missing or fails. `--help` exits with code 0.
     """
     sys.excepthook = report_error
-    script = scope['__file__']
-    with open(script, encoding='utf-8') as f:
-        knobs = parse_knobs(f.read(), script)
-    defaults = {name: scope[name] for name in knobs}
-    if shared is not None:
-        with open(shared.__file__, encoding='utf-8') as f:
-            knobs = {**parse_knobs(f.read(), shared.__file__), **knobs}
-        defaults.update({name: getattr(shared, name) for name in knobs if name not in defaults})
-    values, origin = dict(defaults), {}
+    knobs = knobs_of(scope, owners)
+    values = {name: knob.default for name, knob in knobs.items()}
+    origin = {}
+    script = os.path.basename(scope['__file__'])
     argv = sys.argv[1:] if argv is None else argv
     if '--help' in argv or '-h' in argv:
-        print_help(os.path.basename(script), scope.get('__doc__'), knobs, defaults)
+        print_help(script, scope.get('__doc__'), knobs)
         raise SystemExit(0)
+
+    def type_of(name):
+        return knobs[name].type or type(knobs[name].default).__name__
 
     def assign(name, value, where):
         try:
-            values[name] = check_type(value, knobs[name]['type'], defaults[name])
+            values[name] = check_type(value, type_of(name), knobs[name].default)
         except TypeError as error:
             raise BadInput(f'{where}: {name} {error}.') from None
         origin[name] = where
@@ -250,23 +398,69 @@ def configure(scope, argv=None, verbose=None, shared=None):
             continue
         key, equals, text = argument.lstrip('-').partition('=')
         name, dot, entry = key.partition('.')
+        where = f'command line: {argument}'
         if name not in knobs:
-            raise BadInput(f"command line: unknown name '{name}'.{did_you_mean(name, knobs)} --help lists all.")
+            raise BadInput(
+                f"command line: unknown name '{name}'.{did_you_mean(name, knobs)} "
+                '--help lists all.')
         if not equals:
-            raise BadInput(f"command line: '{argument}' has no value. Write --{key}=value"
-                           + (f', for example --{key}=True.' if isinstance(defaults[name], bool) else '.'))
+            example = f', for example --{key}=True' if isinstance(knobs[name].default, bool) else ''
+            raise BadInput(
+                f"command line: '{argument}' has no value. Write --{key}=value{example}.")
         if not dot:
-            assign(name, parse_literal(text, knobs[name]['type'], defaults[name]), f'command line: {argument}')
+            assign(name, parse_literal(text, type_of(name)), where)
         elif not isinstance(values[name], dict):
-            raise BadInput(f"command line: '{argument}': {name} is no dict, so it has no entry '{entry}'.")
+            raise BadInput(
+                f"command line: '{argument}': {name} is no dict, so it has no entry '{entry}'.")
         else:
-            assign(name, {**values[name], entry: parse_literal(text, '', None)}, f'command line: {argument}')
-    scope.update(values)
+            assign(name, {**values[name], entry: parse_literal(text, '')}, where)
+    for name, knob in knobs.items():
+        check_limits(name, values[name], knob)
+        if name in scope:
+            scope[name] = values[name]
 
     if verbose or verbose is None and int(os.environ.get('RANK', 0)) == 0:
-        changed = [name for name in knobs if values[name] != defaults[name]]
-        print(f'config: {len(knobs)} knobs, {len(changed)} differ from the defaults of {os.path.basename(script)}'
-              + (':' if changed else ''))
+        changed = [name for name in knobs if values[name] != knobs[name].default]
+        print(
+            f'config: {len(knobs)} knobs, {len(changed)} differ from the defaults of {script}'
+            + (':' if changed else ''))
         for name in changed:
-            print(f'  {name} = {values[name]!r}    (default {defaults[name]!r}; {origin[name]})')
+            default = knobs[name].default
+            print(f'  {name} = {values[name]!r}    (default {default!r}; {origin[name]})')
     return values
+
+
+def configure_script(path, argv):
+    """Returns the config that another script would have with the arguments `argv`.
+
+    The script is not run. Only its imports and its knobs are executed, which stand above the call
+    of `configure(...)`.
+    Raises BadInput for arguments that the script would not take.
+    """
+    source = read_source(path)
+    tree = ast.parse(source, path)
+    top = []
+    for node in tree.body:
+        call = node.value if isinstance(node, (ast.Assign, ast.Expr)) else None
+        if isinstance(call, ast.Call) and ast.unparse(call.func) == 'configure':
+            break
+        top.append(node)
+    scope = {'__file__': path, '__name__': 'configured'}
+    exec(compile(ast.Module(top, []), path, 'exec'), scope)
+    owners = ()
+    for keyword in call.keywords:
+        if keyword.arg == 'owners':
+            owners = eval(compile(ast.Expression(keyword.value), path, 'eval'), scope)
+    return configure(scope, argv, verbose=False, owners=owners)
+
+
+def split_arguments(scope, argv):
+    """Splits argv into the arguments that set a knob of this script and all others: two lists."""
+    own = parse_knobs(read_source(scope['__file__']), scope['__file__'])
+    mine = []
+    theirs = []
+    for argument in argv:
+        name = argument[2:].partition('=')[0].partition('.')[0]
+        is_mine = argument.startswith('--') and name in own
+        (mine if is_mine else theirs).append(argument)
+    return mine, theirs
