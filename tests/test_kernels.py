@@ -1,5 +1,9 @@
-"""Every Triton kernel against fp64 autograd on plain formulas: on a GPU, or in a process of its own under Triton's interpreter; and compiled ahead of
-time for GPUs that are not here."""
+"""Every Triton kernel against fp64 autograd on plain formulas.
+
+The tests run on a GPU, or in a process of their own under Triton's interpreter. The kernels are
+also compiled ahead of time for GPUs that are not here.
+"""
+
 import os
 import subprocess
 import sys
@@ -17,22 +21,28 @@ from ops import loss as loss_module
 from ops.loss import linear_cross_entropy
 from tests.conftest import metrics, run, train_command
 
-DEVICE = torch.device('cuda' if torch.cuda.is_available() and not kernels.INTERPRETED else 'cpu')
+HAS_GPU = torch.cuda.is_available() and not kernels.INTERPRETED
+DEVICE = torch.device('cuda' if HAS_GPU else 'cpu')
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+
+each_dtype = pytest.mark.parametrize('dtype', list(TOLERANCE))
+outer_process = pytest.mark.skipif(
+    kernels.INTERPRETED or kernels.triton is None, reason='needs Triton, not interpreted'
+)
 
 
 def runs(test):
     reason = 'needs a GPU or the interpreter: test_every_kernel_under_the_interpreter runs it'
-    return pytest.mark.gpu(pytest.mark.skipif(not kernels.INTERPRETED and DEVICE.type == 'cpu', reason=reason)(test))
-
-
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+    skipped = pytest.mark.skipif(not HAS_GPU and not kernels.INTERPRETED, reason=reason)
+    return pytest.mark.gpu(skipped(test))
 
 
 @pytest.fixture(autouse=True)
 def poisoned_outputs_and_triton():
     before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)                 # fills what torch.empty gives with NaN
-    if kernels.INTERPRETED or DEVICE.type == 'cuda':
+    # This fills the result of torch.empty with NaN.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    if HAS_GPU or kernels.INTERPRETED:
         kernels.use('triton', DEVICE)
     yield
     kernels.use('auto', DEVICE)
@@ -40,7 +50,9 @@ def poisoned_outputs_and_triton():
 
 
 def random(*shape, dtype=torch.float32, scale=1.0, seed=0):
-    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape))) * scale).to(DEVICE, dtype).requires_grad_()
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    x = torch.randn(*shape, generator=generator) * scale
+    return x.to(DEVICE, dtype).requires_grad_()
 
 
 def doubles(*tensors):
@@ -48,18 +60,20 @@ def doubles(*tensors):
 
 
 def assert_near(got, truth, dtype):
-    assert got.shape == truth.shape and got.isfinite().all()
+    assert got.shape == truth.shape
+    assert got.isfinite().all()
     assert (got.double() - truth).norm() <= TOLERANCE[dtype] * truth.norm() + 1e-12
 
 
 def assert_same_gradients(outputs, truths, inputs, true_inputs, dtype):
-    """Values, and gradients under an upstream gradient that is another for every element."""
-    for got, truth in zip(outputs, truths):
+    """Compares values, and gradients under an upstream gradient that differs between elements."""
+    upstream = []
+    for i, (got, truth) in enumerate(zip(outputs, truths, strict=True)):
         assert_near(got, truth, dtype)
-    upstream = [random(*t.shape, seed=7 + i).detach() for i, t in enumerate(truths)]
-    torch.autograd.backward(outputs, [u.to(o.dtype) for u, o in zip(upstream, outputs)])
-    torch.autograd.backward(truths, [u.to(o.dtype).double() for u, o in zip(upstream, outputs)])
-    for got, truth in zip(inputs, true_inputs):
+        upstream.append(random(*truth.shape, seed=7 + i).detach().to(got.dtype))
+    torch.autograd.backward(outputs, upstream)
+    torch.autograd.backward(truths, [g.double() for g in upstream])
+    for got, truth in zip(inputs, true_inputs, strict=True):
         if got is not None:
             assert_near(got.grad, truth.grad, dtype)
 
@@ -70,14 +84,17 @@ def targets_of(n, vocab_size):
     return targets
 
 
-# -- losses ------------------------------------------------------------------------------------------------------------
+# -- losses ----------------------------------------------------------------------------------------
+
 
 @runs
-@pytest.mark.parametrize('dtype', list(TOLERANCE))
+@each_dtype
 @pytest.mark.parametrize('V', [50, 4096, 5003])
 def test_cross_entropy(monkeypatch, V, dtype):
     monkeypatch.setattr(loss_module, 'chunk_rows', lambda *_: 8)
-    h, weight, targets = random(21, 24, dtype=dtype), random(V, 24, dtype=dtype, scale=0.3), targets_of(21, V)
+    h = random(21, 24, dtype=dtype)
+    weight = random(V, 24, dtype=dtype, scale=0.3)
+    targets = targets_of(21, V)
     token_weights = torch.rand(21, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     h64, weight64 = doubles(h, weight)
     total, losses, hits = linear_cross_entropy(h, weight, targets, token_weights)
@@ -91,47 +108,79 @@ def test_cross_entropy(monkeypatch, V, dtype):
         assert torch.equal(hits, (z.argmax(1) == targets) & (targets >= 0))
     assert_near(h.grad, h64.grad, dtype)
     assert_near(weight.grad, weight64.grad, dtype)
-    with torch.no_grad():                                                    # an evaluation: no gradient is made
-        again = linear_cross_entropy(h, weight, targets, token_weights)
-    assert torch.equal(again[1], losses) and torch.equal(again[2], hits)
+    # Without gradients, as in an evaluation, the kernel takes another path.
+    with torch.no_grad():
+        _, losses_again, hits_again = linear_cross_entropy(h, weight, targets, token_weights)
+    assert torch.equal(losses_again, losses)
+    assert torch.equal(hits_again, hits)
 
 
 @runs
-@pytest.mark.parametrize('dtype', list(TOLERANCE))
+@each_dtype
 def test_cross_entropy_over_parts_of_the_vocabulary(dtype):
-    logits, targets = random(6, 1003, dtype=dtype, scale=3).detach(), torch.tensor([0, 399, 400, 1002, 7, 600], device=DEVICE)
+    logits = random(6, 1003, dtype=dtype, scale=3).detach()
+    targets = torch.tensor([0, 399, 400, 1002, 7, 600], device=DEVICE)
     z = logits.double()
-    parts, firsts = [p.contiguous() for p in logits.split([400, 603], 1)], (0, 400)
-    found = [kernels.softmax_statistics(part, targets - first) for part, first in zip(parts, firsts)]
-    lse = torch.logsumexp(torch.stack([f[0] for f in found]), 0)
+    firsts = (0, 400)
+    parts = [part.contiguous() for part in logits.split([400, 603], 1)]
+    found = []
+    for part, first in zip(parts, firsts, strict=True):
+        found.append(torch.stack(kernels.softmax_statistics(part, targets - first)))
+    lses, largest, at_target = torch.stack(found, 1)
+    lse = lses.logsumexp(0)
     assert_near(lse, z.logsumexp(1), dtype)
-    assert torch.equal(torch.stack([f[1] for f in found]).amax(0).double(), z.amax(1))
-    assert torch.equal(torch.stack([f[2] for f in found]).amax(0).double(), z.gather(1, targets[:, None])[:, 0])
-    for part, first in zip(parts, firsts):
+    assert torch.equal(largest.amax(0).double(), z.amax(1))
+    assert torch.equal(at_target.amax(0).double(), z.gather(1, targets[:, None])[:, 0])
+    for part, first in zip(parts, firsts, strict=True):
         kernels.softmax_gradient_from_(part, targets - first, lse)
     assert_near(torch.cat(parts, 1), z.softmax(1) - F.one_hot(targets, 1003), dtype)
 
 
 def random_cache(n, vocab_size):
-    """Top 5 and 4 draws of random teachers; the draws repeat themselves and the ids."""
+    """Top 5 and 4 draws of random teachers. Draws repeat each other and the top ids."""
     q = (random(n, vocab_size, scale=2, seed=3).detach().cpu()).log_softmax(1)
     top = q.topk(5, 1)
     drawn = torch.randint(vocab_size, (n, 4), generator=torch.Generator().manual_seed(2))
-    drawn[:, 1], drawn[:, 3] = drawn[:, 0], top.indices[:, 2]
-    cached = kd.Cached(top.indices, top.values, (1 - top.values.exp().sum(1)).log(), drawn, (q.exp() * q).sum(1), top.indices[:, 0], q[:, 0].clone(),
-                       torch.zeros(n, dtype=torch.long), None)
-    return kd.Cached(*(None if t is None else t.to(DEVICE) for t in vars(cached).values()))
+    drawn[:, 1] = drawn[:, 0]
+    drawn[:, 3] = top.indices[:, 2]
+    rest = (1 - top.values.exp().sum(1)).log()
+    negentropy = (q.exp() * q).sum(1)
+    source = torch.zeros(n, dtype=torch.long)
+    fields = (top.indices, top.values, rest, drawn, negentropy, top.indices[:, 0], q[:, 0], source)
+    return kd.Cached(*[field.clone().to(DEVICE) for field in fields], None)
+
+
+def divergence(kind, lp, lq):
+    """The definition, from log-probabilities of the student and the teacher."""
+
+    def kl(a, b):
+        return F.kl_div(b, a, reduction='none', log_target=True).sum(1)
+
+    if kind == 'forward':
+        return kl(lq, lp)
+    if kind == 'reverse':
+        return kl(lp, lq)
+    lm = torch.logaddexp(lp, lq) - torch.tensor(2.0).double().log()
+    return (kl(lq, lm) + kl(lp, lm)) / 2
 
 
 @runs
-@pytest.mark.parametrize('dtype', list(TOLERANCE))
-@pytest.mark.parametrize('kind, alpha, temperature', [('forward', 1.0, 1.0), ('forward', 0.3, 2.0), ('reverse', 0.7, 0.5), ('js', 0.3, 4.0), ('js', 1.0, 1.0),
-                                                      ('cached', 1.0, 1.0), ('cached', 0.3, 2.0)])
+@each_dtype
+@pytest.mark.parametrize(
+    'kind, alpha, temperature',
+    [
+        ('forward', 1.0, 1.0), ('forward', 0.3, 2.0), ('reverse', 0.7, 0.5), ('js', 0.3, 4.0),
+        ('js', 1.0, 1.0), ('cached', 1.0, 1.0), ('cached', 0.3, 2.0)
+    ],
+)
 def test_distillation(monkeypatch, kind, alpha, temperature, dtype):
     monkeypatch.setattr(kd, 'kd_chunk_rows', lambda *_: 8)
-    n, V = 13, 2500
-    h, weight, targets = random(n, 24, dtype=dtype), random(V, 24, dtype=dtype, scale=0.3), targets_of(n, V)
-    teacher = random(n, 32, dtype=dtype, seed=1).detach(), random(V, 32, dtype=dtype, scale=0.3, seed=1).detach()
+    n = 13
+    V = 2500
+    h = random(n, 24, dtype=dtype)
+    weight = random(V, 24, dtype=dtype, scale=0.3)
+    targets = targets_of(n, V)
+    valid = targets >= 0
     h64, weight64 = doubles(h, weight)
     z = h64 @ weight64.T
     lp = (z / temperature).log_softmax(1)
@@ -139,92 +188,120 @@ def test_distillation(monkeypatch, kind, alpha, temperature, dtype):
         teacher = random_cache(n, V)
         ids, mass = teacher.outcomes()
         d = teacher.negentropy.double() - (mass.double() * lp.gather(1, ids)).sum(1)
-        their_loss, agrees = -teacher.target_logq, z.argmax(1) == teacher.top
+        teacher_loss = -teacher.target_logq
+        agrees = z.argmax(1) == teacher.top
     else:
-        y = teacher[0].double() @ teacher[1].double().T
-        lq = (y / temperature).log_softmax(1)
-        lm = torch.logaddexp(lp, lq) - torch.tensor(2.0).double().log()
-        kl = [F.kl_div(b, a, reduction='none', log_target=True).sum(1) for a, b in ((lq, lp), (lp, lq), (lq, lm), (lp, lm))]
-        d = {'forward': kl[0], 'reverse': kl[1], 'js': (kl[2] + kl[3]) / 2}[kind]
-        their_loss, agrees = F.cross_entropy(y, targets, ignore_index=-1, reduction='none'), z.argmax(1) == y.argmax(1)
-    ce, counted = F.cross_entropy(z, targets, ignore_index=-1, reduction='none'), targets >= 0
-    truth = (alpha * temperature**2 * d + (1 - alpha) * ce)[counted].sum()
-    total, found = kd.distillation_loss(h, weight, targets, teacher=teacher, alpha=alpha, temperature=temperature,
-                                        kind='forward' if kind == 'cached' else kind)
+        teacher_h = random(n, 32, dtype=dtype, seed=1).detach()
+        teacher_weight = random(V, 32, dtype=dtype, scale=0.3, seed=1).detach()
+        teacher = teacher_h, teacher_weight
+        y = teacher_h.double() @ teacher_weight.double().T
+        d = divergence(kind, lp, (y / temperature).log_softmax(1))
+        teacher_loss = F.cross_entropy(y, targets, ignore_index=-1, reduction='none')
+        agrees = z.argmax(1) == y.argmax(1)
+    ce = F.cross_entropy(z, targets, ignore_index=-1, reduction='none')
+    truth = (alpha * temperature**2 * d + (1 - alpha) * ce)[valid].sum()
+    options = dict(alpha=alpha, temperature=temperature)
+    options['kind'] = 'forward' if kind == 'cached' else kind
+    total, found = kd.distillation_loss(h, weight, targets, teacher=teacher, **options)
     (total * 0.5).backward()
     (truth * 0.5).backward()
     assert_near(total, truth, dtype)
-    for got, true in zip(found, (d, ce, None, their_loss)):
-        if true is not None:
-            assert_near(got, true.double() * counted, dtype)
+    assert_near(found[0], d * valid, dtype)
+    assert_near(found[1], ce * valid, dtype)
+    assert_near(found[3], teacher_loss.double() * valid, dtype)
     if dtype == torch.float32:
-        assert torch.equal(found[2].bool(), (z.argmax(1) == targets) & counted) and torch.equal(found[4].bool(), agrees & counted)
+        assert torch.equal(found[2].bool(), (z.argmax(1) == targets) & valid)
+        assert torch.equal(found[4].bool(), agrees & valid)
     assert_near(h.grad, h64.grad, dtype)
     assert_near(weight.grad, weight64.grad, dtype)
 
 
-# -- layers ------------------------------------------------------------------------------------------------------------
+# -- layers ----------------------------------------------------------------------------------------
+
 
 @runs
-@pytest.mark.parametrize('dtype', list(TOLERANCE))
+@each_dtype
 @pytest.mark.parametrize('shape', [(2, 5, 40), (3, 3), (11, 8), (3, 576)])
 def test_norm_and_residual(monkeypatch, shape, dtype):
     monkeypatch.setattr(kernels, 'PROGRAMS', 4)
-    x, residual, weight = random(*shape, dtype=dtype), random(*shape, dtype=dtype, seed=1), random(shape[-1])
+    x = random(*shape, dtype=dtype)
+    residual = random(*shape, dtype=dtype, seed=1)
+    weight = random(shape[-1])
     x64, residual64, weight64 = doubles(x, residual, weight)
 
     def norm(t):
         return t / (t.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight64
+
     total64 = x64 + residual64
-    got, total = kernels.add_rms_norm(x, residual, weight, 1e-5)
-    assert_same_gradients((got, total), (norm(total64), total64), (x, residual, weight), (x64, residual64, weight64), dtype)
+    got = kernels.add_rms_norm(x, residual, weight, 1e-5)
+    inputs = x, residual, weight
+    assert_same_gradients(
+        got, (norm(total64), total64), inputs, (x64, residual64, weight64), dtype
+    )
     x.grad = weight.grad = x64.grad = weight64.grad = None
-    assert_same_gradients((kernels.rms_norm(x, weight, 1e-5),), (norm(x64),), (x, weight), (x64, weight64), dtype)
+    got = kernels.rms_norm(x, weight, 1e-5)
+    assert_same_gradients((got,), (norm(x64),), (x, weight), (x64, weight64), dtype)
 
 
 @runs
-@pytest.mark.parametrize('dtype', list(TOLERANCE))
+@each_dtype
 @pytest.mark.parametrize('norm, has_weight', [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize('H, K, D', [(3, 1, 20), (4, 2, 16)])
 def test_rotated_heads(H, K, D, norm, has_weight, dtype):
-    q, k = random(2, 5, H, D, dtype=dtype), random(2, 5, K, D, dtype=dtype, seed=1)
-    wq, wk = (random(D, seed=2), random(D, seed=3)) if has_weight else (None, None)
+    q = random(2, 5, H, D, dtype=dtype)
+    k = random(2, 5, K, D, dtype=dtype, seed=1)
+    wq = random(D, seed=2) if has_weight else None
+    wk = random(D, seed=3) if has_weight else None
     angles = torch.arange(5)[:, None] / 3 ** torch.arange(D // 2)
-    cos, sin = angles.cos().to(DEVICE), angles.sin().to(DEVICE)
-    got = kernels.rotate_heads(q, k, torch.cat((cos, cos), 1), torch.cat((-sin, sin), 1), norm, wq, wk, 1e-6)
+    cos = angles.cos().to(DEVICE).repeat(1, 2)
+    sin = angles.sin().to(DEVICE)
+    sin = torch.cat((-sin, sin), 1)
+    got = kernels.rotate_heads(q, k, cos, sin, norm, wq, wk, 1e-6)
     q64, k64, wq64, wk64 = doubles(q, k, wq, wk)
+    turns = torch.polar(torch.ones_like(angles).double(), angles.double()).to(DEVICE)[:, None]
 
     def truth(x, weight):
         if norm:
-            x = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * (1 if weight is None else weight)
-        turned = torch.complex(x[..., :D // 2], x[..., D // 2:]) * torch.polar(torch.ones_like(angles).double(), angles.double()).to(DEVICE)[:, None]
+            x = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+        if weight is not None:
+            x = x * weight
+        turned = torch.complex(x[..., : D // 2], x[..., D // 2 :]) * turns
         return torch.cat((turned.real, turned.imag), -1)
-    assert_same_gradients(got, (truth(q64, wq64), truth(k64, wk64)), (q, k, wq, wk), (q64, k64, wq64, wk64), dtype)
+
+    truths = truth(q64, wq64), truth(k64, wk64)
+    assert_same_gradients(got, truths, (q, k, wq, wk), (q64, k64, wq64, wk64), dtype)
 
 
 @runs
-@pytest.mark.parametrize('dtype', list(TOLERANCE))
+@each_dtype
 @pytest.mark.parametrize('n', [7, 4099])
 def test_swiglu(n, dtype):
-    gate, up = random(n, dtype=dtype, scale=4), random(n, dtype=dtype, seed=1)
+    gate = random(n, dtype=dtype, scale=4)
+    up = random(n, dtype=dtype, seed=1)
     gate64, up64 = doubles(gate, up)
-    assert_same_gradients((kernels.swiglu(gate, up),), (gate64 * gate64.sigmoid() * up64,), (gate, up), (gate64, up64), dtype)
+    truth = gate64 * gate64.sigmoid() * up64
+    assert_same_gradients(
+        (kernels.swiglu(gate, up),), (truth,), (gate, up), (gate64, up64), dtype
+    )
 
 
-# -- gradients of rows -------------------------------------------------------------------------------------------------
+# -- gradients of rows -----------------------------------------------------------------------------
+
 
 @runs
-@pytest.mark.parametrize('dtype', list(TOLERANCE))
+@each_dtype
 @pytest.mark.parametrize('T, I, O', [(5, 70, 33), (70, 100, 130), (130, 40, 20)])
 def test_gradients_of_rows(T, I, O, dtype):
-    a, g, v = (random(*shape, dtype=dtype).detach() for shape in ((2, T, I), (2, T, O), (O, I)))
-    a64, g64, v64 = a.double(), g.double(), v.double()
-    assert_near(kernels.row_sqnorms(a, g), (g64.transpose(1, 2) @ a64).square().sum((1, 2)), dtype)
-    got, truth = kernels.bilinear(a, g, v), (g64 * (a64 @ v64.T)).sum(2)
-    assert_near(got, truth, dtype)
+    a = random(2, T, I, dtype=dtype).detach()
+    g = random(2, T, O, dtype=dtype).detach()
+    v = random(O, I, dtype=dtype).detach()
+    a64, g64, v64 = doubles(a, g, v)
+    truth = (g64.transpose(1, 2) @ a64).square().sum((1, 2))
+    assert_near(kernels.row_sqnorms(a, g), truth, dtype)
+    assert_near(kernels.bilinear(a, g, v), (g64 * (a64 @ v64.T)).sum(2), dtype)
 
 
-# -- the model ---------------------------------------------------------------------------------------------------------
+# -- the model -------------------------------------------------------------------------------------
 
 SMALL = dict(vocab_size=67, n_layer=2, n_head=2, n_kv_head=1, n_embd=16, ffn_dim=24, head_dim=8)
 
@@ -243,117 +320,194 @@ def small_batch():
 
 
 @runs
-@pytest.mark.parametrize('changes', [dict(), dict(qk_norm=True), dict(qk_norm=True, qk_norm_weight=False, tie_embeddings=False), dict(qkv_bias=True)])
+@pytest.mark.parametrize(
+    'changes',
+    [
+        dict(), dict(qk_norm=True), dict(qkv_bias=True),
+        dict(qk_norm=True, qk_norm_weight=False, tie_embeddings=False)
+    ],
+)
 def test_model_with_kernels_equals_model_without(changes):
-    gradients = []
+    found = []
     for mode in ('torch', 'triton'):
         kernels.use(mode, DEVICE)
-        model, (idx, targets, _) = small_model(**changes), small_batch()
-        total, losses, hits = model.loss(idx, targets)
+        model = small_model(**changes)
+        idx, targets, _ = small_batch()
+        total, losses, _ = model.loss(idx, targets)
         (total / 7).backward()
-        gradients.append([total.detach()[None], losses.flatten(), *(p.grad.flatten() for p in model.parameters())])
-    for ours, theirs in zip(*gradients):
-        assert_near(theirs, ours.double(), torch.float32)
+        found.append([total.detach(), losses, *(p.grad for p in model.parameters())])
+    for by_torch, by_triton in zip(*found, strict=True):
+        assert_near(by_triton, by_torch.double(), torch.float32)
 
 
 @runs
 def test_influence_with_kernels_equals_influence_without():
-    model, batch = small_model(qk_norm=True), small_batch()
+    model = small_model(qk_norm=True)
+    batch = small_batch()
+    idx, targets, _ = batch
     found = []
     for mode in ('torch', 'triton'):
         kernels.use(mode, DEVICE)
-        direction = probe_direction(model, {'x': [small_batch(), (small_batch()[0].flip(1), small_batch()[1], None), small_batch()]}, 'all')
-        found.append([row_influence(model, batch, direction)[0], ghost_sqnorm(model, batch, 'all')])
-    for ours, theirs in zip(*found):
-        assert_near(theirs, ours, torch.float32)
+        probe = {'x': [small_batch(), (idx.flip(1), targets, None), small_batch()]}
+        direction = probe_direction(model, probe, 'all')
+        influence, _ = row_influence(model, batch, direction)
+        found.append([influence, ghost_sqnorm(model, batch, 'all')])
+    for by_torch, by_triton in zip(*found, strict=True):
+        assert_near(by_triton, by_torch, torch.float32)
 
 
 @runs
 def test_compiled_graphs_pass_through_the_operators():
-    model, (idx, targets, _) = small_model(qk_norm=True), small_batch()
-    eager = model.loss(idx, targets)[0]
+    model = small_model(qk_norm=True)
+    idx, targets, _ = small_batch()
+    eager, _, _ = model.loss(idx, targets)
     for block in model.blocks:
         block.compile(fullgraph=True, backend='aot_eager')
-    compiled = model.loss(idx, targets)[0]
+    compiled, _, _ = model.loss(idx, targets)
     assert torch.equal(eager, compiled)
     compiled.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
-# -- without a GPU -----------------------------------------------------------------------------------------------------
+# -- without a GPU ---------------------------------------------------------------------------------
 
-@pytest.mark.skipif(kernels.INTERPRETED or kernels.triton is None, reason='this is the inner process, or there is no Triton')
+
+@outer_process
 def test_every_kernel_under_the_interpreter():
-    done = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-n0', '-p', 'no:cacheprovider', __file__], capture_output=True, text=True,
-                          env={**os.environ, 'TRITON_INTERPRET': '1', 'CUDA_VISIBLE_DEVICES': '', 'OMP_NUM_THREADS': '1'})
+    env = os.environ | dict(TRITON_INTERPRET='1', CUDA_VISIBLE_DEVICES='', OMP_NUM_THREADS='1')
+    command = [sys.executable, '-m', 'pytest', '-q', '-n0', '-p', 'no:cacheprovider', __file__]
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stdout[-4000:]
-    assert ' passed' in done.stdout and 'failed' not in done.stdout
+    assert ' passed' in done.stdout
+    assert 'failed' not in done.stdout
 
 
-@pytest.mark.skipif(kernels.INTERPRETED or kernels.triton is None, reason='this is the inner process, or there is no Triton')
+@outer_process
 def test_two_ranks_train_the_same_with_kernels_and_without(tmp_path, tiny_data):
+    knobs = dict(n_layer=1, qk_norm=True, max_steps=4, save_interval=4, eval_interval=4)
     found = {}
     for mode in ('torch', 'triton'):
-        done = run(train_command(tmp_path / mode, tiny_data, ranks=2, kernels=mode, n_layer=1, qk_norm=True, max_steps=4, save_interval=4, eval_interval=4),
-                   TRITON_INTERPRET='1')
-        assert done.returncode == 0 and f'kernels: {mode}' in done.stdout, done.stderr
+        command = train_command(tmp_path / mode, tiny_data, ranks=2, kernels=mode, **knobs)
+        done = run(command, TRITON_INTERPRET='1')
+        assert done.returncode == 0, done.stderr
+        assert f'kernels: {mode}' in done.stdout
         found[mode] = metrics(tmp_path / mode)
+    by_torch = found['torch']
+    by_triton = found['triton']
     for step in range(4):
         for name in ('train/loss', 'train/grad_norm'):
-            assert found['triton'][step][name] == pytest.approx(found['torch'][step][name], rel=1e-6)
-    assert found['triton'][4]['val/loss'] == pytest.approx(found['torch'][4]['val/loss'], rel=1e-6) and found['triton'][3]['train/loss'] < found['triton'][0]['train/loss']
+            assert by_triton[step][name] == pytest.approx(by_torch[step][name], rel=1e-6)
+    assert by_triton[4]['val/loss'] == pytest.approx(by_torch[4]['val/loss'], rel=1e-6)
+    assert by_triton[3]['train/loss'] < by_triton[0]['train/loss']
 
 
-BF16, FP32, INT, FLOAT, IDS = '*bf16', '*fp32', 'i32', 'fp32', '*i64'
-KERNELS = {        # arguments in order, constants at training shapes, warps
-    'cross_entropy_kernel': ([BF16, IDS, FP32, FP32, '*i1', FP32, INT], dict(STATISTICS=True, GRADIENT=True, BLOCK=4096), 8),
-    'divergence_kernel': ([BF16, BF16, IDS, FP32, INT, INT, FLOAT, FLOAT], dict(KIND=2, SOFT=True, BLOCK=2048), 8),
-    'cached_kernel': ([BF16, IDS, FP32, IDS, FP32, '*i32', INT, INT, INT, FLOAT, FLOAT], dict(SOFT=True, BLOCK=4096, BLOCK_W=128), 16),
-    'rms_norm_kernel': ([BF16, BF16, FP32, BF16, BF16, INT, FLOAT], dict(ADD=True, BLOCK=2048), 8),
-    'rms_norm_backward_kernel': ([BF16, FP32, BF16, BF16, BF16, FP32, INT, INT, FLOAT, INT], dict(ADD=True, BLOCK=2048), 8),
-    'rotate_kernel': ([BF16, BF16, FP32, FP32, BF16, BF16, BF16, BF16, INT, INT, INT, INT, FLOAT],
-                      dict(NORM=True, WEIGHT=True, BLOCK_H=32, BLOCK_K=8, BLOCK_D=32), 4),
-    'rotate_backward_kernel': ([BF16, BF16, FP32, FP32, BF16, BF16, BF16, BF16, BF16, BF16, FP32, INT, INT, INT, INT, FLOAT],
-                               dict(NORM=True, WEIGHT=True, BLOCK_H=32, BLOCK_K=8, BLOCK_D=32), 4),
-    'swiglu_kernel': ([BF16, BF16, BF16, INT], dict(BLOCK=2048), 8),
-    'swiglu_backward_kernel': ([BF16, BF16, BF16, BF16, BF16, INT], dict(BLOCK=2048), 8),
-    'bilinear_kernel': ([BF16, BF16, BF16, FP32, INT, INT, INT], dict(ROWS=64, BLOCK_O=64, BLOCK_I=64), 4),
-    'position_pairs_kernel': ([BF16, BF16, FP32, INT, INT, INT, INT], dict(BLOCK_T=64, BLOCK=64), 4),
-    'gradient_tiles_kernel': ([BF16, BF16, FP32, INT, INT, INT, INT], dict(BLOCK_O=64, BLOCK_I=64, BLOCK_T=64), 4)}
+BF16 = '*bf16'
+FP32 = '*fp32'
+IDS = '*i64'
+INT = 'i32'
+FLOAT = 'fp32'
+SIZES = [INT] * 4
+BLOCKS = dict(BLOCK_H=32, BLOCK_K=8, BLOCK_D=32)
+# Arguments in order (None: left out), constants at training shapes, warps.
+KERNELS = [
+    (
+        'cross_entropy_kernel', [BF16, IDS, FP32, INT],
+        dict(STATISTICS=True, GRADIENT=True, BLOCK=4096), 8,
+    ),
+    (
+        'divergence_kernel', [BF16, BF16, IDS, FP32, INT, FLOAT, FLOAT],
+        dict(KIND=2, SOFT=True, BLOCK=2048), 8,
+    ),
+    (
+        'cached_kernel', [BF16, IDS, FP32, IDS, FP32, '*i32', INT, INT, FLOAT, FLOAT],
+        dict(SOFT=True, BLOCK_W=128, BLOCK=4096), 16,
+    ),
+    ('rms_norm_kernel', [BF16, BF16, FP32, BF16, BF16, INT, FLOAT], dict(BLOCK=2048), 8),
+    ('rms_norm_kernel', [BF16, None, FP32, BF16, None, INT, FLOAT], dict(BLOCK=2048), 8),
+    (
+        'rms_norm_backward_kernel', [BF16, FP32, BF16, BF16, BF16, FP32, INT, INT, FLOAT, INT],
+        dict(BLOCK=2048), 8,
+    ),
+    (
+        'rotate_kernel', [BF16, BF16, FP32, FP32, *[BF16] * 4, *SIZES, FLOAT],
+        dict(NORM=True, **BLOCKS), 4,
+    ),
+    (
+        'rotate_backward_kernel', [BF16, BF16, FP32, FP32, *[BF16] * 6, FP32, *SIZES, FLOAT],
+        BLOCKS, 4,
+    ),
+    (
+        'rotate_backward_kernel', [*[None] * 4, *[BF16] * 6, FP32, *SIZES, FLOAT],
+        BLOCKS, 4,
+    ),
+    ('swiglu_kernel', [BF16, BF16, BF16, INT], dict(BLOCK=2048), 8),
+    ('swiglu_backward_kernel', [BF16, BF16, BF16, BF16, BF16, INT], dict(BLOCK=2048), 8),
+    (
+        'bilinear_kernel', [BF16, BF16, BF16, FP32, INT, INT, INT],
+        dict(ROWS=64, BLOCK_O=64, BLOCK_I=64), 4,
+    ),
+    ('position_pairs_kernel', [BF16, BF16, FP32, *SIZES], dict(BLOCK_T=64, BLOCK=64), 4),
+    (
+        'gradient_tiles_kernel', [BF16, BF16, FP32, *SIZES],
+        dict(BLOCK_O=64, BLOCK_I=64, BLOCK_T=64), 4,
+    ),
+]
 
 
-@pytest.mark.skipif(kernels.INTERPRETED or kernels.triton is None, reason='needs Triton, not interpreted')
+@outer_process
 def test_every_kernel_is_in_the_table():
-    assert {name for name in vars(kernels) if name.endswith('_kernel')} == set(KERNELS)
+    names = {name for name in vars(kernels) if name.endswith('_kernel')}
+    assert names == {entry[0] for entry in KERNELS}
 
 
-@pytest.mark.skipif(kernels.INTERPRETED or kernels.triton is None, reason='needs Triton, not interpreted')
-@pytest.mark.parametrize('aligned', [True, False])
-@pytest.mark.parametrize('name', KERNELS)
-def test_kernels_compile_for_ampere_and_hopper(name, aligned):
-    # sizes and addresses that are multiples of 16, and any: then rows' products may spill, which costs speed alone
-    import triton
+def resources(cubin):
+    """What cuobjdump reports for a compiled kernel: dict(REG, STACK, ...)."""
     from triton.backends import nvidia
+
+    cuobjdump = os.path.join(os.path.dirname(nvidia.__file__), 'bin', 'cuobjdump')
+    with tempfile.NamedTemporaryFile(suffix='.cubin') as f:
+        f.write(cubin)
+        f.flush()
+        command = [cuobjdump, '--dump-resource-usage', f.name]
+        dump = subprocess.run(command, text=True, capture_output=True, check=True).stdout
+    pairs = [part.split(':')[:2] for part in dump[dump.index('REG:') :].split() if ':' in part]
+    return dict(pairs)
+
+
+# `aligned`: sizes and addresses are multiples of 16. Otherwise products may spill to memory, which
+# costs only speed.
+@outer_process
+@pytest.mark.parametrize('aligned', [True, False])
+@pytest.mark.parametrize('name, types, constants, warps', KERNELS)
+def test_kernels_compile_for_ampere_and_hopper(name, types, constants, warps, aligned):
+    import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-    types, constants, warps = KERNELS[name]
+
     function = getattr(kernels, name)
     names = function.arg_names
-    signature = dict(zip(names, types + ['constexpr'] * len(constants)))
-    attrs = {(i,): [['tt.divisibility', 16]] for i, t in enumerate(types) if t != FLOAT} if aligned else {}
-    source = ASTSource(function, signature, {(names.index(c),): value for c, value in constants.items()}, attrs)
+    assert names[len(types) :] == list(constants)
+    signature = dict.fromkeys(names, 'constexpr')
+    values = {(names.index(constant),): value for constant, value in constants.items()}
+    attrs = {}
+    for i, kind in enumerate(types):
+        if kind is None:
+            values[i,] = None
+            continue
+        signature[names[i]] = kind
+        if aligned and kind != FLOAT:
+            attrs[i,] = [['tt.divisibility', 16]]
+    source = ASTSource(function, signature, values, attrs)
     for capability in (80, 90):
-        compiled = triton.compile(source, target=GPUTarget('cuda', capability, 32), options=dict(num_warps=warps))
+        target = GPUTarget('cuda', capability, 32)
+        compiled = triton.compile(source, target=target, options=dict(num_warps=warps))
         assert compiled.metadata.shared <= 64 * 1024
-        with tempfile.NamedTemporaryFile(suffix='.cubin') as f:
-            f.write(compiled.asm['cubin'])
-            f.flush()
-            dump = subprocess.run([os.path.join(os.path.dirname(nvidia.__file__), 'bin', 'cuobjdump'), '--dump-resource-usage', f.name], text=True,
-                                  capture_output=True, check=True).stdout
-        used = dict(part.split(':')[:2] for part in dump[dump.index('REG:'):].split() if part[:3] in ('REG', 'STA'))
-        assert int(used['REG']) * 32 * warps <= 65536                          # at least one block fits into a multiprocessor
-        assert int(used['STACK']) <= (16 if aligned else 512)                  # bytes spilled to memory, a thread
-        if ' dot(' in function.src and aligned and capability == 90:
+        used = resources(compiled.asm['cubin'])
+        # At least one block fits into a multiprocessor.
+        assert int(used['REG']) * 32 * warps <= 65536
+        # Bytes per thread that are spilled to memory.
+        assert int(used['STACK']) <= (16 if aligned else 512)
+        if 'tile_product(' in function.src and aligned and capability == 90:
             assert 'wgmma' in compiled.asm['ptx']
 
 
@@ -367,4 +521,5 @@ def test_triton_where_it_cannot_be_is_one_sentence(monkeypatch):
     monkeypatch.setattr(kernels, 'MISSING', 'Triton is not installed')
     with pytest.raises(kernels.BadInput, match='not installed'):
         kernels.use('triton', torch.device('cuda'))
-    assert 'not installed' in kernels.use('auto', torch.device('cuda')) and kernels.use('auto', cpu) == 'torch'
+    assert 'not installed' in kernels.use('auto', torch.device('cuda'))
+    assert kernels.use('auto', cpu) == 'torch'
