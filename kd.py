@@ -1,17 +1,36 @@
-"""Distillation: the student learns the teacher's distribution of the next token, from a teacher that runs along or from a cache.
+"""Distillation: the losses, the teacher, and the cache of what a teacher said.
 
-    python train.py ... --teacher=meta-llama/Llama-3.1-8B-Instruct                     # runs along: a run, a folder, a hub name
-    python kd.py cache --teacher=out/teacher --source=code,math --name=big             # or once: -> data/code/kd/big/, data/math/kd/big/
+The student learns the teacher's distribution of the next token. The teacher runs beside the
+student, or it has run once before and its distributions are read from a cache:
+
+    python train.py ... --teacher=meta-llama/Llama-3.1-8B-Instruct
+    python kd.py cache --teacher=out/teacher --source=code,math --name=big
     python train.py ... --sources="{'code': 1.0, 'math': 1.0}" --kd_cache=big
 
-The loss of a token is alpha * T^2 * D(teacher, student) + (1 - alpha) * cross-entropy, D of both distributions at temperature T
-(Hinton et al. 2015, arXiv:1503.02531, section 2; T^2 since gradients of softened logits shrink by it). D: forward KL(teacher ||
-student), reverse KL(student || teacher), or the Jensen-Shannon divergence. It is taken from hidden states of both, a few rows of
-logits at a time, gradient included, so neither one's B x T x V logits ever exist. teacher_cache.py keeps the teacher's words on disk.
+The loss of a token is alpha * T^2 * D(teacher, student) + (1 - alpha) * cross-entropy. D compares
+the distributions at temperature T (Hinton et al. 2015, arXiv:1503.02531, section 2). The factor T^2
+is there because the gradients of softened logits shrink by it. The loss and its gradient are
+computed from hidden states in chunks of tokens, so the logits of neither model are ever held.
 
-Letters in shape comments: N = B*T tokens, C n_embd, V vocab_size, S rows of a strip, K cached ids of a token.
+The cache of a source is a folder, data/<source>/kd/<name>/:
+
+    cache.json        the teacher, the rows and the settings that it was made with
+    part_000000.kd    records of PART_TOKENS tokens, windows in their order in the source
+    part_000000.npy   probabilities beyond the k likeliest, summed over them, (V,) float64
+
+A record describes the next token at one position: ids and log-probabilities (fp16) of the k
+likeliest, the log of the mass of all others, some ids drawn from them, the sum of q log q, the
+likeliest id, and the log-probability of the token that followed. A window has block_size records.
+The teacher saw the same context as the student, so a cache fits one block_size, packing and
+document_mask. It fits every order of the rows and every mixture. A billion tokens take 458 GB with
+k=64, draws=16 and a vocabulary above 65,536, and 296 GB with a smaller one (k=0: 74 and 40 GB).
+
+Letters in shape comments: N tokens, C n_embd, V vocab_size, n tokens of a chunk, S tokens of a
+strip of it, K cached ids of a token, M ids drawn from the others.
 """
+import functools
 import hashlib
+import json
 import math
 import os
 import sys
@@ -20,249 +39,280 @@ from dataclasses import asdict, dataclass
 import fsspec
 import numpy as np
 import torch
+from tqdm import tqdm
 
-from configurator import BadInput, check_values, configure
+from configurator import BadInput, RunFault, at_least, between, configure, one_of, pick, read_json
+from data import Source, batch_of, common_tokenizer, derive_keys, put_on
 from lib import hf, parallel, storage
+from lib.device import device_name, pick_dtype, start_ranks, tune_malloc
 from model import GPT
 from ops import ranks
+from ops.attention import check_documents
 from ops.kernels import CACHED_MOST, DIVERGENCES, by_triton, cached_gradient_, divergence_gradient_
-from ops.loss import add_weight_gradient, chunk_rows, loss_dtypes
+from ops.loss import ChunkedLoss, chunk_rows, loss_dtypes
 
-# -- divergences -------------------------------------------------------------------------------------------------------
+PART_TOKENS = 2**21     # tokens of a file; a cache continues at the first part that is missing
+LOG_ZERO = -30.0        # stored as the log of zero, which fp16 can hold
+
+
+@dataclass
+class DistillConfig:
+    """Knobs of distillation."""
+    kd_cache: str | None = None             # learn from this cache, which `kd.py cache --name=...`
+                                            # wrote; `teacher` is only compared with its teacher
+    kd_alpha: between(0.0, 1.0) = 1.0       # weight of the distillation loss; the rest is
+                                            # cross-entropy
+    kd_temperature: at_least(1e-3) = 1.0    # temperature of both distributions; the loss is
+                                            # multiplied by its square
+    kd_divergence: one_of('forward', 'reverse', 'js') = 'forward'
+                                            # forward KL(teacher || student), reverse KL(student ||
+                                            # teacher), or js (Jensen-Shannon)
+
+
+@dataclass
+class CacheConfig:
+    """Knobs of `kd.py cache`."""
+    teacher: str = ''                       # run, checkpoint, Hugging Face folder or hub name
+    source: str = ''                        # sources, separated by commas; train/ is cached
+    name: str = 'teacher'                   # name of the cache: --kd_cache of train.py
+    data_dir: str = 'data'                  # folder of the sources
+    block_size: at_least(1) = 2048          # tokens of a row. This and the next three knobs must be
+                                            # those of the run that reads the cache
+    packing: one_of('window', 'document') = 'window'        # rows are windows or whole documents
+    overlong: one_of('truncate', 'drop') = 'truncate'       # documents longer than a row
+    document_mask: bool = False             # packing='window': attention stays within documents
+    k: at_least(0) = 64                     # likeliest ids stored of every token
+    draws: at_least(0) = 16                 # ids drawn from all others. 0: these are known only by
+                                            # their mean over the source
+    temperature: at_least(1e-3) = 1.0       # kd_temperature of the run that reads the cache
+    seed: at_least(0) = 1337                # seed of the draws
+    batch_size: at_least(1) = 4             # rows that the teacher reads at once
+    device: str = 'auto'                    # auto | cpu | cuda
+    dtype: str = 'auto'                     # dtype of the teacher: auto | float32 | bfloat16
+
+
+# -- divergences -----------------------------------------------------------------------------------
+
 
 def divergence(lp, lq, kind):
-    """D of the student's distribution from the teacher's, and what its gradient is made of.
+    """D (S, 1) in nats, and its gradient (S, V) by the student's softened logits.
 
-    lp, lq (S, M): log-probabilities of the student and of the teacher over M outcomes. kind: forward KL(q || p), reverse KL(p || q),
-    js: the mean of KL(q || m) and KL(p || m) with m = (p + q) / 2.
-    Returns (D (S, 1) in nats, c (S, M), total (S, 1) or float): c = dD / dlp as if all lp were free, total its sum, so that the
-    gradient by the student's logits is c - p * total.
+    lp, lq  (S, V) log-probabilities of student and teacher
     """
-    if kind == 'forward':
-        q = lq.exp()
-        return (q * (lq - lp)).sum(1, keepdim=True), -q, -1.0
+    # The gradient is c - p * sum(c), where c is dD / dlp as if the entries of lp were independent.
     p = lp.exp()
-    if kind == 'reverse':
+    if kind == 'forward':       # KL(q || p), c = -q
+        q = lq.exp()
+        return (q * (lq - lp)).sum(1, keepdim=True), p.sub_(q)
+    if kind == 'reverse':       # KL(p || q), c = p * (lp - lq + 1)
         gap = lp - lq
         d = (p * gap).sum(1, keepdim=True)
-        return d, p * (gap + 1), d + 1
+        return d, (p * (gap + 1)).sub_(p * (d + 1))
+    # js: the mean of KL(q || m) and KL(p || m) with m = (p + q) / 2
     lm = torch.logaddexp(lp, lq) - math.log(2)
     c = p * (0.5 * (lp - lm))
-    return (c + 0.5 * lq.exp() * (lq - lm)).sum(1, keepdim=True), c, c.sum(1, keepdim=True)
+    d = (c + 0.5 * lq.exp() * (lq - lm)).sum(1, keepdim=True)
+    return d, c.sub_(p * c.sum(1, keepdim=True))
 
 
 @dataclass
 class Cached:
-    """What a cache holds of N tokens, on the device: of the distribution at the temperature that it was made with.
-
-    ids (N, K) int64, logq (N, K) fp32: the likeliest tokens (K may be 0); tail (N,): log of what all others have together; drawn (N, M) int64:
-    tokens drawn from those others (M may be 0); negentropy (N,): sum of q log q; top (N,) int64: the likeliest token; target_logq (N,):
-    log-probability of the next token at temperature 1; source (N,) int64: number of the row of `rest` (sources, V), log-probabilities of the
-    others as they are on average over that source, None where they are not needed.
-    """
-    ids: torch.Tensor
-    logq: torch.Tensor
-    tail: torch.Tensor
-    drawn: torch.Tensor
-    negentropy: torch.Tensor
-    top: torch.Tensor
-    target_logq: torch.Tensor
-    source: torch.Tensor
-    rest: torch.Tensor | None
+    """What a cache holds of N tokens, at the temperature it was made with, on the device."""
+    ids: torch.Tensor               # (N, K) int64, the likeliest tokens. K may be 0
+    logq: torch.Tensor              # (N, K) fp32, their log-probabilities
+    tail: torch.Tensor              # (N,) fp32, log of the mass of all other tokens
+    drawn: torch.Tensor             # (N, M) int64, tokens drawn from those others. M may be 0
+    negentropy: torch.Tensor        # (N,) fp32, sum of q log q
+    top: torch.Tensor               # (N,) int64, the likeliest token
+    target_logq: torch.Tensor       # (N,) fp32, log-probability of the next token at temperature 1
+    source: torch.Tensor            # (N,) int64, row of `rest` that belongs to the token's source
+    rest: torch.Tensor | None       # (sources, V) fp32, log of the mean distribution of the other
+                                    # tokens of every source, or None if it is not needed
 
     def part(self, rows):
+        """The same of some tokens. rows: a slice, or positions (n,) int64."""
         *tokens, rest = vars(self).values()
-        return Cached(*(t[rows] for t in tokens), rest)
+        return Cached(*[t[rows] for t in tokens], rest)
 
     def mass(self):
-        """Log-probabilities of the ids and of all others together, which sum to 1 in spite of fp16: (N, K + 1)."""
+        """Log-probabilities (N, K + 1) of the ids and of all others together."""
+        # They are normalised again, because fp16 has rounded them.
         return torch.log_softmax(torch.cat((self.logq, self.tail[:, None]), 1), 1)
 
     def outcomes(self):
-        """The tokens that it names, drawn ones with an M-th of the others' mass each: ids (N, K + M), probabilities (N, K + M)."""
-        mass, M = self.mass().exp(), self.drawn.shape[1]
-        return torch.cat((self.ids, self.drawn), 1), torch.cat((mass[:, :-1], (mass[:, -1:] / M).expand(-1, M)), 1)
-
-
-def read_cached(records, source, rest, device):
-    """Records of a cache (teacher_cache.record_dtype), a list of arrays, `source` the number of each -> Cached of all their tokens in a row."""
-    source = np.repeat(source, [len(r) for r in records])
-    records = np.concatenate(records)
-
-    def put(field, dtype):
-        return parallel.put(torch.from_numpy(records[field].astype(dtype)), device)
-    return Cached(put('ids', np.int64), put('logq', np.float32), put('tail', np.float32), put('drawn', np.int64), put('negentropy', np.float32),
-                  put('top', np.int64), put('target', np.float32), parallel.put(torch.from_numpy(source), device), rest)
-
-
-def against(lp, lq, kind):
-    """(D (S, 1), its gradient by the student's softened logits (S, V)) from log-probabilities (S, V) of student and teacher."""
-    d, c, total = divergence(lp, lq, kind)
-    return d, c.sub_(lp.exp() * total)
+        """The ids that a record names, and their probabilities: (N, K + M) each."""
+        mass = self.mass().exp()
+        M = self.drawn.shape[1]
+        # Each drawn id gets an M-th of the mass of the others.
+        per_draw = (mass[:, -1:] / M).expand(-1, M)
+        return torch.cat((self.ids, self.drawn), 1), torch.cat((mass[:, :-1], per_draw), 1)
 
 
 def against_cache(lp, cached, kind):
-    """The same against a cache.
-
-    The K likeliest tokens count as they are. The mass of all the others goes to the M tokens that were drawn from them, a M-th to each: right on
-    average, value and gradient, which is what the forward divergence needs. Without draws, and for the other divergences, which need a probability
-    for every token, it is spread as it is on average over the source: what is lost is how the rest depends on the context. (Left to the student's
-    own distribution the rest teaches nothing, which cost far more.) The forward divergence has the teacher's true entropy.
-    """
+    """As `divergence`, with a cache in place of the teacher's log-probabilities."""
     if kind == 'forward' and cached.drawn.shape[1]:
+        # Draws make the divergence and its gradient right on average.
         ids, q = cached.outcomes()
         d = cached.negentropy[:, None] - (q * lp.gather(1, ids)).sum(1, keepdim=True)
         return d, lp.exp().scatter_add_(1, ids, -q)
+    # The other divergences need a probability of every token. Beyond the K likeliest the mass is
+    # spread like the mean of the source, which loses how it depends on the context. Spread like
+    # the student's own distribution it would teach nothing there, which cost far more.
     mass = cached.mass()
-    lq = cached.rest[cached.source]                                                  # (S, V)
+    lq = cached.rest[cached.source]                                                   # (S, V)
     covered = lq.gather(1, cached.ids).exp().sum(1, keepdim=True).clamp(max=1 - 1e-6)
-    lq = (lq + (mass[:, -1:] - torch.log1p(-covered))).scatter_(1, cached.ids, mass[:, :-1])
-    d, gradient = against(lp, lq, kind)
-    if kind == 'forward':
+    lq = lq + (mass[:, -1:] - torch.log1p(-covered))
+    lq.scatter_(1, cached.ids, mass[:, :-1])
+    d, gradient = divergence(lp, lq, kind)
+    if kind == 'forward':       # with the teacher's exact entropy
         d = cached.negentropy[:, None] - (lq.exp_() * lp).sum(1, keepdim=True)
     return d, gradient
 
 
-# -- the loss ----------------------------------------------------------------------------------------------------------
+# -- the loss --------------------------------------------------------------------------------------
+
 
 def kd_chunk_rows(n_rows, vocab_size, device, dtype):
-    """Rows of logits of both at once: together a sixteenth of one model's fp32 logits, and no more than `model.chunk_rows` allows."""
-    return min(max(1, chunk_rows(n_rows, vocab_size, device, dtype) // 2), max(64, n_rows * 4 // (32 * dtype.itemsize)))
-
-
-class _Distill(torch.autograd.Function):
-    """Weighted sum of token losses; gradients are made in the forward, as in model._LinearCrossEntropy."""
-
-    @staticmethod
-    def forward(ctx, h, weight, targets, token_weights, teacher, alpha, temperature, kind):
-        (N, V), device = (h.shape[0], weight.shape[0]), h.device
-        dtype, high = loss_dtypes(h)
-        h_low, weight_low = h.to(dtype), weight.to(dtype)
-        counted, safe_targets = targets >= 0, targets.clamp(min=0)
-        token_weights = torch.where(counted, 1.0 if token_weights is None else token_weights.to(high), 0.0).to(high)
-        dh = torch.empty_like(h_low) if ctx.needs_input_grad[0] else None
-        dweight = torch.zeros(weight.shape, dtype=high, device=device) if ctx.needs_input_grad[1] else None
-        found = torch.empty(5, N, dtype=high, device=device)       # D, student's loss and hit, teacher's loss, agreement
-        rows = kd_chunk_rows(N, V, device, dtype)
-        buffer = torch.empty(rows, V, dtype=dtype, device=device)
-        other = None if isinstance(teacher, Cached) else torch.empty(rows, V, dtype=teacher[0].dtype, device=device)
-        with torch.autocast(device.type, enabled=False):
-            for start in range(0, N, rows):
-                part = slice(start, min(start + rows, N))
-                logits = torch.mm(h_low[part], weight_low.T, out=buffer[:part.stop - start])                     # (n, V)
-                theirs = teacher.part(part) if other is None else torch.mm(teacher[0][part], teacher[1].T, out=other[:part.stop - start])
-                found[:, part] = chunk_gradient_(logits, theirs, safe_targets[part], alpha, temperature, kind)
-                scale = token_weights[part, None]
-                if dh is not None:
-                    dh[part] = ((logits @ weight_low) * scale).to(dtype)
-                if dweight is not None:
-                    add_weight_gradient(dweight, logits, (h_low[part] * scale).to(dtype))
-        found.masked_fill_(~counted, 0)
-        ctx.save_for_backward(dh, dweight)
-        ctx.dtypes = h.dtype, weight.dtype
-        losses = alpha * temperature**2 * found[0] + (1 - alpha) * found[1]
-        ctx.mark_non_differentiable(found)
-        return (losses * token_weights).sum(), found
-
-    @staticmethod
-    def backward(ctx, upstream, _found):
-        dh, dweight = ctx.saved_tensors
-        dh = None if dh is None else (dh * upstream).to(ctx.dtypes[0])
-        dweight = None if dweight is None else dweight.mul_(upstream).to(ctx.dtypes[1])
-        return dh, dweight, *(None,) * 6
-
-
-def chunk_gradient_(logits, theirs, targets, alpha, temperature, kind):
-    """A chunk of the student's logits (n, V) becomes the gradient of its losses in place. theirs: the teacher's logits (n, V), or Cached of n tokens.
-
-    Returns (5, n), as `distillation_loss`. By a kernel, but for caches without draws or of more than 256 tokens, and for other divergences than forward
-    against a cache.
-    """
-    n, V = logits.shape
-    high, device = torch.promote_types(logits.dtype, torch.float32), logits.device
-    found = torch.empty(5, n, dtype=high, device=device)
-    if by_triton(logits) and not isinstance(theirs, Cached):
-        divergence_gradient_(logits, theirs, targets, found, alpha, temperature, DIVERGENCES.index(kind))
-        return found
-    if by_triton(logits) and kind == 'forward' and 0 < theirs.drawn.shape[1] <= CACHED_MOST - theirs.ids.shape[1]:
-        top, ids, q = torch.empty(n, dtype=torch.int32, device=device), *theirs.outcomes()
-        cached_gradient_(logits, ids, q, targets, found, top, alpha, temperature)
-        found[0] = theirs.negentropy - found[0]
-        found[3], found[4] = -theirs.target_logq, top == theirs.top
-        return found
-    strip = max(1, (2**22 if logits.is_cuda else 2**20) // V)       # of which a few fp32 copies are made
-    for i in range(0, n, strip):
-        here = slice(i, min(i + strip, n))
-        y = theirs.part(here) if isinstance(theirs, Cached) else theirs[here].to(high)
-        gradient, found[:, here] = strip_gradient(logits[here].to(high), y, targets[here, None], alpha, temperature, kind)
-        logits[here] = gradient
-    return found
+    """Rows of a chunk, at most half of `chunk_rows`: the logits of two models are held at once."""
+    most = max(1, chunk_rows(n_rows, vocab_size, device, dtype) // 2)
+    return min(most, max(64, n_rows * 4 // (32 * dtype.itemsize)))
 
 
 def strip_gradient(z, y, target, alpha, temperature, kind):
-    """A few tokens. z (S, V): student's logits; y: the teacher's, or Cached; target (S, 1).
+    """Loss and gradient of a few tokens.
 
-    Returns (gradient of the loss by z (S, V), (5, S): D, student's loss, hit, teacher's loss, agreement).
+    z       (S, V) the student's logits
+    y       (S, V) the teacher's logits, or Cached of S tokens
+    target  (S, 1) int64 next tokens
+    Returns (gradient of the loss by z (S, V), found (5, S) as in `distillation_loss`).
     """
     largest, top = z.max(1, keepdim=True)
-    hit = z.gather(1, target) == largest                                                 # a tie counts as a hit
+    hit = z.gather(1, target) == largest                           # a tie counts as a hit
     lp = torch.log_softmax(z / temperature, 1)
     lp1 = lp if temperature == 1 else torch.log_softmax(z, 1)
     loss = -lp1.gather(1, target)
     if isinstance(y, Cached):
-        teacher_loss, agrees = -y.target_logq[:, None], top == y.top[:, None]
+        teacher_loss = -y.target_logq[:, None]
+        agrees = top == y.top[:, None]
         d, gradient = against_cache(lp, y, kind)
     else:
         teacher_loss = y.logsumexp(1, keepdim=True) - y.gather(1, target)
         agrees = y.gather(1, top) == y.amax(1, keepdim=True)
-        d, gradient = against(lp, torch.log_softmax(y / temperature, 1), kind)
-    gradient.mul_(alpha * temperature)                       # T^2, and 1 / T by which the logits were divided
+        d, gradient = divergence(lp, torch.log_softmax(y / temperature, 1), kind)
+    # T^2 of the loss times the 1 / T by which the logits were divided.
+    gradient.mul_(alpha * temperature)
     if alpha < 1:
-        gradient.add_(lp1.exp(), alpha=1 - alpha).scatter_add_(1, target, torch.full_like(loss, alpha - 1))
+        gradient.add_(lp1.exp(), alpha=1 - alpha)
+        gradient.scatter_add_(1, target, torch.full_like(loss, alpha - 1))
     return gradient, torch.cat((d, loss, hit, teacher_loss, agrees), 1).T
 
 
-def distillation_loss(h, weight, targets, token_weights=None, *, teacher, alpha=1.0, temperature=1.0, kind='forward'):
-    """alpha * T^2 * D + (1 - alpha) * cross-entropy, summed over tokens with weights, without ever holding all logits.
+def chunk_gradient_(logits, theirs, targets, alpha, temperature, kind):
+    """Turns a chunk of the student's logits (n, V) into the gradient of its losses, in place.
 
-    h (N, C), weight (V, C): the student's, any float dtype; targets (N,) int64, -1 = not counted; token_weights (N,) or None = ones
-    teacher: (hidden states (N, C_t), output weight (V, C_t)) of a teacher with the same vocabulary, or Cached of these tokens
-    Returns (sum () fp32, found (5, N) fp32: D in nats, student's cross-entropy and hit, teacher's cross-entropy, same arg-max; 0 where not
-    counted). Gradients of h and weight flow from `sum` alone, dweight is accumulated in fp32. Backward may run once.
+    theirs  the teacher's logits (n, V), or Cached of n tokens
+    Returns found (5, n) as in `distillation_loss`.
     """
-    return _Distill.apply(h, weight, targets, token_weights, teacher, alpha, temperature, kind)
+    n, V = logits.shape
+    high = torch.promote_types(logits.dtype, torch.float32)
+    found = torch.empty(5, n, dtype=high, device=logits.device)
+    is_cached = isinstance(theirs, Cached)
+    if by_triton(logits) and not is_cached:
+        kind = DIVERGENCES.index(kind)
+        divergence_gradient_(logits, theirs, targets, found, alpha, temperature, kind)
+        return found
+    n_drawn = theirs.drawn.shape[1] if is_cached else 0
+    if by_triton(logits) and kind == 'forward' and 0 < n_drawn <= CACHED_MOST - theirs.ids.shape[1]:
+        top = torch.empty(n, dtype=torch.int32, device=logits.device)
+        ids, q = theirs.outcomes()
+        cached_gradient_(logits, ids, q, targets, found, top, alpha, temperature)
+        found[0] = theirs.negentropy - found[0]
+        found[3] = -theirs.target_logq
+        found[4] = top == theirs.top
+        return found
+    # Here: the CPU, caches without draws, and other divergences from a cache. Several fp32 copies
+    # of a strip are made, so on the CPU a strip is small enough for the processor's cache.
+    strip = max(1, (2**22 if logits.is_cuda else 2**20) // V)
+    for i in range(0, n, strip):
+        here = slice(i, min(i + strip, n))
+        y = theirs.part(here) if is_cached else theirs[here].to(high)
+        logits[here], found[:, here] = strip_gradient(
+            logits[here].to(high), y, targets[here, None], alpha, temperature, kind)
+    return found
 
 
-# -- the teacher -------------------------------------------------------------------------------------------------------
+def distillation_loss(
+    h, weight, targets, token_weights=None, *, teacher, alpha=1.0, temperature=1.0, kind='forward',
+):
+    """Sum of alpha * T^2 * D + (1 - alpha) * cross-entropy over tokens, with weights.
 
-def check(config):
-    """BadInput for knobs of train.py with which there is nothing to distil. Returns whether the run distils."""
-    check_values(config, dict(kd_divergence=DIVERGENCES), dict(kd_alpha=(0, 1), kd_temperature=(1e-3, math.inf)))
-    return bool(config['teacher'] or config['kd_cache'])
+    h, weight      (N, C) and (V, C) of the student, any float dtype
+    targets        (N,) int64, -1 where the loss ignores the token
+    token_weights  (N,) or None: ones
+    teacher        (hidden states (N, C_t), output weight (V, C_t)) of a teacher with the same
+                   vocabulary, or Cached of these tokens
+    Returns (sum () fp32, found (5, N) fp32). found holds D in nats, the student's cross-entropy and
+    hit, the teacher's cross-entropy, and whether their arg-max agree; 0 at ignored tokens. Only
+    `sum` carries gradients (see `ChunkedLoss`).
+    """
+    N = len(h)
+    V = len(weight)
+    dtype, high = loss_dtypes(h)
+    rows = kd_chunk_rows(N, V, h.device, dtype)
+    found = torch.empty(5, N, dtype=high, device=h.device)
+    is_cached = isinstance(teacher, Cached)
+    if not is_cached:
+        teacher_h, teacher_weight = teacher
+        buffer = torch.empty(rows, V, dtype=teacher_h.dtype, device=h.device)
+
+    def chunk_losses(logits, targets, chunk, _needs_gradient):
+        if is_cached:
+            theirs = teacher.part(chunk)
+        else:
+            theirs = buffer[:len(logits)]
+            torch.mm(teacher_h[chunk], teacher_weight.T, out=theirs)                  # (n, V)
+        part = chunk_gradient_(logits, theirs, targets, alpha, temperature, kind)     # (5, n)
+        found[:, chunk] = part
+        return alpha * temperature**2 * part[0] + (1 - alpha) * part[1], 1.0
+
+    total, _ = ChunkedLoss.apply(h, weight, (targets, token_weights), chunk_losses, rows, None)
+    return total, found.masked_fill_(targets < 0, 0)
+
+
+# -- the teacher -----------------------------------------------------------------------------------
 
 
 def find_teacher(path, vocab_size, tokenizer, knob='teacher'):
-    """hf.find_model of a teacher (or another model that `knob` names). BadInput when its tokenizer or vocabulary is not the student's.
+    """Returns hf.find_model of a teacher, or of another model that the knob `knob` names.
 
-    vocab_size: rows of the student's table; tokenizer: of the shards, as meta.json records it, None: unknown.
+    vocab_size  rows of the student's embedding table
+    tokenizer   tokenizer of the shards as meta.json records it, or None if it is unknown
+    Raises BadInput if the model's tokenizer or vocabulary differs from the student's.
     """
     about = hf.find_model(path)
     if tokenizer is not None and about['fingerprint'] not in (None, tokenizer['fingerprint']):
-        theirs = path if isinstance(about['tokenizer'], BadInput) else about['tokenizer'].path
-        raise BadInput(f"{knob} = '{path}' has the tokenizer {theirs} ({about['fingerprint']}), the shards have {tokenizer['name']} "
-                       f"({tokenizer['fingerprint']}): the two must have the same. Prepare the sources with its tokenizer, or take another "
-                       'model.')
-    if about['model'].vocab_size != vocab_size:
-        raise BadInput(f"{knob} = '{path}' has a vocabulary of {about['model'].vocab_size:,} rows, this run of {vocab_size:,}. Set vocab_size = "
-                       f"{about['model'].vocab_size}, or take another model.")
+        found = about['tokenizer']
+        theirs = path if isinstance(found, BadInput) else found.path
+        raise BadInput(
+            f"{knob} = '{path}' has the tokenizer {theirs} ({about['fingerprint']}), the shards "
+            f"have {tokenizer['name']} ({tokenizer['fingerprint']}): the two must have the same. "
+            'Prepare the sources with its tokenizer, or take another model.')
+    rows = about['model'].vocab_size
+    if rows != vocab_size:
+        raise BadInput(
+            f"{knob} = '{path}' has a vocabulary of {rows:,} rows, this run of {vocab_size:,}. "
+            f'Set vocab_size = {rows}, or take another model.')
     return about
 
 
 def weights_fingerprint(about):
-    """16 hex digits over a model's shape and the ends and sizes of its weight files: another model gives others."""
+    """16 hex digits that identify a model's weights."""
+    # Reading all of a large model takes minutes, so three pieces of every file are hashed.
     digest = hashlib.sha256(repr(sorted(asdict(about['model']).items())).encode())
     folder = about['checkpoint'] or about['folder']
-    for name in sorted(n for n in storage.names(folder) if n.endswith(('.distcp', '.safetensors'))):
+    for name in sorted(storage.names(folder)):
+        if not name.endswith(('.distcp', '.safetensors')):
+            continue
         with fsspec.open(os.path.join(folder, name), 'rb') as f:
             size = f.seek(0, os.SEEK_END)
             digest.update(f'{name} {size}'.encode())
@@ -273,9 +323,16 @@ def weights_fingerprint(about):
 
 
 def open_teacher(about, device, dtype, layout=None, compile_blocks=False):
-    """The teacher, frozen, in `dtype`, spread over the ranks like the student (None: whole on this process). BadInput when it cannot be divided so."""
+    """The frozen teacher in `dtype`, distributed over `layout` like the student (None: not at all).
+
+    about  from `find_teacher`
+    Raises BadInput if it cannot be divided like that.
+    """
     if layout is not None:
-        ranks.check_sizes({**layout.sizes, 'ep': layout.sizes['ep'] if about['model'].n_expert else 1}, about['model'], whose='the teacher: ')
+        sizes = dict(layout.sizes)
+        if not about['model'].n_expert:
+            sizes['ep'] = 1
+        ranks.check_sizes(sizes, about['model'], whose='the teacher: ')
     with torch.device('meta'):
         model = GPT(about['model']).frozen(dtype)
     parallel.apply_parallelism(model, layout, dtype, compile_blocks)
@@ -284,71 +341,415 @@ def open_teacher(about, device, dtype, layout=None, compile_blocks=False):
     return model.eval()
 
 
+# -- files of a cache ------------------------------------------------------------------------------
+
+
+def record_dtype(vocab_size, k, draws):
+    """The record of a position: 6 k + 4 draws + 10 bytes, or 4 k + 2 draws + 8 with short ids."""
+    token = np.dtype('<u4') if vocab_size > 2**16 else np.dtype('<u2')
+    return np.dtype([
+        ('ids', token, (k,)), ('logq', '<f2', (k,)), ('drawn', token, (draws,)), ('tail', '<f2'),
+        ('negentropy', '<f2'), ('target', '<f2'), ('top', token)])
+
+
+def parts_of(source):
+    """The windows of every part of a source's cache: list of range."""
+    n = source.n_windows
+    step = max(1, PART_TOKENS // source.block_size)
+    return [range(start, min(start + step, n)) for start in range(0, n, step)]
+
+
+def part_path(folder, part):
+    return os.path.join(folder, f'part_{part:06d}.kd')
+
+
+def rows_of(source, config):
+    """What the rows of a source depend on. config: the knobs of train.py or CacheConfig, a dict."""
+    is_packed = config['packing'] == 'document'
+    return dict(
+        block_size=config['block_size'], packing=config['packing'],
+        document_mask=config['document_mask'] or is_packed,
+        overlong=config['overlong'] if is_packed else None,
+        shards=source.fingerprint(), windows=source.n_windows)
+
+
+# -- writing a cache -------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def records_of(h, weight, targets, dtype, temperature, generator):
+    """The records of N positions.
+
+    h        (N, C) hidden states of the teacher, weight (V, C) its output weight
+    targets  (N,) int64 next tokens. At -1 the record holds the log-probability of token 0
+    dtype    from `record_dtype`
+    Returns (records (N,), sum of the probabilities beyond the k likeliest (V,) float64).
+    """
+    k = dtype['ids'].shape[0]
+    draws = dtype['drawn'].shape[0]
+    records = np.zeros(len(h), dtype)
+    beyond = torch.zeros(len(weight), dtype=torch.float64, device=h.device)
+    step = max(1, chunk_rows(len(h), len(weight), h.device, torch.float32) // 4)
+    for start in range(0, len(h), step):
+        here = slice(start, start + step)
+        out = records[here]
+        y = (h[here] @ weight.T).float()                                              # (n, V)
+        lq = torch.log_softmax(y / temperature, 1)
+        q = lq.exp()
+        target = targets[here, None].clamp(min=0)
+        target_logq = torch.log_softmax(y, 1).gather(1, target)[:, 0]
+        out['target'] = target_logq.clamp(min=-60000).cpu()
+        out['negentropy'] = (q * lq).sum(1).cpu()
+        out['top'] = lq.argmax(1).cpu()
+        values, ids = lq.topk(k, 1)                                                   # (n, k)
+        out['ids'] = ids.cpu()
+        out['logq'] = values.cpu()
+        # Summing the others is exact where their mass is small. 1 minus the likeliest is not.
+        q.scatter_(1, ids, 0)
+        beyond += q.sum(0, dtype=torch.float64)
+        out['tail'] = q.sum(1).log().clamp(min=LOG_ZERO).cpu()
+        if draws:
+            q.clamp_(min=1e-30)
+            drawn = torch.multinomial(q, draws, replacement=True, generator=generator)
+            out['drawn'] = drawn.cpu()
+    return records, beyond.cpu().numpy()
+
+
+def teacher_batches(teacher, source, part, windows, bos_id, config):
+    """Runs the teacher over the windows of a part. Yields `records_of` of every batch."""
+    device = teacher.output_weight.device
+    record = record_dtype(teacher.config.vocab_size, config.k, config.draws)
+    # The draws depend on the part, so its bytes are the same on any number of ranks.
+    key = derive_keys(1, config.seed, source.name, part)[0]
+    generator = torch.Generator(device).manual_seed(int(key >> 1))
+    for start in range(0, len(windows), config.batch_size):
+        batch = windows[start:start + config.batch_size]
+        rows = np.empty((len(batch), config.block_size + 1), dtype=np.int32)
+        for i, window in enumerate(batch):
+            source.read_window(window, rows[i])
+        source.check_ids(rows)
+        inputs, targets, doc_ids = batch_of(torch.from_numpy(rows).to(device), bos_id)
+        with torch.no_grad():
+            h = teacher(inputs, doc_ids).flatten(0, 1)                                # (N, C)
+        yield records_of(
+            h, teacher.output_weight, targets.flatten(), record, config.temperature, generator)
+
+
+def write_part(path, batches, bar):
+    """Writes the two files of a part from `teacher_batches`."""
+    beyond = 0.0
+    try:
+        with open(f'{path}.tmp', 'wb') as f:
+            for records, sums in batches:
+                f.write(records.tobytes())
+                beyond = beyond + sums
+                bar.update(len(records))
+            f.flush()
+            os.fsync(f.fileno())
+        with open(path.removesuffix('.kd') + '.npy', 'wb') as f:
+            np.save(f, beyond)
+    except OSError as error:
+        if os.path.exists(f'{path}.tmp'):
+            os.remove(f'{path}.tmp')
+        raise RunFault(
+            f'{path} could not be written ({error.strerror}); the parts before it are complete. '
+            'Free some space and run again.') from error
+    # This comes last, so a .kd file is always complete and has its .npy file.
+    os.replace(f'{path}.tmp', path)
+
+
+def begin_cache(folder, made, rank):
+    """Writes cache.json, or raises BadInput if the folder holds a cache with other settings."""
+    path = os.path.join(folder, 'cache.json')
+    if os.path.isfile(path):
+        there = read_json(path)
+        for key, value in made.items():
+            if key != 'teacher' and there.get(key) != value:
+                raise BadInput(
+                    f'{folder} holds a cache that was made with other settings ({key}: '
+                    f'{there.get(key)!r}, now {value!r}). Choose another --name, or delete it.')
+        return
+    os.makedirs(folder, exist_ok=True)
+    # Several ranks may get here at once. Each has its own temporary file.
+    with open(f'{path}.{rank}.tmp', 'w', encoding='utf-8') as f:
+        json.dump(made, f, indent=1)
+    os.replace(f'{path}.{rank}.tmp', path)
+
+
+def write_caches(config):
+    """Writes the caches that a CacheConfig asks for. Each rank makes some of the parts."""
+    if not config.k and not config.draws:
+        raise BadInput('k = 0 and draws = 0 store nothing of the teacher. Set one of them.')
+    tune_malloc()
+    rank, world_size, device = start_ranks(config.device, join=False)
+    dtype, reason = pick_dtype(config.dtype, device)
+    vocab_size = hf.find_model(config.teacher)['model'].vocab_size
+    sources = []
+    for name in config.source.split(','):
+        sources.append(Source(
+            config.data_dir, name.strip(), 'train', config.block_size, 0, vocab_size,
+            config.packing, config.overlong))
+    tokenizer = common_tokenizer(sources)
+    about = find_teacher(config.teacher, vocab_size, tokenizer)
+    if config.k > vocab_size:
+        raise BadInput(f"k = {config.k} is more than the teacher's vocabulary of {vocab_size}.")
+    bos_id = None
+    if config.document_mask or config.packing == 'document':
+        if tokenizer is None:
+            raise BadInput(
+                'document_mask needs the beginning-of-document token, and these sources have no '
+                'meta.json that names it.')
+        bos_id = tokenizer['bos_id']
+        check_documents(device, dtype)
+    teacher = open_teacher(about, device, dtype)
+    if rank == 0:
+        print(
+            f'teacher: {config.teacher} in {dtype} ({reason}) on {world_size} x '
+            f'{device_name(device)}')
+    made = dict(
+        teacher=config.teacher, weights=weights_fingerprint(about), vocab_size=vocab_size,
+        k=config.k, draws=config.draws, temperature=config.temperature, dtype=str(dtype))
+    if config.draws:
+        made |= dict(seed=config.seed, batch_size=config.batch_size)
+    record = record_dtype(vocab_size, config.k, config.draws)
+    for source in sources:
+        folder = os.path.join(config.data_dir, source.name, 'kd', config.name)
+        begin_cache(folder, {**made, **rows_of(source, asdict(config))}, rank)
+        n_tokens = source.n_windows * config.block_size
+        if rank == 0:
+            gib = n_tokens * record.itemsize / 2**30
+            print(f'{folder}: {n_tokens:,} tokens x {record.itemsize} bytes = {gib:,.2f} GiB')
+        parts = parts_of(source)
+        todo = range(rank, len(parts), world_size)
+        todo = [part for part in todo if not os.path.isfile(part_path(folder, part))]
+        total = sum(len(parts[part]) for part in todo) * config.block_size
+        bar = tqdm(total=total, unit='tok', unit_scale=True, desc=source.name, disable=rank > 0)
+        with bar:
+            for part in todo:
+                batches = teacher_batches(teacher, source, part, parts[part], bos_id, config)
+                write_part(part_path(folder, part), batches, bar)
+
+
+# -- reading a cache -------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=64)
+def open_part(path, record):
+    return np.memmap(path, dtype=record, mode='r')
+
+
+class Cache:
+    """The cache of one source, memory-mapped."""
+
+    def __init__(self, config, source, about):
+        """Opens and checks the cache of a Source.
+
+        config  train.py's knobs
+        about   `find_teacher` of the knob `teacher`, or None
+        Raises BadInput if the cache is missing or truncated, if it was made from other rows, with
+        another teacher or temperature, or if it does not suffice for the divergence.
+        """
+        self.folder = os.path.join(config['data_dir'], source.name, 'kd', config['kd_cache'])
+        self.block_size = source.block_size
+        whose = f"source '{source.name}': the cache in {self.folder}"
+        again = (
+            f"Run `kd.py cache --source={source.name} --name={config['kd_cache']}` with the knobs "
+            'of this run.')
+        path = os.path.join(self.folder, 'cache.json')
+        if not os.path.isfile(path):
+            raise BadInput(f'{whose} does not exist. {again}')
+        made = read_json(path)
+        needed = dict(
+            vocab_size=config['vocab_size'], temperature=config['kd_temperature'],
+            **rows_of(source, config))
+        for key, value in needed.items():
+            if made[key] != value:
+                raise BadInput(
+                    f'{whose} was made for {key} = {made[key]!r}, this run has {value!r}. {again}')
+        weights = made['weights'] if about is None else weights_fingerprint(about)
+        if made['weights'] != weights:
+            raise BadInput(
+                f"{whose} was made by another teacher ({made['teacher']}, {made['weights']}) than "
+                f"teacher = '{config['teacher']}' ({weights}). {again}")
+        is_forward = config['kd_divergence'] == 'forward'
+        if not made['k'] and not is_forward:
+            raise BadInput(
+                f"{whose} holds draws only, and kd_divergence = '{config['kd_divergence']}' cannot "
+                'be computed from draws. Make a cache with --k=64.')
+        self.record = record_dtype(made['vocab_size'], made['k'], made['draws'])
+        parts = parts_of(source)
+        self.part_windows = len(parts[0])
+        for part, windows in enumerate(parts):
+            path = part_path(self.folder, part)
+            n_bytes = len(windows) * source.block_size * self.record.itemsize
+            if not os.path.isfile(path):
+                raise BadInput(f'{whose} is incomplete: {path} is missing. {again} It continues.')
+            if os.path.getsize(path) != n_bytes:
+                raise BadInput(
+                    f'{path} has {os.path.getsize(path):,} bytes, not {n_bytes:,}: truncated or '
+                    f'damaged. Delete it. {again}')
+        needs_rest = not is_forward or not made['draws']
+        self.rest = self.read_rest(len(parts)) if needs_rest else None
+
+    def read_rest(self, n_parts):
+        """Log of the mean distribution beyond the k likeliest, over up to 64 parts: (V,) fp32."""
+        total = 0
+        for part in np.unique(np.linspace(0, n_parts - 1, min(n_parts, 64)).astype(int)):
+            total = total + np.load(part_path(self.folder, part).removesuffix('.kd') + '.npy')
+        # A token that never occurred must not be impossible.
+        total = total + max(total.sum(), 1e-9) * 1e-4 / len(total)
+        return torch.from_numpy(np.log(total / total.sum())).float()
+
+    def window(self, number):
+        """The records of a window: (block_size,)."""
+        part, at = divmod(number, self.part_windows)
+        start = at * self.block_size
+        records = open_part(part_path(self.folder, part), self.record)
+        return records[start:start + self.block_size]
+
+
+def read_cached(records, source, rest, device):
+    """Cached of all tokens of some windows, in a row.
+
+    records  list of arrays of `record_dtype`
+    source   list, the row of `rest` (sources, V) that belongs to each array. rest may be None
+    """
+    source = np.repeat(source, [len(r) for r in records])
+    records = np.concatenate(records)
+
+    def put(field, dtype):
+        return put_on(torch.from_numpy(records[field].astype(dtype)), device)
+
+    return Cached(
+        put('ids', np.int64), put('logq', np.float32), put('tail', np.float32),
+        put('drawn', np.int64), put('negentropy', np.float32), put('top', np.int64),
+        put('target', np.float32), put_on(torch.from_numpy(source), device), rest)
+
+
+# -- distillation in a run -------------------------------------------------------------------------
+
+
+@dataclass
+class TeacherInfo:
+    """The teacher of a run."""
+    about: dict | None      # from `find_teacher`, or None if the run names only a cache
+    caches: dict            # source name -> Cache. Empty: the teacher runs beside the student
+
+
+def prepare(config, sources, tokenizer):
+    """Finds the teacher of a run and opens its caches: TeacherInfo, or None without distillation.
+
+    config     train.py's knobs
+    sources    the Sources that are trained on
+    tokenizer  as for `find_teacher`
+    Raises BadInput if the teacher or a cache does not fit the run.
+    """
+    if not config['teacher'] and not config['kd_cache']:
+        return None
+    about = None
+    if config['teacher']:
+        about = find_teacher(config['teacher'], config['vocab_size'], tokenizer)
+    caches = {}
+    if config['kd_cache']:
+        caches = {source.name: Cache(config, source, about) for source in sources}
+    if len({cache.record for cache in caches.values()}) > 1:
+        raise BadInput(
+            f"kd_cache = '{config['kd_cache']}': the caches of these sources differ in k or draws. "
+            'Make them with the same values.')
+    return TeacherInfo(about, caches)
+
+
+def make_distiller(config, info, sources, run):
+    """The Distiller of a run, or None without distillation. Loads a teacher that runs along.
+
+    config   train.py's knobs
+    info     from `prepare`
+    sources  the loader's Sources, in its order
+    run      has the attributes device, dtype, layout and compile_blocks
+    """
+    return None if info is None else Distiller(config, info, sources, run)
+
+
 class Distiller:
-    """Makes the objective of every micro-batch and adds up what is logged; `teacher` is a GPT, or None with caches by source."""
+    """Makes the objective of every micro-batch and sums up what is logged."""
 
-    def __init__(self, config, teacher, caches, sources, device):
-        """config: train.py's knobs; caches: source name -> Cache; sources: the loader's."""
-        self.teacher, self.caches, self.device = teacher, caches, device
+    def __init__(self, config, info, sources, run):
+        self.caches = info.caches
+        self.cached_sources = list(info.caches)
         self.sources = sources
-        self.cached_sources = list(caches)
-        rests = [cache.rest for cache in caches.values() if cache.rest is not None]
-        self.rest = torch.stack(rests).to(device) if rests else None           # (sources, V)
-        self.options = dict(alpha=config['kd_alpha'], temperature=config['kd_temperature'], kind=config['kd_divergence'])
-        self.sums = torch.zeros(3, dtype=torch.float64, device=device)         # D, teacher's loss, agreement; zeroed by `take`
+        self.device = run.device
+        self.teacher = None
+        if not info.caches:
+            self.teacher = open_teacher(
+                info.about, run.device, run.dtype, run.layout, run.compile_blocks)
+        rests = [cache.rest for cache in info.caches.values() if cache.rest is not None]
+        self.rest = torch.stack(rests).to(run.device) if rests else None        # (sources, V)
+        self.options = dict(
+            alpha=config['kd_alpha'], temperature=config['kd_temperature'],
+            kind=config['kd_divergence'])
+        # Sums of D, the teacher's loss and agreement. `sums` sets them back to 0.
+        self.totals = torch.zeros(3, dtype=torch.float64, device=run.device)
 
-    def objective(self, inputs, doc_ids, source_index, cursors, counted):
-        """For `GPT.loss` on this micro-batch: inputs (B, T), document ids or None; source_index, cursors (B,): where the rows are from; counted: as
-        given to `GPT.loss`."""
+    def objective(self, micro):
+        """The loss of a data.MicroBatch, as `GPT.loss` takes it.
+
+        Uses its inputs (B, T), doc_ids (boundaries or None), valid (positions (n,), or None: all),
+        source_index (B,) and cursors (B,).
+        """
         if self.teacher is None:
-            sources = [self.sources[i] for i in source_index]
-            teacher = read_cached([self.caches[s.name].window(s.window(cursor)) for s, cursor in zip(sources, cursors)],
-                                  [self.cached_sources.index(s.name) for s in sources], self.rest, self.device)
-            teacher = teacher if counted is None else teacher.part(counted)
+            teacher = self.read_caches(micro)
         else:
-            with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-                hidden = self.teacher(inputs, doc_ids).flatten(0, 1)                     # (N, C_t)
-                weight = parallel.full_tensor(self.teacher.output_weight)
-                teacher = hidden if counted is None else hidden[counted], ranks.collect(weight, self.teacher.tp) if self.teacher.tp else weight
+            teacher = self.run_teacher(micro)
 
         def loss(h, weight, targets, token_weights):
-            total, found = distillation_loss(h, weight, targets, token_weights, teacher=teacher, **self.options)
-            self.sums += torch.stack((found[0], found[3], found[4])).sum(1, dtype=torch.float64)
+            total, found = distillation_loss(
+                h, weight, targets, token_weights, teacher=teacher, **self.options)
+            logged = torch.stack((found[0], found[3], found[4]))                      # (3, N)
+            self.totals += logged.sum(1, dtype=torch.float64)
             return total, found[1], found[2].bool()
+
         return loss
 
-    def take(self):
-        """The sums since the last call over this rank's counted tokens: (3,) fp64."""
-        sums, self.sums = self.sums, torch.zeros_like(self.sums)
+    def read_caches(self, micro):
+        records = []
+        numbers = []
+        for index, cursor in zip(micro.source_index, micro.cursors, strict=True):
+            source = self.sources[index]
+            records.append(self.caches[source.name].window(source.window(cursor)))
+            numbers.append(self.cached_sources.index(source.name))
+        cached = read_cached(records, numbers, self.rest, self.device)
+        return cached if micro.valid is None else cached.part(micro.valid)
+
+    @torch.no_grad()
+    def run_teacher(self, micro):
+        # The teacher's weights have the dtype it computes in, so autocast would do nothing useful.
+        with torch.autocast(self.device.type, enabled=False):
+            hidden = self.teacher(micro.inputs, micro.doc_ids).flatten(0, 1)          # (N, C_t)
+        if micro.valid is not None:
+            hidden = hidden[micro.valid]
+        weight = parallel.full_tensor(self.teacher.output_weight)
+        if self.teacher.tp:
+            weight = ranks.collect(weight, self.teacher.tp)
+        return hidden, weight
+
+    def sums(self):
+        """Sums over this rank's valid tokens since the last call: (3,) fp64."""
+        sums = self.totals
+        self.totals = torch.zeros_like(sums)
         return sums
 
+    def metrics(self, values, n_valid):
+        """Metrics of a step. values: `sums`, summed over ranks; n_valid: number of valid tokens."""
+        names = ('kd/loss', 'kd/teacher_loss', 'kd/teacher_agreement')
+        return {name: value / n_valid for name, value in zip(names, values, strict=False)}
 
-def metrics(sums, n_valid):
-    """What is logged of a step: sums over all ranks of what `Distiller.take` gives, and the number of counted tokens."""
-    return {name: x / n_valid for name, x in zip(('kd/loss', 'kd/teacher_loss', 'kd/teacher_agreement'), sums)}
 
-
-# -- knobs of the command line --
-teacher = ''                            # run folder, checkpoint, Hugging Face folder or hub name
-source = ''                             # source(s) to cache the training split of, with commas
-name = 'teacher'                        # the cache is data_dir/<source>/kd/<name>/; --kd_cache=<name> in train.py
-data_dir = 'data'                       # folder of the sources
-block_size = 2048                       # tokens of a row, as in the run that reads it; so are the next three
-packing = 'window'                      # window | document
-overlong = 'truncate'                   # packing='document': documents longer than a row, truncate | drop
-document_mask = False                   # packing='window': attention stays within a document
-k = 64                                  # likeliest ids of a token that are kept; 0: none
-draws = 16                              # ids drawn from all the others; 0: none, the others are then known by their mean over the source
-temperature = 1.0                       # kd_temperature of the run that reads it
-seed = 1337                             # of the draws
-batch_size = 4                          # rows at a time
-device = 'auto'                         # auto | cpu | cuda
-dtype = 'auto'                          # of the teacher: auto | float32 | bfloat16
+# -- the command line ------------------------------------------------------------------------------
 
 if __name__ == '__main__':
-    command = sys.argv[1] if len(sys.argv) > 1 else '--help'
-    config = configure(globals(), sys.argv[2:] if command == 'cache' else sys.argv[1:] or ['--help'], verbose=False)
-    if command != 'cache' or not teacher or not source:
-        raise BadInput('say `kd.py cache --teacher=... --source=...`.')
-    import teacher_cache
-    teacher_cache.write(config)
+    _is_cache = sys.argv[1:2] == ['cache']
+    _arguments = sys.argv[2:] if _is_cache else sys.argv[1:] or ['--help']
+    config = configure(globals(), _arguments, verbose=False, owners=(CacheConfig,))
+    if not _is_cache or not config['teacher'] or not config['source']:
+        raise BadInput('the command is `kd.py cache --teacher=... --source=...`.')
+    write_caches(pick(CacheConfig, config))

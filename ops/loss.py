@@ -1,9 +1,11 @@
-"""The loss of the output layer: hidden states and weight in, token losses and gradients out, without ever holding all logits.
+"""The loss of the output layer, computed without holding the logits of all tokens at once.
 
-The rows go through in chunks. The gradient is made in the forward, while a chunk's logits are at hand (ops/kernels.py): three products of N*C*V
-instead of the four that recomputing them would take.
+Hidden states and the output weight go in, token losses and gradients come out. `ChunkedLoss` holds
+the loop over chunks of tokens. `linear_cross_entropy` and the distillation loss of kd.py both use
+it. The forward pass makes the gradients while it has the logits of a chunk (ops/kernels.py). This
+takes three products of N*C*V operations. Recomputing the logits in the backward would take four.
 
-Letters in shape comments: N tokens, C n_embd, V vocab_size, n rows of a chunk.
+Letters in shape comments: N tokens, C n_embd, V vocab_size, n tokens of a chunk.
 """
 import torch
 import torch.distributed as dist
@@ -12,106 +14,159 @@ from ops import kernels
 
 
 def budget_rows(n_rows, vocab_size, device, dtype):
-    """Rows of logits held at once at most: 256 MiB on the CPU, 1 GiB on a GPU."""
-    return max(1, min(n_rows, (2**30 if device.type == 'cuda' else 2**28) // (vocab_size * dtype.itemsize)))
+    """Most rows of logits that are held at once: 256 MiB on the CPU, 1 GiB on a GPU."""
+    budget = 2**30 if device.type == 'cuda' else 2**28
+    return max(1, min(n_rows, budget // (vocab_size * dtype.itemsize)))
 
 
 def chunk_rows(n_rows, vocab_size, device, dtype):
-    """Rows of a chunk: within the budget a sixteenth of what all would take in fp32. Few large chunks: each one reads dW again."""
+    """Rows of a chunk: within the budget, a sixteenth of the memory of all logits in fp32.
+
+    Chunks have a minimum size, because every chunk reads and writes the weight's gradient.
+    """
     least = 1024 if device.type == 'cuda' else 256
-    return min(budget_rows(n_rows, vocab_size, device, dtype), max(least, n_rows * 4 // (16 * dtype.itemsize)))
+    share = n_rows * 4 // (16 * dtype.itemsize)
+    return min(budget_rows(n_rows, vocab_size, device, dtype), max(least, share))
 
 
 def loss_dtypes(h):
-    """(dtype of the products: autocast's where it is on, else the hidden states' own; dtype of everything summed)."""
-    low = torch.get_autocast_dtype(h.device.type) if torch.is_autocast_enabled(h.device.type) else h.dtype
+    """Returns (dtype of the products, dtype of all sums).
+
+    The products use autocast's dtype where autocast is on, else the dtype of the hidden states.
+    """
+    low = h.dtype
+    if torch.is_autocast_enabled(h.device.type):
+        low = torch.get_autocast_dtype(h.device.type)
     return low, torch.promote_types(low, torch.float32)
 
 
-def add_weight_gradient(dweight, logits, scaled_h):
-    """dweight (V, C) += logits.T @ scaled_h, the product in their dtype, the sum in dweight's."""
-    if dweight.dtype == logits.dtype:
-        dweight.addmm_(logits.T, scaled_h)
-    else:
-        dweight += logits.T @ scaled_h
-
-
-class _LinearCrossEntropy(torch.autograd.Function):
-    """Weighted sum of token losses; backward only scales the gradients that the forward made."""
+class ChunkedLoss(torch.autograd.Function):
+    """Weighted sum of token losses. The forward makes the gradients, the backward scales them."""
 
     @staticmethod
-    def forward(ctx, h, weight, targets, token_weights, part_of):
-        N, V = h.shape[0], weight.shape[0]
+    def forward(ctx, h, weight, tokens, chunk_losses, rows, group):
+        """
+        h, weight     hidden states (N, C) and output weight (V, C), any float dtype
+        tokens        (targets (N,) int64 with -1 for ignored tokens, weights (N,) or None: ones)
+        chunk_losses  chunk_losses(logits (n, V), targets (n,), chunk, needs_gradient) turns logits
+                      in place into the gradient of the token losses. It returns the losses (n,)
+                      and a factor, (n, 1) or a number, that the gradient is still multiplied by.
+                      targets are 0 at ignored tokens, chunk is the slice of N
+        rows          tokens of a chunk
+        group         process group that dh is summed over, or None
+        Returns (sum (), losses (N,) unweighted and 0 at ignored tokens), both in fp32 (fp64 for
+        fp64 input). Only the sum has a gradient, and its backward may run once.
+        """
+        targets, token_weights = tokens
+        N = len(h)
         needs_h, needs_weight = ctx.needs_input_grad[:2]
         dtype, high = loss_dtypes(h)
-        h_low, weight_low = h.to(dtype), weight.to(dtype)
-        counted, safe_targets = targets >= 0, targets.clamp(min=0)
-        token_weights = torch.where(counted, 1.0 if token_weights is None else token_weights.to(high), 0.0).to(high)
-        losses, hits = torch.empty(N, dtype=high, device=h.device), torch.empty(N, dtype=torch.bool, device=h.device)
-        dh = torch.empty_like(h_low, dtype=high if part_of else dtype) if needs_h else None
+        h_low = h.to(dtype)
+        weight_low = weight.to(dtype)
+        valid = targets >= 0
+        # gather and scatter fail on -1. The weight 0 takes ignored tokens out of the gradient.
+        safe_targets = targets.clamp(min=0)
+        token_weights = 1.0 if token_weights is None else token_weights.to(high)
+        token_weights = torch.where(valid, token_weights, 0.0).to(high)
+        losses = torch.empty(N, dtype=high, device=h.device)
+        dh = None
+        if needs_h:
+            # The sum of the ranks' parts is in fp32, so that it does not round at every addition.
+            dh = torch.empty_like(h_low, dtype=dtype if group is None else high)
         dweight = None
-        rows = chunk_rows(N, V, h.device, dtype)
-        buffer = torch.empty(rows, V, dtype=dtype, device=h.device)
+        # All chunks share this buffer, so only one chunk of logits exists at a time.
+        buffer = torch.empty(rows, len(weight), dtype=dtype, device=h.device)
+        # The dtypes are chosen above, and autocast must not change them.
         with torch.autocast(h.device.type, enabled=False):
             for start in range(0, N, rows):
                 chunk = slice(start, min(start + rows, N))
-                logits = torch.mm(h_low[chunk], weight_low.T, out=buffer[:chunk.stop - start])           # (n, V)
-                if part_of:
-                    losses[chunk], hits[chunk], scale = over_parts(logits, safe_targets[chunk], *part_of)
-                else:
-                    losses[chunk], hits[chunk], scale = kernels.softmax_gradient_(logits, safe_targets[chunk], needs_h or needs_weight)
-                scale = scale * token_weights[chunk, None]                                               # (n, 1); applied to C columns, not V
+                logits = buffer[:chunk.stop - start]
+                torch.mm(h_low[chunk], weight_low.T, out=logits)                      # (n, V)
+                losses[chunk], scale = chunk_losses(
+                    logits, safe_targets[chunk], chunk, needs_h or needs_weight)
+                # The scale is applied to the C columns of h and dh, which are fewer than V.
+                scale = scale * token_weights[chunk, None]                            # (n, 1)
                 if needs_h:
                     dh[chunk] = ((logits @ weight_low) * scale).to(dtype)
-                if needs_weight:
-                    scaled_h = (h_low[chunk] * scale).to(dtype)
-                    if dweight is None:
-                        dweight = (logits.T @ scaled_h).to(high)
-                    else:
-                        add_weight_gradient(dweight, logits, scaled_h)
-        if needs_weight and dweight is None:                                                             # no row at all
+                if not needs_weight:
+                    continue
+                scaled_h = (h_low[chunk] * scale).to(dtype)
+                # The first product becomes the sum, which saves a pass over (V, C) zeros.
+                if dweight is None:
+                    dweight = (logits.T @ scaled_h).to(high)
+                # addmm_ needs equal dtypes. A bf16 sum would lose small terms of later chunks.
+                elif high == dtype:
+                    dweight.addmm_(logits.T, scaled_h)
+                else:
+                    dweight += logits.T @ scaled_h
+        if needs_weight and dweight is None:        # N = 0
             dweight = torch.zeros(weight.shape, dtype=high, device=h.device)
-        if part_of and needs_h:
-            dist.all_reduce(dh, group=part_of[0])
-        losses.masked_fill_(~counted, 0)
-        hits &= counted
+        if needs_h and group is not None:
+            dist.all_reduce(dh, group=group)
+        # Until here an ignored token has the loss of target 0.
+        losses.masked_fill_(~valid, 0)
         ctx.save_for_backward(dh, dweight)
         ctx.dtypes = h.dtype, weight.dtype
-        ctx.mark_non_differentiable(losses, hits)
-        return (losses * token_weights).sum(), losses, hits
+        ctx.mark_non_differentiable(losses)
+        return (losses * token_weights).sum(), losses
 
     @staticmethod
-    def backward(ctx, upstream, _losses, _hits):
+    def backward(ctx, upstream, _losses):
         dh, dweight = ctx.saved_tensors
-        dh = None if dh is None else (dh * upstream).to(ctx.dtypes[0])
-        dweight = None if dweight is None else dweight.mul_(upstream).to(ctx.dtypes[1])
-        return dh, dweight, None, None, None
+        if dh is not None:
+            dh = (dh * upstream).to(ctx.dtypes[0])
+        if dweight is not None:
+            # In place, to save a second (V, C) tensor. This is why backward may run only once.
+            dweight = dweight.mul_(upstream).to(ctx.dtypes[1])
+        return dh, dweight, None, None, None, None
 
 
 def over_parts(logits, targets, group, first):
-    """`kernels.softmax_gradient_` where every rank of the group has the logits (n, V_part) of its own part of the vocabulary, from id `first` on.
+    """`kernels.softmax_gradient_` where each rank has the logits of a part of the vocabulary.
 
-    Two small all-reduces; logits are never gathered.
+    logits (n, V_part): this rank's part, from id `first` on. Makes two small all-reduces over the
+    group and never gathers logits.
     """
     lse, top, at_target = kernels.softmax_statistics(logits, targets - first)
-    most = torch.stack((lse, top, at_target))                                                            # (3, n)
+    # One maximum serves all three: the largest lse keeps `exp` from overflowing, and at_target is
+    # -inf on the ranks without the target.
+    most = torch.stack((lse, top, at_target))                                         # (3, n)
     dist.all_reduce(most, dist.ReduceOp.MAX, group)
     total = (lse - most[0]).exp()
     dist.all_reduce(total, group=group)
-    lse = most[0] + total.log()                                                                          # of the whole vocabulary
+    lse = most[0] + total.log()                                   # of the full vocabulary
     kernels.softmax_gradient_from_(logits, targets - first, lse)
     return lse - most[2], most[2] == most[1], torch.ones_like(lse)[:, None]
 
 
 def linear_cross_entropy(h, weight, targets, token_weights=None, part_of=None):
-    """Cross-entropy of the logits h @ weight.T, summed with weights, without ever holding all logits.
+    """Weighted sum of the cross-entropies of the logits h @ weight.T.
 
-    h (N, C) any float dtype; weight (V, C); targets (N,) int64, -1 = not counted; token_weights (N,) fp32 or None = ones
-    part_of: (process group, first id) when `weight` is this rank's part of the vocabulary, from that id on; h and targets are the same on every
-    rank of the group, and so are the results; dweight is of the part
-    Returns (sum () fp32, losses (N,) fp32 nats, hits (N,) bool). Gradients of h and weight flow from `sum` alone; divide it
-    by the number of valid tokens yourself. losses are unweighted, 0 where not counted; hits: the target has the largest
-    logit. dweight is accumulated in fp32 (all of it in fp64 for fp64 input). Backward may run once. Tokens that are not counted cost as much as
-    others: leave them out (`GPT.loss` does).
+    h              (N, C) any float dtype
+    weight         (V, C)
+    targets        (N,) int64, -1 where the loss ignores the token
+    token_weights  (N,) fp32, or None: ones
+    part_of        (process group, first id) if `weight` is this rank's part of the vocabulary from
+                   that id on. h, targets and results are then equal on all ranks of the group, and
+                   the weight's gradient is that of the part
+    Returns (sum () fp32, losses (N,) fp32 nats, hits (N,) bool). Only `sum` carries gradients.
+    Divide it by the number of valid tokens yourself. losses are unweighted, and 0 where the token
+    is ignored. A hit is a target with the largest logit. The weight's gradient is accumulated in
+    fp32. With fp64 input everything is fp64. Backward may run once. Ignored tokens cost as much as
+    others, so leave them out beforehand (`GPT.loss` does).
     """
-    return _LinearCrossEntropy.apply(h, weight, targets, token_weights, part_of)
+    hits = torch.empty(len(h), dtype=torch.bool, device=h.device)
+    group = None if part_of is None else part_of[0]
+
+    def chunk_losses(logits, targets, chunk, needs_gradient):
+        if part_of is None:
+            found = kernels.softmax_gradient_(logits, targets, needs_gradient)
+        else:
+            found = over_parts(logits, targets, *part_of)
+        losses, hits[chunk], scale = found
+        return losses, scale
+
+    rows = chunk_rows(len(h), len(weight), h.device, loss_dtypes(h)[0])
+    tokens = (targets, token_weights)
+    total, losses = ChunkedLoss.apply(h, weight, tokens, chunk_losses, rows, group)
+    return total, losses, hits & (targets >= 0)
