@@ -1,39 +1,51 @@
-"""Token shards on disk, and which row comes when.
+"""Token shards on disk, and the order in which their rows are read.
 
-A source is a folder with `train/*.bin`, `val/*.bin` (and others) and `meta.json`. A shard is 256 int32 and then the tokens:
-llm.c's and modded-nanogpt's format for uint16, a version of our own for uint32. Reading is a memory map and one copy; no
-worker processes (tools/bench_parts.py measures it).
+A source is a folder with `train/*.bin`, `val/*.bin` (and others) and `meta.json`. A shard is a
+header of 256 int32 followed by the tokens. This is the format of llm.c and modded-nanogpt for
+uint16, and a version of our own for uint32. Reading is a memory map and one copy, without worker
+processes.
 
-The rows of a run are a pure function of a few integers: each source is a permuted set of windows of block_size + 1 tokens,
-permuted by a keyed bijection (so 2T tokens need no index), and a cursor per source says how far it has been read. The
-mixture decides per global batch how many rows every source gives. None of it knows about ranks: a rank reads its own rows
-of the global batch, so a run goes on unchanged with another number of them.
+The rows of a run are a pure function of a few integers. Each source is a permuted set of windows of
+block_size + 1 tokens. The permutation is a keyed bijection, so 2T tokens need no index. One cursor
+per source counts the rows that have been read. For every global batch the mixture decides how many
+rows each source gives. This does not depend on ranks: every rank reads its part of the global
+batch, so a run continues unchanged with another number of ranks.
+
+With `packing='document'` (SFT) a row holds whole documents instead of a window, see
+`pack_documents`.
+
+Letters in shape comments: B rows, T tokens, n rows or tokens of an array.
 """
+import bisect
 import functools
 import glob
 import hashlib
-import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 
 import numpy as np
+import torch
 
-from configurator import BadInput, did_you_mean
-from packing import pack_documents
+from configurator import BadInput, did_you_mean, read_json
+from ops.attention import document_boundaries
 
 HEADER_INTS = 256
 HEADER_BYTES = 4 * HEADER_INTS
-FORMATS = {(20240520, 1): np.dtype('<u2'), (20240801, 7): np.dtype('<u4')}      # (magic, version) -> token dtype
-WEIGHT_UNIT = 2**32             # mixture weights are held as integers that sum to this, so nothing drifts
-PERMUTATION_BLOCK = 4096        # positions permuted at once
+FORMATS = {                     # (magic, version) -> dtype of the tokens
+    (20240520, 1): np.dtype('<u2'),
+    (20240801, 7): np.dtype('<u4')}
+WEIGHT_UNIT = 2**32             # weights are held as integers that sum to this, so nothing drifts
+PERMUTATION_BLOCK = 4096        # positions that are permuted at once
 PIECE = 256                     # tokens that are compared at once where documents are not known
 
 
-# -- shards ------------------------------------------------------------------------------------------------------------
+# -- shards ----------------------------------------------------------------------------------------
+
 
 def shard_header(n_tokens, vocab_size):
-    """(the header's bytes, dtype of the tokens behind it: uint16 if the vocabulary allows, else uint32)."""
+    """Returns the bytes of a header and the dtype of its tokens: uint16 if all ids fit."""
     magic, version = (20240520, 1) if vocab_size <= 2**16 else (20240801, 7)
     header = np.zeros(HEADER_INTS, dtype='<i4')
     header[:3] = magic, version, n_tokens
@@ -41,49 +53,72 @@ def shard_header(n_tokens, vocab_size):
 
 
 def shard_bytes(tokens, vocab_size):
-    """A 1-D array of token ids as the two byte strings of a shard: header and tokens."""
+    """Returns the two byte strings of a shard, header and tokens, for a 1-D array of token ids."""
     header, dtype = shard_header(len(tokens), vocab_size)
     return header, np.asarray(tokens).astype(dtype).tobytes()
 
 
 def read_header(path):
-    """(number of tokens, dtype) of a shard. Raises BadInput for a foreign, empty or truncated file."""
+    """Returns (number of tokens, dtype) of a shard.
+
+    Raises BadInput for a file of another format, an empty file or a truncated file.
+    """
     with open(path, 'rb') as f:
         beginning = f.read(HEADER_BYTES)
+    # A file may end within the header, so only full integers are looked at.
     header = np.frombuffer(beginning[:len(beginning) // 4 * 4], dtype='<i4')
-    if len(header) < HEADER_INTS or (int(header[0]), int(header[1])) not in FORMATS:
-        raise BadInput(f'{path} is no token shard: it begins with {header[:2].tolist()}, not with one of '
-                       f'{[list(k) for k in FORMATS]} (magic, version). Remove it or make it again.')
-    n_tokens, dtype = int(header[2]), FORMATS[int(header[0]), int(header[1])]
+    kind = tuple(header[:2].tolist())
+    if len(header) < HEADER_INTS or kind not in FORMATS:
+        raise BadInput(
+            f'{path} is no token shard: it begins with {list(kind)}, not with one of '
+            f'{[list(k) for k in FORMATS]} (magic, version). Remove it or make it again.')
+    n_tokens = int(header[2])
+    dtype = FORMATS[kind]
+    # The size is compared here, because a memory map of a truncated file fails only when it is
+    # read.
     holds = (os.path.getsize(path) - HEADER_BYTES) // dtype.itemsize
     if holds != n_tokens:
-        raise BadInput(f'{path} holds {holds:,} tokens, its header says {n_tokens:,}: '
-                       f'{"truncated" if holds < n_tokens else "damaged"}. Delete it and prepare the source again.')
+        fault = 'truncated' if holds < n_tokens else 'damaged'
+        raise BadInput(
+            f'{path} holds {holds:,} tokens, its header says {n_tokens:,}: {fault}. '
+            'Delete it and prepare the source again.')
     return n_tokens, dtype
 
 
-@functools.lru_cache(maxsize=64)        # a bound on open files (macOS allows 256); 2T tokens are some 20,000 shards
+# 64 is a bound on open files: macOS allows 256 per process, and 2T tokens are some 20,000 shards.
+@functools.lru_cache(maxsize=64)
 def open_shard(path):
+    """Returns the tokens of a shard as a read-only memory map."""
     n_tokens, dtype = read_header(path)
     return np.memmap(path, dtype=dtype, mode='r', offset=HEADER_BYTES, shape=(n_tokens,))
 
 
+def mask_path(shard_path):
+    return shard_path.removesuffix('.bin') + '.mask'
+
+
 @functools.lru_cache(maxsize=64)
-def open_mask(path):
-    """The loss mask beside a shard, (tokens,) uint8, None when there is none. BadInput when it has another length."""
-    mask_path, n_tokens = path.removesuffix('.bin') + '.mask', read_header(path)[0]
-    if not os.path.isfile(mask_path):
+def open_mask(shard_path):
+    """Returns the loss mask of a shard, (tokens,) uint8, or None when it has none.
+
+    Raises BadInput when the mask has another length than the shard.
+    """
+    path = mask_path(shard_path)
+    if not os.path.isfile(path):
         return None
-    if os.path.getsize(mask_path) != n_tokens:
-        raise BadInput(f'{mask_path} holds {os.path.getsize(mask_path):,} bytes, its shard {n_tokens:,} tokens: truncated or of another shard. '
-                       'Prepare the source again.')
-    return np.memmap(mask_path, dtype=np.uint8, mode='r')
+    n_tokens = read_header(shard_path)[0]
+    if os.path.getsize(path) != n_tokens:
+        raise BadInput(
+            f'{path} holds {os.path.getsize(path):,} bytes, its shard {n_tokens:,} tokens: it is '
+            'truncated or belongs to another shard. Prepare the source again.')
+    return np.memmap(path, dtype=np.uint8, mode='r')
 
 
-# -- permutation -------------------------------------------------------------------------------------------------------
+# -- permutation -----------------------------------------------------------------------------------
 
-def _mix(x, key):
-    """splitmix64's finaliser: uint64 array and key -> well-mixed uint64 array."""
+
+def mix_bits(x, key):
+    """The finaliser of splitmix64: uint64 array and key -> uint64 array with well-mixed bits."""
     x = (x + key) * np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -91,106 +126,263 @@ def _mix(x, key):
 
 
 def derive_keys(n, *what):
-    """n uint64 keys from the repr of anything: the same in every process and on every machine."""
+    """n uint64 keys from the repr of any values, the same in every process and on every machine."""
     return np.frombuffer(hashlib.shake_256(repr(what).encode()).digest(8 * n), dtype='<u8')
 
 
 def permute(positions, n, keys):
-    """Bijection of range(n) applied to an int array: a four-round Feistel network on the next power of four, walked until
-    the value falls below n (Black & Rogaway 2002, cycle walking). keys: (4,) uint64. Returns int64.
+    """Applies a bijection of range(n) to an int array. keys: (4,) uint64. Returns int64.
+
+    A Feistel network of four rounds on the next power of four, applied again until the value falls
+    below n (Black & Rogaway 2002, cycle walking).
     """
+    # Both halves of a position have the same number of bits, so the domain is a power of four. It
+    # is less than four times n, so a value is walked fewer than four times on average.
     half = np.uint64(max(1, (max(n - 1, 1).bit_length() + 1) // 2))
     mask = np.uint64((1 << int(half)) - 1)
     out = np.asarray(positions, dtype=np.uint64).copy()
     todo = np.arange(len(out))
     with np.errstate(over='ignore'):
         while len(todo):
-            left, right = out[todo] >> half, out[todo] & mask
+            left = out[todo] >> half
+            right = out[todo] & mask
             for key in keys:
-                left, right = right, left ^ (_mix(right, key) & mask)
+                left, right = right, left ^ (mix_bits(right, key) & mask)
             value = (left << half) | right
             out[todo] = value
             todo = todo[value >= n]
     return out.astype(np.int64)
 
 
-# -- sources -----------------------------------------------------------------------------------------------------------
+# -- packing of documents --------------------------------------------------------------------------
+
+
+@dataclass
+class Packs:
+    """Rows of whole documents. Row i holds the documents first[i]:first[i + 1] of the arrays."""
+    shard: np.ndarray           # (documents,) int32, number of the shard
+    start: np.ndarray           # (documents,) int64, position of the first token in the shard
+    length: np.ndarray          # (documents,) int32, tokens that are used
+    first: np.ndarray           # (rows + 1,) int64
+    capacity: int               # tokens of a row
+    n_too_long: int             # documents of more tokens than a row, truncated or dropped
+    n_unsupervised: int         # documents without a supervised token, which were left out
+    n_valid: int                # tokens that the loss counts
+
+    @property
+    def n_rows(self):
+        return len(self.first) - 1
+
+    @property
+    def utilisation(self):
+        """Share of the tokens of all rows that is not padding."""
+        return int(self.length.sum()) / (self.n_rows * self.capacity) if self.n_rows else 0.0
+
+
+def best_fit(lengths, capacity):
+    """Packs items into bins by best-fit decreasing (Ding et al. 2024, arXiv:2404.10830, section 3).
+
+    lengths   (n,) ints from 1 to capacity
+    Returns (order (n,) int64, first (bins + 1,) int64): bin i holds order[first[i]:first[i + 1]].
+    Every item, longest first, goes into the bin with the least room that still takes it. Items of
+    one length are placed together, so the work grows with the number of different lengths and
+    rooms: a million conversations take a second.
+    """
+    by_length = np.argsort(-np.asarray(lengths), kind='stable')
+    negative, counts = np.unique(-np.asarray(lengths)[by_length], return_counts=True)
+    bins = []               # items of every bin
+    rooms = []              # sorted: the different amounts of room that bins have left
+    with_room = {}          # room -> numbers of these bins
+
+    def put(room, numbers):
+        if numbers and room not in with_room:
+            bisect.insort(rooms, room)
+            with_room[room] = []
+        if numbers:
+            with_room[room] += numbers
+
+    at = 0
+    for length, count in zip((-negative).tolist(), counts.tolist(), strict=True):
+        items = by_length[at:at + count].tolist()
+        at += count
+        while items:
+            place = bisect.bisect_left(rooms, length)
+            if place == len(rooms):              # no bin has room: open as many as these items need
+                n_new = -(-len(items) // (capacity // length))
+                put(capacity, [*range(len(bins), len(bins) + n_new)])
+                bins += [[] for _ in range(n_new)]
+                continue
+            # A bin that has taken one of these items is then the fullest that takes the next one.
+            room = rooms[place]
+            each = room // length
+            n_taken = min(len(with_room[room]), -(-len(items) // each))
+            taken = with_room[room][:n_taken]
+            left = with_room[room][n_taken:]
+            for i, number in enumerate(taken):
+                bins[number] += items[i * each:(i + 1) * each]
+            in_last = min(each, len(items) - (n_taken - 1) * each)
+            items = items[n_taken * each:]
+            with_room[room] = left
+            if not left:
+                del rooms[place], with_room[room]
+            put(room - each * length, taken[:-1])
+            put(room - in_last * length, taken[-1:])
+    order = np.array([item for items in bins for item in items], dtype=np.int64)
+    sizes = np.array([len(items) for items in bins], dtype=np.int64)
+    return order, np.concatenate(([0], np.cumsum(sizes)))
+
+
+def pack_documents(shards, bos_id, capacity, overlong='truncate'):
+    """Packs the documents of a source into rows: Packs.
+
+    shards      iterable of (tokens (n,), mask (n,) uint8 or None when the loss counts every token)
+    bos_id      token that every document begins with. The loss never counts it
+    capacity    tokens of a row
+    overlong    what to do with a document of more tokens: truncate | drop
+    Documents without a supervised token within `capacity` are left out. Attention and positions
+    stay within a document, so a packed row equals its conversations run one by one.
+    """
+    # shard, start, length and supervised tokens of every document
+    columns = [[np.zeros(0, np.int32)] for _ in range(4)]
+    n_too_long = 0
+    n_unsupervised = 0
+    for number, (tokens, mask) in enumerate(shards):
+        starts = np.flatnonzero(np.asarray(tokens) == bos_id)
+        if not len(starts):
+            continue
+        length = np.diff(starts, append=len(tokens))
+        if mask is None:
+            n_valid = length - 1
+        else:
+            n_valid = np.add.reduceat(mask, starts, dtype=np.int64) - mask[starts]
+        # A truncated document keeps only the supervised tokens of its beginning.
+        too_long = length > capacity
+        n_too_long += int(too_long.sum())
+        for i in np.flatnonzero(too_long):
+            inside = slice(starts[i] + 1, starts[i] + capacity)
+            n_valid[i] = capacity - 1 if mask is None else int(mask[inside].sum())
+        keep = ~too_long if overlong == 'drop' else np.ones_like(too_long)
+        n_unsupervised += int((keep & (n_valid == 0)).sum())
+        keep &= n_valid > 0
+        columns[0].append(np.full(keep.sum(), number, np.int32))
+        columns[1].append(starts[keep])
+        columns[2].append(np.minimum(length[keep], capacity).astype(np.int32))
+        columns[3].append(n_valid[keep])
+    shard, start, length, n_valid = [np.concatenate(column) for column in columns]
+    # Document numbers follow the rows, so a row reads a contiguous part of the arrays.
+    order, first = best_fit(length, capacity)
+    return Packs(
+        shard[order], start[order], length[order], first, capacity, n_too_long, n_unsupervised,
+        int(n_valid.sum()))
+
+
+# -- sources ---------------------------------------------------------------------------------------
+
 
 class Source:
-    """One split of one source: its shards as a permuted, endless sequence of rows of block_size + 1 tokens.
+    """One split of one source: its shards as a permuted, endless sequence of rows of T + 1 tokens.
 
-    packing 'window': a row is a window of the stream; masks are not looked at. Neighbouring windows of a shard share one token
-    (the last target of one is the first input of the next); the tail of a shard that fills no window is not used.
-    packing 'document': a row holds whole documents and padding (packing.py); a token that the loss does not count as a target is
-    stored as ~id, so it is negative. overlong: documents longer than a row, truncate | drop.
-    `meta` is meta.json's content, or None for shards made elsewhere.
+    packing 'window': a row is a window of the stream, and masks are not read. Neighbouring windows
+    of a shard share one token: the last target of one is the first input of the next. The tail of a
+    shard that fills no window is not used.
+    packing 'document': a row holds whole documents and padding. A token that the loss ignores as a
+    target is stored as ~id, which is negative. overlong: what to do with documents longer than a
+    row. `meta` is the content of meta.json, or None for shards that were made elsewhere.
     """
 
-    def __init__(self, data_dir, name, split, block_size, seed=0, vocab_size=None, packing='window', overlong='truncate'):
-        self.name, self.split, self.block_size, self.seed, self.vocab_size = name, split, block_size, seed, vocab_size
+    def __init__(self, data_dir, name, split, block_size, seed=0, vocab_size=None, packing='window',
+                 overlong='truncate'):
+        self.name = name
+        self.split = split
+        self.block_size = block_size
+        self.seed = seed
+        self.vocab_size = vocab_size
+        # The order of these checks leads from the most likely mistake to the rarest.
         folder = os.path.join(data_dir, name)
         if not os.path.isdir(folder):
             there = sorted(os.listdir(data_dir)) if os.path.isdir(data_dir) else []
-            raise BadInput(f"source '{name}': {folder} does not exist.{did_you_mean(name, there)} Make it with a script in "
-                           'prepare/, or set data_dir.')
-        if os.path.isdir(os.path.join(folder, 'progress')) and not os.path.isfile(os.path.join(folder, 'meta.json')):
-            raise BadInput(f"source '{name}': {folder} is half prepared (it holds progress/ and no meta.json). Run its script "
-                           'in prepare/ again; it goes on where it stopped.')
+            raise BadInput(
+                f"source '{name}': {folder} does not exist.{did_you_mean(name, there)} Make it "
+                'with a script in prepare/, or set data_dir.')
+        has_meta = os.path.isfile(os.path.join(folder, 'meta.json'))
+        if os.path.isdir(os.path.join(folder, 'progress')) and not has_meta:
+            raise BadInput(
+                f"source '{name}': {folder} is half prepared (it holds progress/ and no "
+                'meta.json). Run its script in prepare/ again. It continues where it stopped.')
+        # Sorted, because the numbers of windows depend on the order of the shards.
         self.paths = sorted(glob.glob(os.path.join(folder, split, '*.bin')))
         if not self.paths:
-            raise BadInput(f"source '{name}': {folder}/{split} holds no *.bin shards. Prepare the source again.")
-        headers = [read_header(path) for path in self.paths]
-        self.shard_tokens = [n for n, _ in headers]
-        self.first_window = np.concatenate(([0], np.cumsum([max(0, n - 1) // block_size for n in self.shard_tokens])))
+            raise BadInput(
+                f"source '{name}': {folder}/{split} holds no *.bin shards. Prepare the source "
+                'again.')
+        self.shard_tokens = [read_header(path)[0] for path in self.paths]
+        # A window never crosses the end of a shard.
+        windows = [max(0, n - 1) // block_size for n in self.shard_tokens]
+        self.first_window = np.concatenate(([0], np.cumsum(windows)))
         self.n_windows = int(self.first_window[-1])
         self.n_tokens = sum(self.shard_tokens)
         if self.n_windows == 0 and packing == 'window':
-            raise BadInput(f"source '{name}' ({split}): {self.n_tokens:,} tokens do not fill one window of block_size + 1 = "
-                           f'{block_size + 1}. Lower block_size or prepare more.')
-        meta_path = os.path.join(folder, 'meta.json')
-        self.meta = None
-        if os.path.isfile(meta_path):
-            with open(meta_path, encoding='utf-8') as f:
-                self.meta = json.load(f)
-            if vocab_size is not None and self.meta['vocab_size'] > vocab_size:
-                raise BadInput(f"source '{name}' was tokenized with a vocabulary of {self.meta['vocab_size']:,}, the model's "
-                               f'vocab_size is {vocab_size:,}. Set vocab_size, or prepare the source with its tokenizer.')
-        self.kept = None               # window numbers that `keep_windows` left, ascending; None: all
+            raise BadInput(
+                f"source '{name}' ({split}): {self.n_tokens:,} tokens do not fill one window of "
+                f'block_size + 1 = {block_size + 1}. Lower block_size or prepare more.')
+        self.meta = read_json(os.path.join(folder, 'meta.json')) if has_meta else None
+        if has_meta and vocab_size is not None and self.meta['vocab_size'] > vocab_size:
+            raise BadInput(
+                f"source '{name}' was tokenized with a vocabulary of {self.meta['vocab_size']:,}, "
+                f"the model's vocab_size is {vocab_size:,}. Set vocab_size, or prepare the source "
+                "with the model's tokenizer.")
+        self.kept = None               # numbers of the windows that `keep_windows` left. None: all
         self._block_cache = {}
-        self.overlong, self.packs = overlong, None      # packs: packing.Packs with packing='document'
+        self.overlong = overlong
+        self.packs = None              # Packs with packing='document'
         if packing == 'document':
             self.pack()
 
     def pack(self):
-        """Finds the documents and makes them the rows of this source. Reads every token once, a second for 500 million."""
+        """Makes the documents the rows of this source. Reads 500 million tokens per second."""
         if self.meta is None:
-            raise BadInput(f"source '{self.name}' has no meta.json that names the token which documents begin with; packing='document' needs it.")
-        without = [path for path in self.paths if not os.path.isfile(path.removesuffix('.bin') + '.mask')]
+            raise BadInput(
+                f"source '{self.name}' has no meta.json that names the token which documents begin "
+                "with, and packing='document' needs it.")
+        # A shard without its mask would be trained on in full, so a mixed source is refused.
+        without = [path for path in self.paths if not os.path.isfile(mask_path(path))]
         if 0 < len(without) < len(self.paths):
-            raise BadInput(f"source '{self.name}' ({self.split}): {without[0]} and {len(without) - 1} more shards have no .mask, others have. "
-                           'Prepare the source again.')
-        self.pad_id = 1 if self.meta['tokenizer']['bos_id'] == 0 else 0       # any but BOS, so that padding begins no document
-        self.packs = pack_documents(((open_shard(path), open_mask(path)) for path in self.paths), self.meta['tokenizer']['bos_id'],
-                                    self.block_size + 1, self.overlong)
-        self.has_mask, self.n_windows = not without, self.packs.n_rows
+            raise BadInput(
+                f"source '{self.name}' ({self.split}): {without[0]} and {len(without) - 1} more "
+                'shards have no .mask, others have. Prepare the source again.')
+        bos_id = self.meta['tokenizer']['bos_id']
+        self.pad_id = 1 if bos_id == 0 else 0          # not BOS, so that padding begins no document
+        shards = ((open_shard(path), open_mask(path)) for path in self.paths)
+        self.packs = pack_documents(shards, bos_id, self.block_size + 1, self.overlong)
+        self.has_mask = not without
+        self.n_windows = self.packs.n_rows
         if self.n_windows == 0:
-            raise BadInput(f"source '{self.name}' ({self.split}) has no document with a token that the loss counts within block_size + 1 = "
-                           f'{self.block_size + 1} tokens ({self.packs.n_too_long:,} are longer). Raise block_size, or look at its masks.')
+            raise BadInput(
+                f"source '{self.name}' ({self.split}) has no document with a token that the loss "
+                f'counts within block_size + 1 = {self.block_size + 1} tokens '
+                f'({self.packs.n_too_long:,} are longer). Raise block_size, or look at its masks.')
 
     def keep_windows(self, keep):
-        """Leaves out the windows where keep (n_windows,) bool is False, for good: epochs are of the rest."""
+        """Removes the windows where keep (n_windows,) bool is False. Epochs then cover the rest."""
         self.kept = np.flatnonzero(keep)
         self.n_windows = len(self.kept)
+        # The cached blocks are permutations of the former number of windows.
         self._block_cache.clear()
 
     def fingerprint(self):
-        """16 hex digits over shard names, lengths, first and last tokens and recorded hashes: changes when the data does, or what is kept of it."""
+        """16 hex digits over the names, lengths, ends and recorded hashes of the shards.
+
+        It changes when the data changes, or the choice of windows that are kept.
+        """
         digest = hashlib.sha256()
         recorded = {s['file']: s['sha256'] for s in self.meta['shards']} if self.meta else {}
-        for path, n_tokens in zip(self.paths, self.shard_tokens):
+        folder = os.path.dirname(os.path.dirname(self.paths[0]))
+        for path, n_tokens in zip(self.paths, self.shard_tokens, strict=True):
+            # The full hash of terabytes would take hours at every start, so the ends stand for a
+            # shard, besides the hash that its preparation recorded.
             tokens = open_shard(path)
-            digest.update(f'{os.path.basename(path)} {n_tokens} '
-                          f'{recorded.get(os.path.relpath(path, os.path.dirname(os.path.dirname(path))), "")}'.encode())
+            sha256 = recorded.get(os.path.relpath(path, folder), '')
+            digest.update(f'{os.path.basename(path)} {n_tokens} {sha256}'.encode())
             digest.update(tokens[:1024].tobytes() + tokens[-1024:].tobytes())
         if self.kept is not None:
             digest.update(self.kept.tobytes())
@@ -200,45 +392,51 @@ class Source:
         return digest.hexdigest()[:16]
 
     def window(self, cursor):
-        """The window that the cursor-th row is: epochs follow one another, each a permutation of its own."""
+        """The number of the window that row `cursor` is. Every epoch is another permutation."""
         epoch, position = divmod(int(cursor), self.n_windows)
+        # A block of positions shares the cost of numpy's calls in `permute`.
         block = position // PERMUTATION_BLOCK
         if (epoch, block) not in self._block_cache:
+            # A few blocks suffice: cursors move on, and validation rereads its first rows.
             if len(self._block_cache) > 8:
                 self._block_cache.clear()
-            positions = np.arange(block * PERMUTATION_BLOCK, min((block + 1) * PERMUTATION_BLOCK, self.n_windows))
+            first = block * PERMUTATION_BLOCK
+            positions = np.arange(first, min(first + PERMUTATION_BLOCK, self.n_windows))
             keys = derive_keys(4, self.seed, self.name, self.split, epoch)
             self._block_cache[epoch, block] = permute(positions, self.n_windows, keys).tolist()
         window = self._block_cache[epoch, block][position % PERMUTATION_BLOCK]
         return window if self.kept is None else int(self.kept[window])
 
     def read(self, cursor, out):
-        """Copies the cursor-th row into out (block_size + 1,)."""
+        """Copies row `cursor` into out (T + 1,)."""
         self.read_window(self.window(cursor), out)
 
     def read_window(self, window, out):
-        """Copies a window, by its number in the shards' order, into out (block_size + 1,)."""
+        """Copies a window, by its number in the order of the shards, into out (T + 1,)."""
         if self.packs is not None:
-            return self.read_pack(window, out)
+            self.read_pack(window, out)
+            return
         shard = int(np.searchsorted(self.first_window, window, side='right')) - 1
         start = (window - int(self.first_window[shard])) * self.block_size
         out[:] = open_shard(self.paths[shard])[start:start + self.block_size + 1]
 
     def read_pack(self, row, out):
-        """Copies a row of documents into out, tokens that are not counted as ~id, then padding."""
+        """Copies a row of documents and padding into out. Ignored tokens become ~id."""
         at = 0
         for i in range(self.packs.first[row], self.packs.first[row + 1]):
-            path, start, length = self.paths[self.packs.shard[i]], self.packs.start[i], self.packs.length[i]
-            part = out[at:at + length]
-            part[:] = open_shard(path)[start:start + length]
+            path = self.paths[self.packs.shard[i]]
+            inside = slice(self.packs.start[i], self.packs.start[i] + self.packs.length[i])
+            part = out[at:at + self.packs.length[i]]
+            part[:] = open_shard(path)[inside]
             if self.has_mask:
-                np.invert(part, out=part, where=open_mask(path)[start:start + length] == 0)
-            part[0] = ~token_ids(part[0])                      # no document begins because of the one before it
-            at += length
+                np.invert(part, out=part, where=open_mask(path)[inside] == 0)
+            # The first token of a document is no target of the document before it.
+            part[0] = ~token_ids(part[0])
+            at += len(part)
         out[at:] = ~self.pad_id
 
     def rows(self, cursors):
-        """(n, block_size + 1) int32 rows; BadInput when one holds a token id that the model's vocabulary lacks."""
+        """Returns (n, T + 1) int32 rows. Raises BadInput for a token id outside the vocabulary."""
         out = np.empty((len(cursors), self.block_size + 1), dtype=np.int32)
         for i, cursor in enumerate(cursors):
             self.read(cursor, out[i])
@@ -247,15 +445,35 @@ class Source:
 
     def check_ids(self, rows):
         """Raises BadInput when a row of this source holds a token id outside the vocabulary."""
-        rows = rows if self.packs is None else token_ids(rows)
-        if self.vocab_size is not None and not 0 <= int(rows.min()) <= int(rows.max()) < self.vocab_size:
-            bad = int(rows.max()) if rows.min() >= 0 else int(rows.min()) % 2**32
-            raise BadInput(f"source '{self.name}' ({os.path.dirname(self.paths[0])}) holds token id {bad}, the model's "
-                           f'vocab_size is {self.vocab_size}: shards of another tokenizer. Prepare the source again or set vocab_size.')
+        ids = rows if self.packs is None else token_ids(rows)
+        low = int(ids.min())
+        high = int(ids.max())
+        if self.vocab_size is not None and not 0 <= low <= high < self.vocab_size:
+            bad = high if low >= 0 else low % 2**32
+            raise BadInput(
+                f"source '{self.name}' ({os.path.dirname(self.paths[0])}) holds token id {bad}, "
+                f"the model's vocab_size is {self.vocab_size}: its shards were made with another "
+                'tokenizer. Prepare the source again or set vocab_size.')
+
+
+def open_probe(data_dir, domain, block_size, vocab_size, packing='window', overlong='truncate'):
+    """Opens the probe set of a domain: data_dir/probe/<domain>, or that source's split probe/."""
+    if '/' in domain:
+        raise BadInput(
+            f"probe: '{domain}' must be the name of a folder in {data_dir}/probe, without a /.")
+    has_folder = os.path.isdir(os.path.join(data_dir, 'probe', domain))
+    has_split = os.path.isdir(os.path.join(data_dir, domain, 'probe'))
+    name = domain if has_split and not has_folder else f'probe/{domain}'
+    return Source(data_dir, name, 'probe', block_size, 0, vocab_size, packing, overlong)
+
+
+def domain_of(probe):
+    """The domain of a probe set that `open_probe` opened."""
+    return probe.name.split('/')[-1]
 
 
 def common_tokenizer(sources):
-    """The tokenizer record (meta.json's 'tokenizer') that all sources share, None when none of them has a meta.json.
+    """The tokenizer record of meta.json that all sources share. None when none has a meta.json.
 
     Raises BadInput when two sources were made with different tokenizers.
     """
@@ -265,116 +483,184 @@ def common_tokenizer(sources):
     first_name, first = next(iter(known.items()))
     for name, tokenizer in known.items():
         if tokenizer['fingerprint'] != first['fingerprint']:
-            raise BadInput(f"source '{name}' was made with tokenizer {tokenizer['name']} ({tokenizer['fingerprint']}), "
-                           f"'{first_name}' with {first['name']} ({first['fingerprint']}). Prepare one of them again.")
+            raise BadInput(
+                f"source '{name}' was made with tokenizer {tokenizer['name']} "
+                f"({tokenizer['fingerprint']}), '{first_name}' with {first['name']} "
+                f"({first['fingerprint']}). Prepare one of them again.")
     return first
 
 
-def text_warnings(rows, vocab_size):
-    """What is odd about a sample of a Source's rows (n, T) of ids below vocab_size, in words: list of str, [] for ordinary text.
-
-    Random or shuffled tokens: neighbours form as many different pairs as they do in another order; random ones: their entropy is
-    that of uniform ones, too. Repeated text: most runs of 8 tokens come more than once. (Words shuffled whole are not noticed.)
-    """
-    found, rng = [], np.random.default_rng(0)
-    tokens = token_ids(rows).astype(np.int64)
-    uniform = rng.integers(vocab_size, size=tokens.size)
-
-    def entropy(ids):
-        share = np.bincount(ids) / len(ids)
-        return -(share[share > 0] * np.log(share[share > 0])).sum()
-
-    def n_pairs(ids):
-        return len(np.unique(ids[:, :-1] * vocab_size + ids[:, 1:]))
-    if n_pairs(tokens) > 0.98 * n_pairs(rng.permuted(tokens.ravel()).reshape(tokens.shape)):
-        found.append('its tokens say nothing about their neighbours, as if they were '
-                     + ('random' if entropy(tokens.ravel()) > 0.98 * entropy(uniform) else 'shuffled'))
-    with np.errstate(over='ignore'):
-        runs = sum(_mix(tokens[:, i:tokens.shape[1] - 7 + i].astype(np.uint64), np.uint64(i)) for i in range(8)) if tokens.shape[1] > 8 else None
-    if runs is not None and len(np.unique(runs)) < 0.5 * runs.size:
-        found.append('more than half of its runs of 8 tokens are repetitions')
-    return found
-
-
-def shared_documents(probe, source, bos_id, rank=0, world_size=1):
-    """Number of documents of `probe` that stand in `source` as well, token for token, in this rank's part of the shards.
-
-    Both are Sources. Reads all tokens of the source once, a second for 300 million in the page cache. Documents of fewer than 16 tokens are
-    not compared; without bos_id (shards without meta.json) aligned pieces of PIECE tokens are.
-    """
-    def pieces(path):                       # tokens; where documents begin and end; a hash of length, first and last 16 tokens: (n,) uint64
-        tokens = open_shard(path)
-        starts = np.arange(0, len(tokens), PIECE) if bos_id is None else np.flatnonzero(tokens == bos_id)
-        ends = np.append(starts[1:], len(tokens))[:len(starts)]
-        starts, ends = (x[ends - starts >= 16] for x in (starts, ends))
-        places = np.concatenate((starts[:, None] + np.arange(16), ends[:, None] - 1 - np.arange(16)), 1)
-        with np.errstate(over='ignore'):
-            words = tokens[places].astype(np.uint64)
-            return tokens, starts, ends, sum((_mix(words[:, i], np.uint64(i)) for i in range(32)), _mix((ends - starts).astype(np.uint64), np.uint64(32)))
-    wanted = {}
-    for path in probe.paths:
-        tokens, starts, ends, hashes = pieces(path)
-        for start, end, key in zip(starts, ends, hashes.tolist()):
-            wanted.setdefault(key, []).append(tokens[start:end])
-    known, n = np.array(list(wanted), dtype=np.uint64), 0
-    for path in source.paths[rank::world_size]:
-        tokens, starts, ends, hashes = pieces(path)
-        for i in np.flatnonzero(np.isin(hashes, known)):
-            n += any(np.array_equal(document, tokens[starts[i]:ends[i]]) for document in wanted[int(hashes[i])])
-    return n
-
-
-def report_packing(sources):
-    """Prints of every source (packing='document') how many documents, rows and counted tokens it has, and what was cut or left out."""
-    for source in sources:
-        p = source.packs
-        print(f"{source.name} ({source.split}): {len(p.length):,} documents in {p.n_rows:,} rows of {p.capacity - 1:,} tokens, utilisation "
-              f'{p.utilisation:.1%}, {p.n_valid / max(1, p.length.sum()):.0%} of the tokens count' + ('' if source.has_mask else ' (no masks)')
-              + (f'; {p.n_too_long:,} longer than a row, {dict(truncate="truncated", drop="dropped")[source.overlong]}' if p.n_too_long else '')
-              + (f'; {p.n_unsupervised:,} left out, since no token of theirs counts' if p.n_unsupervised else ''))
-
-
 def prepare_missing(script, data_dir, names):
-    """Runs a script of prepare/ when one of the sources `names` is not in data_dir."""
-    if any(not os.path.isfile(os.path.join(data_dir, name, 'meta.json')) for name in names):
-        print(f'data: {data_dir} is not complete; running {script}', flush=True)
-        if subprocess.run([sys.executable, script, f'--out={data_dir}']).returncode:
-            raise BadInput(f'{script} failed; its message stands above.')
+    """Runs a script of prepare/ when one of the sources `names` is not in data_dir.
+
+    script: a path from here or from the project's folder
+    """
+    if all(os.path.isfile(os.path.join(data_dir, name, 'meta.json')) for name in names):
+        return
+    if not os.path.isfile(script):
+        script = os.path.join(os.path.dirname(os.path.abspath(__file__)), script)
+    print(f'data: {data_dir} is not complete; running {script}', flush=True)
+    if subprocess.run([sys.executable, script, f'--out={data_dir}']).returncode:
+        raise BadInput(f'{script} failed. Its message stands above.')
 
 
 def check_sources(sources, trained, batch_rows):
-    """Reads a row of every Source, so that shards of another tokenizer show; BadInput, too, when one of those trained on has less than a batch of rows."""
+    """Reads a row of every Source, so that shards of another tokenizer are found before training.
+
+    Raises BadInput as well when a source in `trained` has less than a batch of rows.
+    """
     for source in sources:
         source.rows([0])
     for source in trained:
         if source.n_windows < batch_rows:
-            raise BadInput(f"source '{source.name}' has {source.n_windows} windows of {source.block_size} tokens, fewer than one batch "
-                           f'({batch_rows} rows). Prepare more of it, or lower total_batch_tokens or block_size.')
+            raise BadInput(
+                f"source '{source.name}' has {source.n_windows} windows of {source.block_size} "
+                f'tokens, fewer than one batch ({batch_rows} rows). Prepare more of it, or lower '
+                'total_batch_tokens or block_size.')
 
 
-# -- from rows to batches ----------------------------------------------------------------------------------------------
+def report_packing(sources):
+    """Prints documents, rows and supervised tokens of every source with packing='document'."""
+    for source in sources:
+        packs = source.packs
+        supervised = packs.n_valid / max(1, packs.length.sum())
+        text = (
+            f'{source.name} ({source.split}): {len(packs.length):,} documents in {packs.n_rows:,} '
+            f'rows of {packs.capacity - 1:,} tokens, utilisation {packs.utilisation:.1%}, '
+            f'{supervised:.0%} of the tokens are supervised')
+        if not source.has_mask:
+            text += ' (no masks)'
+        if packs.n_too_long:
+            fate = 'truncated' if source.overlong == 'truncate' else 'dropped'
+            text += f'; {packs.n_too_long:,} documents are longer than a row and were {fate}'
+        if packs.n_unsupervised:
+            text += f'; {packs.n_unsupervised:,} were left out because no token is supervised'
+        print(text)
+
+
+# -- warnings about text ---------------------------------------------------------------------------
+
+
+def entropy(ids):
+    """Entropy in nats of the frequencies of token ids (n,)."""
+    share = np.bincount(ids) / len(ids)
+    return -(share[share > 0] * np.log(share[share > 0])).sum()
+
+
+def count_pairs(ids, vocab_size):
+    """Number of different pairs of neighbours in rows (n, T)."""
+    return len(np.unique(ids[:, :-1] * vocab_size + ids[:, 1:]))
+
+
+def text_warnings(rows, vocab_size):
+    """Describes what is unusual in a sample of rows (n, T): list of str, [] for ordinary text.
+
+    Shuffled or random tokens: neighbours form as many different pairs as in another order. The
+    entropy of random tokens is that of a uniform distribution as well. Repeated text: most runs of
+    8 tokens occur more than once. Text whose words were shuffled as a whole is not found.
+    """
+    found = []
+    rng = np.random.default_rng(0)
+    tokens = token_ids(rows).astype(np.int64)
+    # A sample cannot show all of a vocabulary, so it is compared with random samples of its size.
+    uniform = rng.integers(vocab_size, size=tokens.size)
+    permuted = rng.permuted(tokens.ravel()).reshape(tokens.shape)
+    if count_pairs(tokens, vocab_size) > 0.98 * count_pairs(permuted, vocab_size):
+        is_random = entropy(tokens.ravel()) > 0.98 * entropy(uniform)
+        kind = 'random' if is_random else 'shuffled'
+        found.append(f'its tokens say nothing about their neighbours, as if they were {kind}')
+    T = tokens.shape[1]
+    if T > 8:
+        runs = 0
+        with np.errstate(over='ignore'):
+            for i in range(8):
+                runs = runs + mix_bits(tokens[:, i:T - 7 + i].astype(np.uint64), np.uint64(i))
+        if len(np.unique(runs)) < 0.5 * runs.size:
+            found.append('more than half of its runs of 8 tokens are repetitions')
+    return found
+
+
+def hashed_documents(path, bos_id):
+    """Splits a shard into documents: (tokens, starts (n,), ends (n,), hashes (n,) uint64).
+
+    A hash covers the length, the first 16 and the last 16 tokens of a document. Documents of fewer
+    than 16 tokens are left out. Without bos_id the shard is cut into pieces of PIECE tokens.
+    """
+    # Comparing documents pair by pair would take quadratic time. Only those of equal hashes are
+    # compared token by token.
+    tokens = open_shard(path)
+    if bos_id is None:
+        starts = np.arange(0, len(tokens), PIECE)
+    else:
+        starts = np.flatnonzero(tokens == bos_id)
+    ends = np.append(starts[1:], len(tokens))[:len(starts)]
+    long_enough = ends - starts >= 16
+    starts = starts[long_enough]
+    ends = ends[long_enough]
+    places = np.concatenate((starts[:, None] + np.arange(16), ends[:, None] - 1 - np.arange(16)), 1)
+    with np.errstate(over='ignore'):
+        words = tokens[places].astype(np.uint64)
+        hashes = mix_bits((ends - starts).astype(np.uint64), np.uint64(32))
+        for i in range(32):
+            hashes = hashes + mix_bits(words[:, i], np.uint64(i))
+    return tokens, starts, ends, hashes
+
+
+def shared_documents(probe, source, bos_id, rank=0, world_size=1):
+    """Counts the documents of a Source that a probe set holds as well, in this rank's shards.
+
+    Reads all tokens of the source once: 300 million per second in the page cache. bos_id None:
+    shards without meta.json, where aligned pieces of PIECE tokens are compared.
+    """
+    wanted = {}
+    for path in probe.paths:
+        tokens, starts, ends, hashes = hashed_documents(path, bos_id)
+        for start, end, key in zip(starts, ends, hashes.tolist(), strict=True):
+            wanted.setdefault(key, []).append(tokens[start:end])
+    known = np.array(list(wanted), dtype=np.uint64)
+    n = 0
+    for path in source.paths[rank::world_size]:
+        tokens, starts, ends, hashes = hashed_documents(path, bos_id)
+        for i in np.flatnonzero(np.isin(hashes, known)):
+            candidates = wanted[int(hashes[i])]
+            document = tokens[starts[i]:ends[i]]
+            n += any(np.array_equal(candidate, document) for candidate in candidates)
+    return n
+
+
+# -- from rows to batches --------------------------------------------------------------------------
+
 
 def token_ids(rows):
-    """A Source's rows without the sign that says what is not counted: int arrays or tensors of 32 bits."""
+    """Token ids of int32 rows, without the sign that marks what the loss ignores."""
     return rows ^ (rows >> 31)
 
 
-def batch_of(rows, bos_id=None):
-    """A Source's rows (n, T + 1), an int32 tensor -> inputs (n, T) int32, targets (n, T) int64 with -1 = not counted, document ids.
+def document_ids(rows, bos_id):
+    """Number of the document within its row for every token: same shape, int."""
+    return (rows == bos_id).cumsum(1)
 
-    bos_id: the token that documents begin with; None: attention is not kept within documents, and there are no ids.
+
+def batch_of(rows, bos_id=None):
+    """Splits rows (B, T + 1), an int32 tensor, into inputs, targets and document ids.
+
+    bos_id  token that documents begin with. None: attention may cross documents, and there are no
+            ids
+    Returns inputs (B, T) int32, targets (B, T) int64 with -1 where the loss ignores the token, and
+    document ids (B, T) or None.
     """
+    # Tokens that the loss ignores are still read as inputs.
     inputs = token_ids(rows)[:, :-1]
-    return inputs, rows[:, 1:].long().clamp(min=-1), None if bos_id is None else document_ids(inputs, bos_id)
+    targets = rows[:, 1:].long().clamp(min=-1)
+    return inputs, targets, None if bos_id is None else document_ids(inputs, bos_id)
 
 
 def valid_positions(targets, group=None):
-    """The positions of supervised targets (>= 0) in a flattened CPU tensor, or None when all of them are supervised.
+    """Flat positions of the supervised targets (>= 0) on the CPU: (n,) int64, None when all are.
 
     targets  int64 of any shape
-    group    ranks.Group of tensor parallelism: every rank then gets its share of the positions, for `GPT.loss` with an
-             objective. None: all positions
-    Returns (n,) int64 or None.
+    group    ranks.Group of tensor parallelism: every rank of it then gets its share of the
+             positions, for `GPT.loss` with an objective. None: all positions
     """
     valid = (targets.flatten() >= 0).nonzero()[:, 0]
     if group is not None:
@@ -382,81 +668,222 @@ def valid_positions(targets, group=None):
     return None if len(valid) == targets.numel() else valid
 
 
-def document_ids(rows, bos_id):
-    """Number of the document that every token belongs to within its row: same shape, int. Documents begin with bos_id."""
-    return (rows == bos_id).cumsum(1)
+def put_on(tensor, device):
+    """Copies a CPU tensor (or None) to the device without waiting for the copy."""
+    if tensor is None or torch.device(device).type != 'cuda':
+        return tensor
+    # From pageable memory the copy would wait for the device.
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
-# -- the mixture -------------------------------------------------------------------------------------------------------
+@dataclass
+class MicroBatch:
+    """The rows of one forward and backward pass on this rank. Tensors are on the device."""
+    inputs: torch.Tensor                # (B, T) int32
+    targets: torch.Tensor               # (B, T) int64, -1 where the loss ignores the token
+    doc_ids: torch.Tensor | None        # document boundaries (documents + 1,) int32, or None
+    valid: torch.Tensor | None          # flat positions of the supervised targets, None: all
+    n_valid: int                        # supervised targets of this rank
+    source_index: np.ndarray            # (B,) which source every row is from
+    cursors: np.ndarray                 # (B,) which row of that source
+
+
+@dataclass
+class Feeder:
+    """Turns rows into batches on the device, for this rank.
+
+    rank, world_size    of the ranks that have rows of their own: all, without tensor parallelism
+    bos_id              token that documents begin with. None: attention may cross documents
+    valid_group         ranks.Group that shares the supervised positions, see `valid_positions`
+    """
+    device: torch.device
+    batch_size: int             # rows per rank and micro-step
+    rank: int = 0
+    world_size: int = 1
+    bos_id: int | None = None
+    valid_group: object = None
+
+    def put(self, rows):
+        """(n, T + 1) int32 array -> inputs (n, T), targets (n, T), document boundaries or None."""
+        # Boundaries are found on the CPU. On a GPU their number would have to be waited for.
+        inputs, targets, doc_ids = batch_of(torch.from_numpy(rows), self.bos_id)
+        boundaries = None if doc_ids is None else document_boundaries(doc_ids)
+        return [put_on(t, self.device) for t in (inputs, targets, boundaries)]
+
+    def deal(self, n_rows, size):
+        """Yields this rank's positions in range(n_rows), `size` at a time: (size,) int arrays.
+
+        Every rank yields the same number of arrays. Positions at the end may be n_rows or more: the
+        caller repeats a row there and ignores the result.
+        """
+        for start in range(0, n_rows, size * self.world_size):
+            yield np.arange(start + self.rank * size, start + (self.rank + 1) * size)
+
+    def batches(self, read, n_rows, n_batches=1):
+        """Yields this rank's part of at least n_batches batches, if there are enough rows.
+
+        read(positions) gives rows (n, T + 1) int32 for a list of positions in range(n_rows).
+        Yields (inputs, targets, document boundaries or None). Every rank yields the same number.
+        Rows that fill up the last batch are repetitions whose targets are all -1.
+        """
+        size = max(1, min(self.batch_size, n_rows // (n_batches * self.world_size)))
+        for mine in self.deal(n_rows, size):
+            # All ranks run the same number of batches, or FSDP's collectives would hang.
+            inputs, targets, doc_ids = self.put(read([min(int(i), n_rows - 1) for i in mine]))
+            targets = targets.clone()
+            targets[max(0, n_rows - int(mine[0])):] = -1
+            yield inputs, targets, doc_ids
+
+    def source_batches(self, source, cursors, n_batches=1):
+        """As `batches`, for the rows of a source that cursors (n,) name."""
+        def read(positions):
+            return source.rows([int(cursors[i]) for i in positions])
+        return self.batches(read, len(cursors), n_batches)
+
+    def split(self, loader, batch, by_source=False):
+        """This rank's micro-batches of a global batch that `loader.next_batch` returned: list.
+
+        by_source   every micro-batch holds rows of one source. Rows that fill up the last one of a
+                    source are repetitions without a supervised token
+        """
+        source_index, cursors = batch
+        micro_batches = []
+        for rows, fill in self.parts(source_index, by_source):
+            read = loader.read(source_index[rows], cursors[rows])
+            # ~id marks a token that the loss ignores.
+            read[fill] = ~token_ids(read[fill])
+            inputs, targets, doc_ids = self.put(read)
+            # Counted on the host, so that nothing waits for the device before the first backward.
+            on_host = torch.from_numpy(read[:, 1:])
+            valid = put_on(valid_positions(on_host, self.valid_group), self.device)
+            n_valid = int((on_host >= 0).sum())
+            micro_batches.append(MicroBatch(
+                inputs, targets, doc_ids, valid, n_valid, source_index[rows], cursors[rows]))
+        return micro_batches
+
+    def parts(self, source_index, by_source):
+        """Positions in the global batch of every micro-batch of this rank: yields (rows, fill).
+
+        rows (B,) ints, fill (B,) bool: True where a row is a repetition. Micro-step m is the rows
+        from m * batch_size * world_size on, and each rank takes batch_size of them in turn.
+        """
+        groups = [np.arange(len(source_index))]
+        if by_source:
+            groups = [np.flatnonzero(source_index == s) for s in np.unique(source_index)]
+        for group in groups:
+            for mine in self.deal(len(group), self.batch_size):
+                yield group[np.minimum(mine, len(group) - 1)], mine >= len(group)
+
+
+# -- the mixture -----------------------------------------------------------------------------------
+
 
 def check_weights(weights, names):
-    """dict name -> weight for exactly `names`, finite, none negative, sum above 0; returns them divided by their sum."""
+    """Divides weights (dict name -> weight) by their sum.
+
+    Raises BadInput unless there is one weight for each of `names`, all are finite, none is negative
+    and one is above 0.
+    """
     for name in weights:
         if name not in names:
-            raise BadInput(f"weights name the source '{name}', which is not there.{did_you_mean(name, names)} "
-                           f'Sources: {", ".join(names)}.')
+            raise BadInput(
+                f"weights name the source '{name}', which is not there.{did_you_mean(name, names)} "
+                f'Sources: {", ".join(names)}.')
     missing = [name for name in names if name not in weights]
     if missing:
-        raise BadInput(f'weights say nothing of the source(s) {", ".join(missing)}. Give 0 to leave one out.')
+        raise BadInput(
+            f'weights are missing for the source(s) {", ".join(missing)}. Give 0 to leave one out.')
     bad = {name: w for name, w in weights.items() if not np.isfinite(w) or w < 0}
     total = sum(weights.values())
     if bad or total <= 0:
-        raise BadInput(f'mixture weights must be finite, none negative, and sum to more than 0; got {bad or weights}.')
+        raise BadInput(
+            'mixture weights must be finite, none negative, and sum to more than 0; got '
+            f'{bad or weights}.')
     return {name: weights[name] / total for name in names}
 
 
 class MixtureLoader:
-    """Draws rows from several sources so that counts follow the weights, batch after batch.
+    """Draws rows from several sources so that the counts follow the weights, batch after batch.
 
-    While the weights stand, the rows drawn from a source never differ by one whole row from its share of all rows, at the
-    end of any batch. Every row is a job that becomes due when its source's share reaches a whole number; earliest due date
-    first meets all dates (a schedule exists, because the fluid one does). What is owed is carried over a change of weights.
-    Integers throughout: no drift, and the state is two of them per source, besides the weights.
+    While the weights stay the same, the number of rows drawn from a source never differs by one
+    whole row from its share of all rows, at the end of any batch. Every row is a job that is due
+    when the share of its source reaches a whole number. Serving the earliest due date first meets
+    all dates (a schedule exists, because the fluid one does). What is owed is carried over a change
+    of weights. All numbers are integers, so nothing drifts, and the state is two of them per source
+    besides the weights.
     """
 
     def __init__(self, sources, weights, seed=0):
-        """sources: list of Source with the same block_size; weights: dict name -> share (any positive scale)."""
+        """sources: list of Source with one block_size. weights: dict name -> share (any scale)."""
         self.sources = {source.name: source for source in sources}
         self.names = list(self.sources)
         self.seed = seed
-        self.cursors = {name: 0 for name in self.names}          # rows drawn so far, and dropped
-        self.dropped = {name: 0 for name in self.names}          # those of them that a verdict dropped
-        self.keep_masks = {name: (0, np.zeros(0, dtype=bool)) for name in self.names}      # first cursor, keep (n,) from there on
-        self.credits = {name: 0 for name in self.names}          # rows owed, in WEIGHT_UNITs; they sum to 0
+        self.cursors = dict.fromkeys(self.names, 0)      # rows read so far, dropped ones included
+        self.dropped = dict.fromkeys(self.names, 0)      # rows that a keep mask dropped
+        self.credits = dict.fromkeys(self.names, 0)      # rows owed, in WEIGHT_UNITs; they sum to 0
+        # name -> (first cursor, keep (n,) bool from there on)
+        self.keep_masks = dict.fromkeys(self.names, (0, np.zeros(0, dtype=bool)))
+        self.logged = dict.fromkeys(self.names, 0)       # rows drawn at the last call of `metrics`
         self.set_weights(weights)
 
     def set_weights(self, weights):
-        """New weights (dict name -> share), in force from the next batch on. Raises BadInput if they make no sense."""
+        """Sets the weights (dict name -> share) from the next batch on."""
         shares = check_weights(weights, self.names)
+        # Rounding down leaves a few units over. They go to the largest remainders.
         exact = {name: share * WEIGHT_UNIT for name, share in shares.items()}
         units = {name: int(x) for name, x in exact.items()}
         by_remainder = sorted(self.names, key=lambda name: units[name] - exact[name])
         for name in by_remainder[:WEIGHT_UNIT - sum(units.values())]:
             units[name] += 1
         self.units = units
+        # What is owed to or by a source that is now switched off goes to the heaviest source.
         heaviest = max(self.names, key=lambda name: units[name])
-        for name in self.names:                 # what is owed to or by a source that is now switched off goes to the heaviest
+        for name in self.names:
             if units[name] == 0:
                 self.credits[heaviest] += self.credits[name]
                 self.credits[name] = 0
 
     @property
     def weights(self):
-        """dict name -> share in force."""
+        """dict name -> share that is in force."""
         return {name: units / WEIGHT_UNIT for name, units in self.units.items()}
 
     def drawn(self):
         """dict name -> rows that have been trained on."""
         return {name: self.cursors[name] - self.dropped[name] for name in self.names}
 
-    def set_keep_masks(self, name, keep):
-        """The next rows of a source are dropped where keep (n,) bool is False; those after them are all kept."""
+    def epochs(self):
+        """dict name -> how many times the source has been read, dropped rows included."""
+        return {name: self.cursors[name] / s.n_windows for name, s in self.sources.items()}
+
+    def metrics(self):
+        """Weights, shares of the rows drawn since the last call, and epochs of every source."""
+        drawn = self.drawn()
+        since = {name: n - self.logged[name] for name, n in drawn.items()}
+        self.logged = drawn
+        weights = self.weights
+        epochs = self.epochs()
+        metrics = {}
+        for name in self.names:
+            metrics[f'mixture/weight_{name}'] = weights[name]
+            metrics[f'mixture/drawn_{name}'] = since[name] / sum(since.values())
+            metrics[f'mixture/epochs_{name}'] = epochs[name]
+        return metrics
+
+    def count_rows(self, batch):
+        """Rows of every source in a batch that `next_batch` returned: dict name -> int."""
+        counts = np.bincount(batch[0], minlength=len(self.names)).tolist()
+        return dict(zip(self.names, counts, strict=True))
+
+    def set_keep_mask(self, name, keep):
+        """Drops the next rows of a source where keep (n,) bool is False. Later rows are kept."""
         self.keep_masks[name] = self.cursors[name], keep
 
     def _take(self, name, n_rows):
-        """The next n_rows cursors that are not dropped: list. Moves on behind them."""
+        """Returns the next n_rows cursors that are not dropped, and moves the cursor past them."""
         first, keep = self.keep_masks[name]
-        taken, cursor = [], self.cursors[name]
+        taken = []
+        cursor = self.cursors[name]
         while len(taken) < n_rows:
             if cursor - first >= len(keep) or keep[cursor - first]:
                 taken.append(cursor)
@@ -466,84 +893,96 @@ class MixtureLoader:
         self.cursors[name] = cursor
         return taken
 
-    def epochs(self):
-        """dict name -> how often the source has been read (1.5: once and a half), dropped rows included."""
-        return {name: self.cursors[name] / source.n_windows for name, source in self.sources.items()}
-
     def _counts(self, n_rows):
-        """Rows that every source gives to the next batch of n_rows: dict name -> int, sum n_rows."""
+        """Rows of every source in the next batch of n_rows: dict name -> int, sum n_rows."""
+        # What every source is owed by the end of this batch, if all earlier debts are paid.
         owed = {name: self.credits[name] + n_rows * self.units[name] for name in self.names}
-        counts = {name: max(0, x // WEIGHT_UNIT) for name, x in owed.items()}                # due by the end of this batch
+        # rows that are due by the end of this batch
+        counts = {name: max(0, x // WEIGHT_UNIT) for name, x in owed.items()}
         spare = n_rows - sum(counts.values())
-        due_later = [name for name in self.names if self.units[name] and owed[name] > 0 and owed[name] % WEIGHT_UNIT]
+        due_later = []
+        for name in self.names:
+            if self.units[name] and owed[name] > 0 and owed[name] % WEIGHT_UNIT:
+                due_later.append(name)
 
-        def due(name):          # batches until the next row of this source is due; ties go to the one owed most
+        def due(name):          # batches until the next row is due; ties go to the one owed most
             rest = owed[name] % WEIGHT_UNIT
             return -(-(WEIGHT_UNIT - rest) // (n_rows * self.units[name])), -rest
 
         for name in sorted(due_later, key=due)[:max(0, spare)]:
             counts[name] += 1
         spare = n_rows - sum(counts.values())
-        while spare:            # only just after a change of weights, when credits and weights no longer fit together
+        # Only right after a change of weights, when credits and weights do not fit together.
+        while spare:
             sign = 1 if spare > 0 else -1
-            able = [name for name in self.names if (self.units[name] if sign > 0 else counts[name])]
+            able = [name for name in self.names if (self.units if sign > 0 else counts)[name]]
             name = max(able, key=lambda n: sign * (owed[n] - counts[n] * WEIGHT_UNIT))
             counts[name] += sign
             spare -= sign
         return counts
 
     def next_batch(self, n_rows):
-        """Decides the next global batch and moves on. Returns (source index (n_rows,), cursor (n_rows,)), int64 arrays.
+        """Decides the next global batch and moves on.
 
-        The order of rows within the batch is shuffled by a key made of the seed and the rows drawn so far.
+        Returns (source index (n_rows,), cursor (n_rows,)), int64 arrays. The order of rows within
+        the batch is shuffled by a key made of the seed and the rows drawn so far.
         """
         counts = self._counts(n_rows)
         drawn = sum(self.cursors.values())
         index = np.repeat(np.arange(len(self.names)), [counts[name] for name in self.names])
-        cursor = np.array([cursor for name in self.names for cursor in self._take(name, counts[name])], dtype=np.int64)
+        cursors = []
+        for name in self.names:
+            cursors += self._take(name, counts[name])
+        # Shuffled, so that a micro-batch is not made of one source.
         with np.errstate(over='ignore'):
-            order = np.argsort(_mix(np.arange(n_rows, dtype=np.uint64), derive_keys(1, self.seed, drawn)[0]), kind='stable')
+            key = derive_keys(1, self.seed, drawn)[0]
+            order = np.argsort(mix_bits(np.arange(n_rows, dtype=np.uint64), key), kind='stable')
         for name in self.names:
             self.credits[name] += n_rows * self.units[name] - counts[name] * WEIGHT_UNIT
-        return index[order], cursor[order]
+        return index[order], np.array(cursors, dtype=np.int64)[order]
 
     def read(self, index, cursors):
-        """The rows that `next_batch` (or a part of it) names: (n, block_size + 1) int32, in that order."""
+        """Reads the rows of a batch, or of a part of it, in its order: (n, T + 1) int32."""
         sources = [self.sources[name] for name in self.names]
         out = np.empty((len(index), sources[0].block_size + 1), dtype=np.int32)
-        for i, (s, cursor) in enumerate(zip(index.tolist(), cursors.tolist())):
+        for i, (s, cursor) in enumerate(zip(index.tolist(), cursors.tolist(), strict=True)):
             sources[s].read(cursor, out[i])
+        # One check for the batch. Per row it would cost more than the reading.
         limit = min((s.vocab_size for s in sources if s.vocab_size is not None), default=2**31)
         ids = out if sources[0].packs is None else token_ids(out)
         if len(out) and not 0 <= int(ids.min()) <= int(ids.max()) < limit:
-            for s in np.unique(index):          # the error names the source
+            for s in np.unique(index):          # the error of this call names the source
                 sources[s].check_ids(out[index == s])
         return out
 
     def state_dict(self):
-        """Everything that the coming batches depend on, as plain integers and text by source name."""
-        verdicts = {name: [first, len(keep), np.packbits(keep).tobytes().hex()] for name, (first, keep) in self.keep_masks.items()}
-        return dict(cursors=dict(self.cursors), dropped=dict(self.dropped), credits=dict(self.credits), units=dict(self.units), verdicts=verdicts,
-                    fingerprints={name: source.fingerprint() for name, source in self.sources.items()})
+        """Everything that the coming batches depend on: integers and text by source name."""
+        # 'verdicts' is the name of the keep masks in checkpoints.
+        verdicts = {}
+        for name, (first, keep) in self.keep_masks.items():
+            verdicts[name] = [first, len(keep), np.packbits(keep).tobytes().hex()]
+        return dict(
+            cursors=dict(self.cursors), dropped=dict(self.dropped), credits=dict(self.credits),
+            units=dict(self.units), verdicts=verdicts,
+            fingerprints={name: source.fingerprint() for name, source in self.sources.items()})
 
     def load_state_dict(self, state):
-        """Takes up a state; BadInput when the sources are others, or their shards have changed since it was saved."""
+        """Restores a state. Raises BadInput when the sources or their shards have changed."""
         if set(state['cursors']) != set(self.names):
-            raise BadInput(f"the checkpoint's sources are {sorted(state['cursors'])}, the config's {sorted(self.names)}; to go on "
-                           'with other sources start a new run with init_from.')
+            raise BadInput(
+                f"the checkpoint's sources are {sorted(state['cursors'])}, the config's "
+                f'{sorted(self.names)}. To continue with other sources start a new run with '
+                'init_from.')
+        # Cursors mean other rows when the shards are others, so a changed source cannot be resumed.
         for name, source in self.sources.items():
             if state['fingerprints'][name] != source.fingerprint():
-                raise BadInput(f"the shards of source '{name}' ({os.path.dirname(source.paths[0])}), or the rows kept of it, have changed since "
-                               'the checkpoint was written. Restore them, or start a new run with init_from.')
-        self.cursors, self.dropped, self.credits, self.units = (
-            {name: int(state[key][name]) for name in self.names} for key in ('cursors', 'dropped', 'credits', 'units'))
+                raise BadInput(
+                    f"the shards of source '{name}' ({os.path.dirname(source.paths[0])}), or the "
+                    'rows kept of it, have changed since the checkpoint was written. Restore them, '
+                    'or start a new run with init_from.')
+        for key in ('cursors', 'dropped', 'credits', 'units'):
+            setattr(self, key, {name: int(state[key][name]) for name in self.names})
         for name, (first, n, packed) in state['verdicts'].items():
-            self.keep_masks[name] = first, np.unpackbits(np.frombuffer(bytes.fromhex(packed), dtype=np.uint8), count=n).astype(bool)
-
-
-def rows_of_rank(n_rows, batch_size, rank, world_size):
-    """Positions in the global batch that a rank trains on, micro-step by micro-step: (n_rows / world_size,) int array.
-
-    Micro-step m is rows m * batch_size * world_size onwards, each rank its batch_size of them in turn.
-    """
-    return np.arange(n_rows).reshape(-1, world_size, batch_size)[:, rank].ravel()
+            bits = np.frombuffer(bytes.fromhex(packed), dtype=np.uint8)
+            self.keep_masks[name] = first, np.unpackbits(bits, count=n).astype(bool)
+        self.logged = self.drawn()
