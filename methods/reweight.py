@@ -1,293 +1,446 @@
-"""Influence at work in a training run: every mixture_interval steps it is measured, sets the weights of the sources and drops rows.
+"""Influence at work in a training run: it sets the weights of the sources and drops rows.
 
-train.py calls `check` before training and `update` in its loop; `measure` serves `tools/influence_tables.py table` as well. What is measured
-on is a function of seed and step alone, so a resumed run measures the same.
+Every mixture_interval steps `Influence.update` measures the influence of every source on the probe
+sets (influence.py), changes the sampling weights by a rule (rules.py), and with select='online'
+marks the rows to drop until the next update (selection.py). The rows that are measured are a
+function of seed and step alone, so a resumed run measures the same. `Measurement` serves
+tools/influence_tables.py as well.
+
+Letters in shape comments: D directions, n rows.
 """
-import os
 import time
+from dataclasses import dataclass, field
 
 import numpy as np
 from tqdm import tqdm
 
-from configurator import BadInput, check_values
-from data import Source, shared_documents, text_warnings
+from configurator import BadInput, one_of
+from data import domain_of, shared_documents, text_warnings
 from influence import (
     Direction,
     adam_scale,
-    check_layers,
     datainf,
     mean_and_error,
     probe_direction,
     source_products,
     unit,
 )
-from lib.device import all_reduce_sum
+from lib.parallel import sum_numbers
 from methods import rules, selection
 from model import flops_per_token
 
-MIXTURES, UNITS = ('fixed', 'stratified', 'influence'), ('loss', 'own')
-SCALINGS, RULES, SELECTIONS = ('none', 'adam', 'datainf'), ('step', 'proportional'), ('none', 'online', 'scores')
-SMALL = ('last', 'first')       # layers of which a direction for every domain takes little memory; of the others there is one for all
+# Layers of which a direction for every domain takes little memory. For others all domains share
+# one.
+SMALL = ('last', 'first')
 
 
-def open_probe(data_dir, domain, block_size, vocab_size, packing='window', overlong='truncate'):
-    """The probe set of a domain: data_dir/probe/<domain>, or else the split probe/ of the source of that name."""
-    if '/' in domain:
-        raise BadInput(f"probe: '{domain}' must be the name of a folder in {data_dir}/probe, without a /.")
-    name = f'probe/{domain}' if os.path.isdir(os.path.join(data_dir, 'probe', domain)) or not os.path.isdir(
-        os.path.join(data_dir, domain, 'probe')) else domain
-    return Source(data_dir, name, 'probe', block_size, 0, vocab_size, packing, overlong)
+@dataclass
+class InfluenceConfig:
+    """Knobs of re-weighting by influence."""
+    probe: dict[str, float] = field(default_factory=dict)       # domain -> weight: probe sets
+                                # (data_dir/probe/<domain>) that influence is measured on
+    probe_rows: int = 64        # rows of every probe set, chosen anew at every update
+    influence_rows: int = 32    # rows of every source, chosen anew at every update
+    influence_layers: one_of('last', 'all', 'first', 'embedding+head') = 'last'     # parameters
+                                # that influence is measured on
+    influence_scaling: one_of('none', 'adam', 'datainf') = 'none'       # gradients as they are,
+                                # divided by the root of Adam's second moment, or DataInf
+    influence_units: one_of('loss', 'own') = 'loss'     # loss: influence on the mean loss of the
+                                # domains. own: mean of the influences, each relative to its domain
+    influence_rule: one_of('step', 'proportional') = 'step'     # step: multiplies weights, see
+                                # mixture_eta. proportional: weight = mean influence (MobileLLM-R1)
+    mixture_min: float = 0.02   # smallest weight of a source
+    mixture_max: float = 0.6    # largest weight of a source
 
 
-def domain_of(probe):
-    return probe.name.split('/')[-1]
+# -- measuring -------------------------------------------------------------------------------------
 
-
-def check_probe(weights):
-    if not weights or min(weights.values()) < 0 or sum(weights.values()) <= 0:
-        raise BadInput(f'probe = {weights}: weights must not be negative, and one must be above 0.')
-
-
-def check(config, sources, probes, interval_rows, world_size):
-    """BadInput for settings with which a re-weighting or selection cannot work; returns whether the run measures influence at all.
-
-    config: train.py's knobs; sources, probes: lists of Source; interval_rows: rows that are trained on between two measurements.
-    """
-    check_values(config, dict(influence_scaling=SCALINGS, influence_units=UNITS, influence_rule=RULES, select=SELECTIONS), {})
-    measures = config['mixture'] == 'influence' or config['select'] == 'online'
-    if not measures:
-        return False
-    check_layers(config['influence_layers'])
-    if config['influence_scaling'] == 'adam' and config['optimizer'] != 'adamw':
-        raise BadInput(f"influence_scaling = 'adam' needs AdamW's moments, and optimizer = '{config['optimizer']}'.")
-    if config['influence_scaling'] == 'datainf' and world_size > 1:
-        raise BadInput(f"influence_scaling = 'datainf' works on one rank only, and there are {world_size}. Use none or adam.")
-    by_rows = config['influence_scaling'] == 'datainf' and "influence_scaling = 'datainf'" or config['select'] == 'online' and "select = 'online'"
-    if by_rows and (config['tp'] > 1 or config['n_expert']):
-        raise BadInput(f'{by_rows} looks at single rows, which it cannot do under tensor parallelism or with experts. Leave it out, or set tp=1.')
-    weights, source_rows, probe_rows = config['probe'], config['influence_rows'], config['probe_rows']
-    if not probes:
-        raise BadInput("influence needs probe sets: --probe=\"{'math': 1.0}\" with data_dir/probe/math (prepare/probe.py makes it).")
-    check_probe(weights)
-    fewest = max(4, 2 * world_size)             # every rank has a row in two batches at least
-    if source_rows < fewest or probe_rows < fewest:
-        raise BadInput(f'influence_rows = {source_rows} and probe_rows = {probe_rows} must be at least {fewest} on {world_size} rank(s).')
-    own = source_rows * len(sources) * (config['mixture'] == 'influence') + probe_rows * len(probes)
-    if own > interval_rows:
-        raise BadInput(f'a measurement reads {own:,} rows, more than the {interval_rows:,} that are trained on in between. Raise '
-                       'mixture_interval, or lower influence_rows or probe_rows.')
-    if config['max_epochs'] is not None and config['max_epochs'] <= 0:
-        raise BadInput(f"max_epochs = {config['max_epochs']} must be above 0, or None for no cap.")
-    unseen = probe_rows // 2 if config['select'] == 'online' else 0           # probe rows that others are compared with
-    read = sources if config['mixture'] == 'influence' or config['influence_scaling'] == 'datainf' else []
-    for source, rows, what in [(s, source_rows, 'influence_rows') for s in read] + [(p, probe_rows + unseen, 'probe_rows') for p in probes]:
-        if source.n_windows < rows:
-            raise BadInput(f"'{source.name}' has {source.n_windows} windows of {source.block_size} tokens, fewer than {what} = {rows}"
-                           + (' (half as many again are compared with)' if unseen and what == 'probe_rows' else '')
-                           + f'. Prepare more of it, or lower {what}.')
-    if config['mixture'] == 'influence':
-        rules.check_bounds(len(sources), config['mixture_min'], config['mixture_max'])
-    return True
-
-
-def check_texts(probes, sources, val_sources, bos_id, rank=0, world_size=1):
-    """BadInput when a probe set shares documents with what is trained or validated on; a warning for text that is none.
-
-    bos_id: the token that documents begin with, None: unknown, which is said.
-    """
-    if rank == 0:
-        for source in sources:
-            for found in text_warnings(source.rows(range(min(64, source.n_windows))), source.vocab_size):
-                print(f"warning: source '{source.name}': {found}. Influence is not made for such text; look at it, and at its weight.")
-    if bos_id is None and rank == 0:
-        print('probe: these shards do not say where documents begin; aligned pieces of 256 tokens are compared with those of the sources')
-    for probe in probes:
-        for source in sources + val_sources:
-            n = int(all_reduce_sum([shared_documents(probe, source, bos_id, rank, world_size)])[0])
-            if n:
-                raise BadInput(f"the probe set '{domain_of(probe)}' and source '{source.name}' ({source.split}) have {n:,} document(s) in common: "
-                               'influence would measure how well the source holds the probe itself. Prepare one of them anew '
-                               '(prepare/probe.py draws only from what its source keeps out of train/).')
-
-
-# -- measuring ---------------------------------------------------------------------------------------------------------
 
 def chosen_windows(source, n_rows, key):
-    """n_rows row numbers (cursors) of a source, chosen by `key` (ints) alone and not by what has been trained on."""
+    """Chooses n_rows cursors of a source by `key`, a tuple of ints, alone: (n_rows,) int array."""
     rng = np.random.default_rng(key)
-    return rng.permutation(source.n_windows)[:n_rows] if source.n_windows < 2**24 else rng.integers(source.n_windows, size=n_rows)
-
-
-def batches_of(source, chosen, n_batches, batch_size, to_device, rank, world_size):
-    """This rank's part of at least n_batches batches (if the rows suffice) of up to batch_size rows per rank: rows `chosen` of a source.
-
-    Every rank yields the same number of batches; what is missing to a whole one is repeated and does not count.
-    """
-    return batches_of_rows(lambda positions: source.rows([int(chosen[i]) for i in positions]), len(chosen), n_batches, batch_size, to_device, rank, world_size)
-
-
-def batches_of_rows(read, n_rows, n_batches, batch_size, to_device, rank, world_size):
-    """The same of n_rows rows of any origin; read(list of positions) gives them, (n, T + 1) int32."""
-    size = max(1, min(batch_size, n_rows // (n_batches * world_size)))
-    for start in range(0, n_rows, size * world_size):
-        mine = range(start + rank * size, start + (rank + 1) * size)
-        inputs, targets, doc_ids = to_device(read([min(i, n_rows - 1) for i in mine]))
-        targets = targets.clone()
-        targets[max(0, n_rows - mine.start):] = -1
-        yield inputs, targets, doc_ids
+    # A permutation of a very large source is slow, and there repetitions are rare.
+    # `unseen_reference` relies on a longer choice beginning with the rows of a shorter one.
+    if source.n_windows < 2**24:
+        return rng.permutation(source.n_windows)[:n_rows]
+    return rng.integers(source.n_windows, size=n_rows)
 
 
 def joint(directions, shares):
-    """One direction from one per domain: the sum of share * direction, whose influence is the mean of theirs."""
-    v = {name: sum(share * d.v[name] for d, share in zip(directions, shares)) for name in directions[0].v}
-    return Direction(v, *({key: value for d in directions for key, value in getattr(d, field).items()} for field in ('den', 'reliability', 'loss')),
-                     directions[0].layers)
+    """The sum of share * direction over the domains. Its influence is the mean of theirs."""
+    v = {}
+    for name in directions[0].v:
+        v[name] = sum(share * d.v[name] for d, share in zip(directions, shares, strict=True))
+    den, reliability, loss = {}, {}, {}
+    for d in directions:
+        den |= d.den
+        reliability |= d.reliability
+        loss |= d.loss
+    return Direction(v, den, reliability, loss, directions[0].layers)
 
 
-def measure_directions(model, probes, sources, layers, weights, probe_rows, source_rows, batch_size, key, to_device, rank=0, world_size=1,
-                       scaling='none', units='loss', optimizers=(), apart=False):
-    """Directions of the probe sets and what each counts: (list of Direction, list of shares that sum to 1).
+@dataclass
+class Measurement:
+    """One measurement of influence: on which rows of the probe sets, and in which units."""
+    model: object
+    feeder: object              # data.Feeder
+    probes: list                # Sources of the probe sets
+    weights: dict               # domain -> weight
+    probe_rows: int             # rows of every probe set
+    source_rows: int            # rows of every source
+    key: tuple                  # ints by which rows are chosen
+    layers: str = 'last'
+    scaling: str = 'none'       # none | adam | datainf
+    units: str = 'loss'         # see influence.probe_direction
+    optimizers: tuple = ()      # with scaling='adam'
+    apart: bool = False         # one direction for every domain, whatever memory it takes
 
-    probes, sources: lists of Source; weights: domain -> weight; key: tuple of ints that the choice of rows is made by. One direction
-    per domain where apart is True or they are small, else one for all. units: as in `probe_direction`. scaling 'datainf' takes the rows of the sources as well.
-    """
-    options = dict(batch_size=batch_size, to_device=to_device, rank=rank, world_size=world_size)
-    rows = {domain_of(p): chosen_windows(p, probe_rows, (*key, 0, i)) for i, p in enumerate(probes)}
-    first = {d: chosen if scaling != 'datainf' else chosen[:len(chosen) // 2] for d, chosen in rows.items()}
-    scale = adam_scale(model, optimizers) if scaling == 'adam' else None
-    batches = {domain_of(p): batches_of(p, first[domain_of(p)], 4, **options) for p in probes}
-    together = not apart and layers not in SMALL and scaling != 'datainf'
-    groups = [weights] if together else [{domain: 1.0} for domain in weights]
-    directions = [probe_direction(model, {domain: batches[domain] for domain in group}, layers, group, scale, units) for group in groups]
-    counts = [1.0] if together else [weight * (d.den[domain] if units == 'loss' else 1) for (domain, weight), d in zip(weights.items(), directions)]
-    shares = [count / sum(counts) for count in counts]
-    if scaling == 'datainf':
-        fisher = [b for i, s in enumerate(sources) for b in batches_of(s, chosen_windows(s, source_rows, (*key, 1, i)), 1, **options)]
-        by_domain = {domain_of(p): p for p in probes}
-        directions = [unit(model, datainf(model, fisher, d), batches_of(by_domain[domain], rows[domain][len(first[domain]):], 2, **options))
-                      for d, domain in zip(directions, weights)]
-    return directions, shares
+    def source_batches(self, i, source, n_batches):
+        """Batches of the chosen rows of source number i."""
+        # The 1 separates sources from probe sets, which have 0 in this place of the key.
+        chosen = chosen_windows(source, self.source_rows, (*self.key, 1, i))
+        return self.feeder.source_batches(source, chosen, n_batches)
 
+    def directions(self, sources):
+        """Directions of the probe sets and what each counts: (list of Direction, list of shares).
 
-def measure_sources(model, sources, directions, shares, source_rows, batch_size, key, to_device, rank=0, world_size=1):
-    """Influence of every source along the directions and along their mean: (r, se), dicts source -> (D + 1,) float64, the mean last."""
-    r, se = {}, {}
-    for i, source in enumerate(sources):
-        batches = batches_of(source, chosen_windows(source, source_rows, (*key, 1, i)), 8, batch_size, to_device, rank, world_size)
-        products, tokens, _ = source_products(model, batches, directions)
-        r[source.name], se[source.name] = mean_and_error(np.column_stack((products, products @ shares)), tokens)
-    return r, se
+        The shares sum to 1. There is one direction per domain where `apart` is set or where they
+        are small, else one for all. DataInf measures on rows of `sources` as well.
+        """
+        by_domain = {domain_of(probe): probe for probe in self.probes}
+        rows = {}
+        batches = {}
+        rest = {}               # DataInf: rows for the unit of influence
+        for i, (domain, probe) in enumerate(by_domain.items()):
+            rows[domain] = chosen_windows(probe, self.probe_rows, (*self.key, 0, i))
+            n_first = self.probe_rows
+            # DataInf bends a direction after its unit was taken, so other rows set the unit anew.
+            if self.scaling == 'datainf':
+                n_first = len(rows[domain]) // 2
+            rest[domain] = rows[domain][n_first:]
+            batches[domain] = self.feeder.source_batches(probe, rows[domain][:n_first], 4)
+        scale = adam_scale(self.model, self.optimizers) if self.scaling == 'adam' else None
+        # With DataInf every domain needs a unit of its own, so its directions are never joined.
+        is_joint = not self.apart and self.layers not in SMALL and self.scaling != 'datainf'
+        groups = [self.weights] if is_joint else [{domain: 1.0} for domain in self.weights]
+        directions = []
+        for group in groups:
+            probe_batches = {domain: batches[domain] for domain in group}
+            directions.append(probe_direction(
+                self.model, probe_batches, self.layers, group, scale, self.units))
+        counts = [1.0]
+        if not is_joint:
+            counts = []
+            for (domain, weight), d in zip(self.weights.items(), directions, strict=True):
+                # As in a joint direction, where domains of large gradients count more.
+                counts.append(weight * (d.den[domain] if self.units == 'loss' else 1))
+        if self.scaling == 'datainf':
+            fisher = []
+            for i, source in enumerate(sources):
+                fisher += self.source_batches(i, source, 1)
+            for i, domain in enumerate(self.weights):
+                bent = datainf(self.model, fisher, directions[i])
+                others = self.feeder.source_batches(by_domain[domain], rest[domain], 2)
+                directions[i] = unit(self.model, bent, others)
+        return directions, [count / sum(counts) for count in counts]
 
+    def of_sources(self, sources, directions, shares):
+        """Influence of every source along the directions and along their mean.
 
-# -- the update --------------------------------------------------------------------------------------------------------
+        Returns (r, se): dicts source -> (D + 1,) float64, the mean last. se is the standard error.
+        """
+        r = {}
+        se = {}
+        for i, source in enumerate(sources):
+            # The standard error is over batches, so there have to be several.
+            batches = self.source_batches(i, source, 8)
+            products, tokens, _ = source_products(self.model, batches, directions)
+            # Domains share these rows, so the error of the mean does not follow from theirs.
+            columns = np.column_stack((products, products @ shares))
+            r[source.name], se[source.name] = mean_and_error(columns, tokens)
+        return r, se
+
+    def unseen_reference(self, direction):
+        """selection.Reference of probe rows that a direction of the same key has not seen."""
+        scores = []
+        for i, probe in enumerate(self.probes):
+            n_rows = self.probe_rows + self.probe_rows // 2
+            chosen = chosen_windows(probe, n_rows, (*self.key, 0, i))[self.probe_rows:].tolist()
+            scores.append(selection.score_rows(self.model, self.feeder, probe, chosen, direction))
+        return selection.reference_of(np.concatenate(scores))
+
 
 def flops_of_rows(config, layers, block_size):
-    """FLOPs of one row that is measured: a forward, and a backward as far as the layers need it ('last': one block and the output layer)."""
-    whole, head = flops_per_token(config, block_size), 6 * config.vocab_size * config.n_embd
-    return block_size * (whole + 2 * (head + (whole - head) / config.n_layer if layers == 'last' else whole)) / 3
+    """FLOPs of a row that is measured: a forward, and a backward as far as the layers need it.
 
-
-def update(model, loader, sources, probes, config, state, step, n_steps, batch_rows, optimizers, to_device, rank, world_size):
-    """Measures; gives the loader new weights and verdicts on its next rows, in force from the next batch on.
-
-    sources: those with a weight; config: train.py's knobs; state: what the last call returned, {} at first; n_steps: of the run;
-    batch_rows: of a step. Sources whose influence is lost in noise keep their weights relative to each other, and all
-    of them do when all are lost or harmful. Returns (state, metrics to log).
+    'last' needs the backward of one block and of the output layer.
     """
-    start = time.perf_counter()
-    key, rows = (config['seed'], step), config['influence_rows']
-    weights = {domain: weight for domain, weight in config['probe'].items() if weight > 0}       # of the others the loss is logged, no more
-    probes = [p for p in probes if domain_of(p) in weights]
-    options = dict(batch_size=config['batch_size'], to_device=to_device, rank=rank, world_size=world_size)
-    directions, shares = measure_directions(model, probes, sources, config['influence_layers'], weights, config['probe_rows'], rows,
-                                            key=key, scaling=config['influence_scaling'], units=config['influence_units'],
-                                            optimizers=optimizers, **options)
-    n_rows, spent, log = len(probes) * config['probe_rows'] + len(sources) * rows * (config['influence_scaling'] == 'datainf'), state.get('flops', 0), {}
-    for d in directions:
-        log |= {f'probe/reliability_{domain}': value for domain, value in d.reliability.items()}
-        for domain, value in d.reliability.items():
-            if value < 0.5 and rank == 0:
-                tqdm.write(f"step {step}: warning: {1 - value:.0%} of the probe set '{domain}''s direction is noise. Raise probe_rows.")
-    if config['mixture'] == 'influence':
-        r, se = measure_sources(model, sources, directions, shares, rows, key=key, **options)
-        n_rows += len(sources) * rows
-        state, weights_log = set_weights(loader, config, state, step, (n_steps - step) * batch_rows, r, se, rank)
-        log |= weights_log
-        if len(directions) > 1:
-            log |= {f'mixture/influence_{name}_{domain}': float(value) for name in r for domain, value in zip(weights, r[name])}
-    if config['select'] == 'online':
-        direction = directions[0] if len(directions) == 1 else joint(directions, shares)
-        verdicts_log, n_judged = set_keep_masks(model, loader, sources, probes, direction, config, step, batch_rows, key, options)
-        log, n_rows = log | verdicts_log, n_rows + n_judged
-    spent += n_rows * flops_of_rows(model.config, config['influence_layers'], config['block_size'])
-    return {**state, 'flops': spent}, {**log, 'mixture/extra_flops': spent, 'system/mixture_ms': (time.perf_counter() - start) * 1e3}
+    full = flops_per_token(config, block_size)
+    head = 6 * config.vocab_size * config.n_embd
+    backward = full
+    if layers == 'last':
+        backward = head + (full - head) / config.n_layer
+    return block_size * (full + 2 * backward) / 3
 
 
-def caps_of(loader, names, config, rows_to_come):
-    """The largest weights with which max_epochs holds until the end of the run, by source."""
-    return rules.epoch_caps(1.0, config['max_epochs'], {name: loader.cursors[name] for name in names},
-                               {name: loader.sources[name].n_windows for name in names}, rows_to_come)
+# -- checks ----------------------------------------------------------------------------------------
 
 
-def set_weights(loader, config, state, step, rows_to_come, r, se, rank):
-    """The mixture rule: (state, metrics). r, se: as `measure_sources` gives them."""
-    r, se = {name: float(x[-1]) for name, x in r.items()}, {name: float(x[-1]) for name, x in se.items()}
-    before = {name: loader.weights[name] for name in r}
-    caps = caps_of(loader, r, config, rows_to_come)
-    high = {name: min(cap, config['mixture_max']) for name, cap in caps.items()}
-    if not sum(caps.values()) > 0:
-        weights, log = before, dict(kept='every source has been read max_epochs times')
-    elif config['influence_rule'] == 'proportional':
-        weights, state, log = rules.update_proportional(before, r, se, state, config['mixture_min'], high)
-    else:
-        weights, state, log = rules.update_influence(before, r, se, state, rules.eta_of(config), config['mixture_min'], high)
-    over = [name for name in r if before[name] > caps[name] + 1e-9]
-    if log['kept'] and over and sum(caps.values()) > 0:                   # nothing else moves, but max_epochs holds
-        weights = rules.project(before, dict.fromkeys(r, 0.0), caps)
-        log['kept'] += f"; but for max_epochs of {', '.join(over)}"
-    if weights is not before:
-        loader.set_weights({**dict.fromkeys(loader.names, 0.0), **weights})
-    if log['kept'] and rank == 0:
-        tqdm.write(f"step {step}: the weights stay as they are, {log['kept']}")
-    return state, {**{f'mixture/influence_{name}': value for name, value in r.items()},
-                   **{f'mixture/influence_se_{name}': value for name, value in se.items()},
-                   **{f'mixture/asked_{name}': value for name, value in weights.items()}}
+def check_probe(weights):
+    """Raises BadInput unless the weights of the probe sets make sense."""
+    if not weights or min(weights.values()) < 0 or sum(weights.values()) <= 0:
+        raise BadInput(f'probe = {weights}: no weight may be negative, and one must be above 0.')
 
 
-def unseen_reference(model, probes, direction, probe_rows, batch_size, key, to_device, rank=0, world_size=1):
-    """What probe rows are like that the direction of the same key has not seen: selection.Reference."""
-    scores = [selection.score_rows(model, p, chosen_windows(p, probe_rows + probe_rows // 2, (*key, 0, i))[probe_rows:].tolist(), direction,
-                                   batch_size, to_device, rank, world_size) for i, p in enumerate(probes)]
-    return selection.reference_of(np.concatenate(scores))
+def check(training):
+    """Raises BadInput for settings with which influence cannot be measured."""
+    config = training.config
+    n_data = training.run.n_data
+    scaling = config['influence_scaling']
+    reweights = config['mixture'] == 'influence'
+    selects = config['select'] == 'online'
+    if scaling == 'adam' and config['optimizer'] != 'adamw':
+        raise BadInput(
+            "influence_scaling = 'adam' needs AdamW's moments, and optimizer = "
+            f"'{config['optimizer']}'.")
+    if scaling == 'datainf' and n_data > 1:
+        raise BadInput(
+            f"influence_scaling = 'datainf' works on one rank only, and there are {n_data}. Use "
+            'none or adam.')
+    by_rows = "influence_scaling = 'datainf'" if scaling == 'datainf' else "select = 'online'"
+    if (scaling == 'datainf' or selects) and (config['tp'] > 1 or config['n_expert']):
+        raise BadInput(
+            f'{by_rows} measures single rows, which works neither under tensor parallelism nor '
+            'with experts. Leave it out, or set tp=1.')
+    if not training.probes:
+        raise BadInput(
+            "influence needs probe sets: --probe=\"{'math': 1.0}\" with data_dir/probe/math "
+            '(prepare/probe.py makes it).')
+    check_probe(config['probe'])
+    source_rows = config['influence_rows']
+    probe_rows = config['probe_rows']
+    fewest = max(4, 2 * n_data)         # every rank has a row in at least two batches
+    if source_rows < fewest or probe_rows < fewest:
+        raise BadInput(
+            f'influence_rows = {source_rows} and probe_rows = {probe_rows} must be at least '
+            f'{fewest} on {n_data} rank(s).')
+    n_rows = probe_rows * len(training.probes)
+    if reweights:
+        n_rows += source_rows * len(training.active)
+    interval_rows = config['mixture_interval'] * training.batch_rows
+    if n_rows > interval_rows:
+        raise BadInput(
+            f'a measurement reads {n_rows:,} rows, more than the {interval_rows:,} that are '
+            'trained on in between. Raise mixture_interval, or lower influence_rows or probe_rows.')
+    if config['max_epochs'] is not None and config['max_epochs'] <= 0:
+        raise BadInput(
+            f"max_epochs = {config['max_epochs']} must be above 0, or None for no limit.")
+    needed = []                         # (source, rows that are read of it, knob, remark)
+    if reweights or scaling == 'datainf':
+        needed += [(source, source_rows, 'influence_rows', '') for source in training.active]
+    for probe in training.probes:
+        if selects:
+            remark = ' (and half as many again for the comparison)'
+            needed.append((probe, probe_rows + probe_rows // 2, 'probe_rows', remark))
+        else:
+            needed.append((probe, probe_rows, 'probe_rows', ''))
+    for source, rows, knob, remark in needed:
+        if source.n_windows < rows:
+            raise BadInput(
+                f"'{source.name}' has {source.n_windows} windows of {source.block_size} tokens, "
+                f'fewer than {knob} = {rows}{remark}. Prepare more of it, or lower {knob}.')
+    if reweights:
+        rules.check_bounds(len(training.active), config['mixture_min'], config['mixture_max'])
 
 
-def set_keep_masks(model, loader, sources, probes, direction, config, step, batch_rows, key, options):
-    """Judges the rows that the sources will give until the next update. Returns metrics and the number of rows looked at."""
-    reference = unseen_reference(model, probes, direction, config['probe_rows'], key=key, **options)
-    log, medians, n_judged = {'select/reference': reference.influence}, [], len(probes) * (config['probe_rows'] // 2)
-    for source in sources:
-        def score(cursors):
-            return selection.score_rows(model, source, cursors, direction, **options)
-        n_rows = int(np.ceil(loader.weights[source.name] * batch_rows * config['mixture_interval'])) + 2      # at most two rows off
-        keep, reasons, scores = selection.choose_next(score, loader.cursors[source.name], n_rows, reference, config['select_margin'],
-                                                      config['select_keep'])
-        loader.set_keep_masks(source.name, keep)
-        n_judged += len(scores)
-        low, median, high = np.quantile(scores[:, 0], (0.1, 0.5, 0.9)) / reference.influence
-        medians.append((median, loader.weights[source.name]))
-        log |= {f'select/kept_{source.name}': float(keep.mean()), f'select/p10_{source.name}': low, f'select/median_{source.name}': median,
-                f'select/p90_{source.name}': high, **{f'select/dropped_{why}_{source.name}': share for why, share in reasons.items()}}
-    if sum(median * weight for median, weight in medians) <= 0 and options['rank'] == 0:
-        tqdm.write(f'step {step}: the median row no longer helps the probe: selection has little left to choose from')
-    return log, n_judged
+def check_texts(probes, sources, val_sources, bos_id, run):
+    """Raises BadInput when a probe set shares documents with a source. Warns of text that is none.
+
+    bos_id: the token that documents begin with, None: unknown, which is printed.
+    """
+    if run.is_master:
+        for source in sources:
+            # A few rows show whether a source is text. Reading all of it would take too long.
+            rows = source.rows(range(min(64, source.n_windows)))
+            for found in text_warnings(rows, source.vocab_size):
+                print(
+                    f"warning: source '{source.name}': {found}. Influence is not made for such "
+                    'text. Check the source and its weight.')
+        if bos_id is None:
+            print(
+                'probe: these shards do not record where documents begin. Aligned pieces of 256 '
+                'tokens are compared with those of the sources.')
+    for probe in probes:
+        for source in sources + val_sources:
+            found = shared_documents(probe, source, bos_id, run.data_rank, run.n_data)
+            # Each rank searches its part. All of them need the sum, so that all raise together.
+            n = int(sum_numbers([found], run.layout)[0])
+            if n:
+                raise BadInput(
+                    f"the probe set '{domain_of(probe)}' and source '{source.name}' "
+                    f'({source.split}) have {n:,} document(s) in common: influence would measure '
+                    'how well the source holds the probe itself. Prepare one of them anew '
+                    '(prepare/probe.py draws only from what its source keeps out of train/).')
 
 
-def keep_scored(data_dir, sources, config):
-    """select = 'scores': leaves out the rows of every source that its score files condemn, for the whole run. Returns the shares kept, to log."""
-    kept = {}
-    for source in sources:
-        scores, reference, about = selection.read_scores(os.path.join(data_dir, source.name, config['select_scores']), source)
-        keep, _ = selection.judge(scores.astype(np.float64), reference, config['select_margin'], config['select_keep'])
-        source.keep_windows(keep)
-        kept[f'select/kept_{source.name}'] = float(keep.mean())
-    return kept
+# -- the update ------------------------------------------------------------------------------------
+
+
+def epoch_caps(training, step):
+    """The largest weights with which max_epochs holds until the end of the run: dict by source."""
+    loader = training.loader
+    read = {name: loader.cursors[name] for name in training.names}
+    in_epoch = {name: loader.sources[name].n_windows for name in training.names}
+    return rules.epoch_caps(
+        1.0, training.config['max_epochs'], read, in_epoch, training.rows_after(step))
+
+
+def set_weights(loader, weights):
+    """Gives the loader these weights. Sources that are not in them get 0."""
+    loader.set_weights({**dict.fromkeys(loader.names, 0.0), **weights})
+
+
+class Influence:
+    """The mixture method 'influence', and the selection of rows with select='online'.
+
+    Sources whose influence cannot be told from noise keep their weights relative to each other. All
+    sources keep them when all are lost in noise or harmful.
+    """
+
+    def __init__(self, training):
+        check(training)
+        self.training = training
+        self.rule_state = {}
+        self.flops = 0.0            # spent on measurements
+
+    def state_dict(self):
+        return {**self.rule_state, 'flops': self.flops}
+
+    def load_state_dict(self, state):
+        self.rule_state = dict(state)
+        self.flops = self.rule_state.pop('flops', 0.0)
+
+    def due(self, step):
+        training = self.training
+        # At step 0 Adam has no moments, and an untrained model says little about its data.
+        first = max(1, training.first_update)
+        is_time = step % training.config['mixture_interval'] == 0
+        return first <= step < training.n_steps and is_time
+
+    def update(self, step):
+        start = time.perf_counter()
+        training = self.training
+        config = training.config
+        # Of the other domains only the loss is logged.
+        weights = {domain: weight for domain, weight in config['probe'].items() if weight > 0}
+        probes = [p for p in training.probes if domain_of(p) in weights]
+        measurement = Measurement(
+            training.model, training.feeder, probes, weights, config['probe_rows'],
+            config['influence_rows'], (config['seed'], step), config['influence_layers'],
+            config['influence_scaling'], config['influence_units'], training.optimizers)
+        directions, shares = measurement.directions(training.active)
+        n_rows = len(probes) * config['probe_rows']
+        if config['influence_scaling'] == 'datainf':
+            n_rows += len(training.active) * config['influence_rows']
+        metrics = {}
+        for direction in directions:
+            for domain, value in direction.reliability.items():
+                metrics[f'probe/reliability_{domain}'] = value
+                if value < 0.5 and training.run.is_master:
+                    tqdm.write(
+                        f"step {step}: warning: {1 - value:.0%} of the probe set '{domain}''s "
+                        'direction is noise. Raise probe_rows.')
+        if config['mixture'] == 'influence':
+            r, se = measurement.of_sources(training.active, directions, shares)
+            n_rows += len(training.active) * config['influence_rows']
+            metrics |= self.reweight(step, r, se)
+            if len(directions) > 1:
+                for name in r:
+                    # r has one more column than domains, the mean, which is logged already.
+                    for domain, value in zip(weights, r[name], strict=False):
+                        metrics[f'mixture/influence_{name}_{domain}'] = float(value)
+        if config['select'] == 'online':
+            # Scoring is a pass over many rows, so it is done once for all domains together.
+            direction = directions[0] if len(directions) == 1 else joint(directions, shares)
+            selected, n_scored = self.select(step, measurement, direction)
+            metrics |= selected
+            n_rows += n_scored
+        row_flops = flops_of_rows(
+            training.model.config, config['influence_layers'], config['block_size'])
+        self.flops += n_rows * row_flops
+        metrics['mixture/extra_flops'] = self.flops
+        metrics['system/mixture_ms'] = (time.perf_counter() - start) * 1e3
+        return metrics
+
+    def reweight(self, step, r, se):
+        """Applies the rule to what `Measurement.of_sources` returned. Returns metrics."""
+        training = self.training
+        config = training.config
+        loader = training.loader
+        r = {name: float(x[-1]) for name, x in r.items()}
+        se = {name: float(x[-1]) for name, x in se.items()}
+        before = {name: loader.weights[name] for name in r}
+        caps = epoch_caps(training, step)
+        # max_epochs takes precedence over mixture_min: see how rules.project treats its bounds.
+        high = {name: min(cap, config['mixture_max']) for name, cap in caps.items()}
+        some_left = sum(caps.values()) > 0
+        if not some_left:
+            weights = before
+            kept = 'every source has been read max_epochs times'
+        elif config['influence_rule'] == 'proportional':
+            weights, self.rule_state, log = rules.update_proportional(
+                before, r, se, self.rule_state, config['mixture_min'], high)
+            kept = log['kept']
+        else:
+            weights, self.rule_state, log = rules.update_influence(
+                before, r, se, self.rule_state, rules.eta_of(config), config['mixture_min'], high)
+            kept = log['kept']
+        over = [name for name in r if before[name] > caps[name] + 1e-9]
+        if kept and over and some_left:         # nothing else moves, but max_epochs has to hold
+            weights = rules.project(before, dict.fromkeys(r, 0.0), caps)
+            kept += f"; only max_epochs lowers {', '.join(over)}"
+        if weights is not before:
+            set_weights(loader, weights)
+        if kept and training.run.is_master:
+            tqdm.write(f'step {step}: the weights stay as they are, {kept}')
+        metrics = {}
+        for name in r:
+            metrics[f'mixture/influence_{name}'] = r[name]
+            metrics[f'mixture/influence_se_{name}'] = se[name]
+            metrics[f'mixture/asked_{name}'] = weights[name]
+        return metrics
+
+    def select(self, step, measurement, direction):
+        """Judges the rows that the sources give until the next update: (metrics, rows scored)."""
+        training = self.training
+        config = training.config
+        loader = training.loader
+        reference = measurement.unseen_reference(direction)
+        metrics = {'select/reference': reference.influence}
+        n_scored = len(measurement.probes) * (config['probe_rows'] // 2)
+        median_help = 0.0
+        for source in training.active:
+            def score(cursors, source=source):
+                return selection.score_rows(
+                    training.model, training.feeder, source, cursors, direction)
+
+            weight = loader.weights[source.name]
+            # The loader is at most two rows off the share of a source.
+            n_rows = int(np.ceil(weight * training.batch_rows * config['mixture_interval'])) + 2
+            first = loader.cursors[source.name]
+            keep, reasons, scores = selection.choose_next(score, first, n_rows, reference, config)
+            loader.set_keep_mask(source.name, keep)
+            n_scored += len(scores)
+            low, median, high = np.quantile(scores[:, 0], (0.1, 0.5, 0.9)) / reference.influence
+            median_help += median * weight
+            metrics[f'select/kept_{source.name}'] = float(keep.mean())
+            metrics[f'select/p10_{source.name}'] = low
+            metrics[f'select/median_{source.name}'] = median
+            metrics[f'select/p90_{source.name}'] = high
+            for reason, share in reasons.items():
+                metrics[f'select/dropped_{reason}_{source.name}'] = share
+        if median_help <= 0 and training.run.is_master:
+            tqdm.write(
+                f'step {step}: the median row no longer helps the probe, so selection has little '
+                'left to choose from.')
+        return metrics, n_scored

@@ -1,4 +1,9 @@
-"""PRESENCE against a computation by hand, plain accumulation and itself in other forms; self-influence and noise."""
+"""PRESENCE against a computation by hand, plain accumulation and itself in other forms;
+self-influence and noise.
+"""
+
+import types
+
 import numpy as np
 import pytest
 import torch
@@ -19,37 +24,68 @@ def test_a_micro_batch_without_a_counted_token_has_no_part(mode):
     model.zero_grad()
     parts[1][1][:] = -1
     log, gradient, _ = accumulate(model, parts, mode, 1.0, 1e-3)
-    assert log['presence/weight_1'] == 0 and log['presence/weight_2'] == without[0]['presence/weight_1']
+    assert (
+        log['presence/weight_1'] == 0
+        and log['presence/weight_2'] == without[0]['presence/weight_1']
+    )
     assert log['presence/self_influence'] == without[0]['presence/self_influence']
     assert all(torch.allclose(gradient[name], g, rtol=1e-9) for name, g in without[1].items())
 
 
 def accumulate(model, parts, mode, tau, sigma=None):
     """One step of micro-batches: (what finish logs, name -> gradient, the object)."""
-    micro = presence.MicroBatches(model, 'first', mode, len(parts), dict(n=len(parts), layers='first', sigma=sigma))
-    micro.begin(tau)
+    taker = presence_of(model, mode, len(parts), sigma, presence_tau=tau)
     n = [(targets >= 0).sum().item() for _, targets, _ in parts]
-    for (inputs, targets, doc_ids), tokens in zip(parts, n):
-        (model.loss(inputs, targets, doc_ids=doc_ids)[0] / sum(n)).backward()
-        micro.add(tokens / sum(n))
-    log = micro.finish()
+    taker.begin(0, 1e-3, n)
+    for inputs, targets, doc_ids in parts:
+        loss, losses, _ = model.loss(inputs, targets, doc_ids=doc_ids)
+        (loss / sum(n)).backward()
+        taker.add(None, losses)
+    log = taker.finish()
     gradient = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad(set_to_none=True)
-    return log, gradient, micro
+    return log, gradient, taker
+
+
+def presence_of(model, mode, n, sigma=None, layers='first', **knobs):
+    """A Presence for n micro-batches, as a run with these knobs has it."""
+    config = (
+        dict(
+            presence=mode,
+            presence_layers=layers,
+            presence_tau=1.0,
+            presence_schedule='constant',
+            presence_switch=None,
+        )
+        | knobs
+    )
+    training = types.SimpleNamespace(config=config, model=model, n_steps=21)
+    taker = presence.Presence(training, n)
+    taker.load_state_dict(dict(n=n, layers=layers, sigma=sigma))
+    return taker
 
 
 @pytest.mark.parametrize('tau', [1.0, -1.0, 0.3])
 def test_store_is_the_algorithm_by_hand(tau):
-    """softmax of the z-scored squared norms of the first block's mean gradients; micro-batches have different numbers of tokens."""
+    """softmax of the z-scored squared norms of the first block's mean gradients; micro-batches have
+    different numbers of tokens.
+    """
     model, parts = tiny(qk_norm=True), batches(6, rows=3, seed=4)
     g = [brute_force(model, [part], 'all') for part in parts]
     n = np.array([(targets >= 0).sum().item() for _, targets, _ in parts])
-    s = np.array([sum((t**2).sum().item() for name, t in by_name.items() if name.startswith('blocks.0.')) for by_name in g])
+    s = np.array(
+        [
+            sum((t**2).sum().item() for name, t in by_name.items() if name.startswith('blocks.0.'))
+            for by_name in g
+        ]
+    )
     e = np.exp(tau * (s - s.mean()) / s.std())
     w = e / e.sum()
     log, gradient, _ = accumulate(model, parts, 'store', tau)
     assert [log[f'presence/weight_{i}'] for i in range(6)] == pytest.approx(w.tolist(), rel=1e-9)
-    assert log['presence/effective_micro_batches'] == pytest.approx(1 / (w**2).sum()) and log['presence/self_influence'] == pytest.approx(s.mean())
+    assert log['presence/effective_micro_batches'] == pytest.approx(1 / (w**2).sum()) and log[
+        'presence/self_influence'
+    ] == pytest.approx(s.mean())
     assert log['presence/weight_entropy'] == pytest.approx(-(w * np.log(w)).sum())
     for name in gradient:
         expected = sum(6 * w[i] * n[i] / n.sum() * g[i][name] for i in range(6))
@@ -60,13 +96,18 @@ def test_stream_equals_store_for_an_equal_deviation():
     model, parts = tiny(), batches(8, rows=2, seed=4)
     for tau in (1.0, -1.0):
         stored, expected, _ = accumulate(model, parts, 'store', tau)
-        sigma = accumulate(model, parts, 'stream', tau)[2].sigma            # this step's, known after it
+        sigma = accumulate(model, parts, 'stream', tau)[2].sigma  # this step's, known after it
         streamed, found, _ = accumulate(model, parts, 'stream', tau, sigma)
         assert streamed == pytest.approx(stored, rel=1e-9)
         assert all((found[n] - expected[n]).norm() < 1e-12 * expected[n].norm() for n in found)
-        first, plain, _ = accumulate(model, parts, 'stream', tau)           # no deviation known yet: all alike
+        first, plain, _ = accumulate(
+            model, parts, 'stream', tau
+        )  # no deviation known yet: all alike
         assert first['presence/effective_micro_batches'] == pytest.approx(8)
-        assert all((plain[n] - expected[n]).norm() > 1e-3 * expected[n].norm() for n in ('blocks.0.attn.wq.weight', 'norm.weight'))
+        assert all(
+            (plain[n] - expected[n]).norm() > 1e-3 * expected[n].norm()
+            for n in ('blocks.0.attn.wq.weight', 'norm.weight')
+        )
 
 
 def test_equal_scores_are_no_reason_to_prefer_one():
@@ -74,26 +115,43 @@ def test_equal_scores_are_no_reason_to_prefer_one():
     model, part = tiny(), batches(1, rows=3, seed=4)[0]
     for mode in ('store', 'stream'):
         log, _, micro = accumulate(model, [part] * 5, mode, 1.0)
-        assert log['presence/effective_micro_batches'] == pytest.approx(5, abs=1e-9) and (mode == 'store' or micro.sigma is None)
+        assert log['presence/effective_micro_batches'] == pytest.approx(5, abs=1e-9) and (
+            mode == 'store' or micro.sigma is None
+        )
 
 
 def test_tau_over_time():
     def tau(schedule, switch=None):
-        return [presence.tau_at(step, 21, 0.5, schedule, switch) for step in range(21)]
+        config = dict(presence_tau=0.5, presence_schedule=schedule, presence_switch=switch)
+        return [presence.tau_at(step, 21, config) for step in range(21)]
+
     assert tau('constant') == [0.5] * 21
-    assert tau('two_stage') == [0.5] * 2 + [-0.5] * 19 and tau('two_stage', 20) == [0.5] * 20 + [-0.5]
+    assert tau('two_stage') == [0.5] * 2 + [-0.5] * 19 and tau('two_stage', 20) == [0.5] * 20 + [
+        -0.5
+    ]
     cosine = tau('cosine')
-    assert cosine[0] == 0.5 and cosine[-1] == -0.5 and abs(cosine[10]) < 1e-12 and cosine == sorted(cosine, reverse=True)
+    assert (
+        cosine[0] == 0.5
+        and cosine[-1] == -0.5
+        and abs(cosine[10]) < 1e-12
+        and cosine == sorted(cosine, reverse=True)
+    )
 
 
 @pytest.mark.parametrize('mode', ['store', 'stream'])
 def test_in_a_training_run(tiny_data, tmp_path, mode):
-    """tau = 0 is plain accumulation bit for bit; another tau is not; two ranks equal one; a resumed run equals a whole one."""
-    knobs = dict(total_batch_tokens=256, batch_size=2, presence=mode)          # 8 micro-batches
+    """tau = 0 is plain accumulation bit for bit; another tau is not; two ranks equal one; a resumed
+    run equals a whole one.
+    """
+    knobs = dict(total_batch_tokens=256, batch_size=2, presence=mode)  # 8 micro-batches
     plain = train(tmp_path / 'plain', tiny_data, **{**knobs, 'presence': 'off'})
     still = train(tmp_path / 'still', tiny_data, **knobs, presence_tau=0.0)
-    assert [plain[s]['train/loss'] for s in range(12)] == [still[s]['train/loss'] for s in range(12)]
-    run = train(tmp_path / 'run', tiny_data, **knobs, presence_schedule='two_stage', presence_switch=6)
+    assert [plain[s]['train/loss'] for s in range(12)] == [
+        still[s]['train/loss'] for s in range(12)
+    ]
+    run = train(
+        tmp_path / 'run', tiny_data, **knobs, presence_schedule='two_stage', presence_switch=6
+    )
     assert run[11]['train/loss'] != plain[11]['train/loss']
     assert [run[s]['presence/tau'] for s in (0, 5, 6, 11)] == [1, 1, -1, -1]
     assert 2 < run[5]['presence/effective_micro_batches'] < 7.9
@@ -104,24 +162,32 @@ def test_in_a_training_run(tiny_data, tmp_path, mode):
     with pytest.raises(BadInput, match='8 micro-batches'):
         train(tmp_path / 'cut', tiny_data, **{**cut, 'batch_size': 4, 'max_steps': 13}, resume=True)
     for s in (8, 11):
-        assert {k: v for k, v in resumed[s].items() if k.startswith(('train/loss', 'presence'))} == {
-            k: v for k, v in whole[s].items() if k.startswith(('train/loss', 'presence'))}
+        assert {
+            k: v for k, v in resumed[s].items() if k.startswith(('train/loss', 'presence'))
+        } == {k: v for k, v in whole[s].items() if k.startswith(('train/loss', 'presence'))}
 
 
 def test_two_ranks_weigh_as_one(tiny_data, tmp_path):
-    """8 rows of one rank in a micro-batch, or 4 of each of two: the same micro-batches, the same weights."""
+    """8 rows of one rank in a micro-batch, or 4 of each of two: the same micro-batches, the same
+    weights.
+    """
     knobs = dict(total_batch_tokens=512, presence='stream', max_steps=6)
     one = train(tmp_path / 'one', tiny_data, **knobs, batch_size=8)
     two = train(tmp_path / 'two', tiny_data, ranks=2, **knobs, batch_size=4)
     for s in range(6):
         assert two[s]['train/loss'] == pytest.approx(one[s]['train/loss'], rel=1e-4)
-        assert [two[s][f'presence/weight_{i}'] for i in range(4)] == pytest.approx([one[s][f'presence/weight_{i}'] for i in range(4)], rel=1e-2)
+        assert [two[s][f'presence/weight_{i}'] for i in range(4)] == pytest.approx(
+            [one[s][f'presence/weight_{i}'] for i in range(4)], rel=1e-2
+        )
 
 
 def test_mistakes(tiny_data, tmp_path):
-    for changes, message in ((dict(presence='store', total_batch_tokens=32), 'only 1'), (dict(presence='on'), 'off, store, stream'),
-                             (dict(presence='store', presence_layers='top'), "presence_layers = 'top'"),
-                             (dict(presence='store', presence_schedule='linear'), 'constant, two_stage, cosine')):
+    for changes, message in (
+        (dict(presence='store', total_batch_tokens=32), 'only 1'),
+        (dict(presence='on'), 'off, store, stream'),
+        (dict(presence='store', presence_layers='top'), "presence_layers = 'top'"),
+        (dict(presence='store', presence_schedule='linear'), 'constant, two_stage, cosine'),
+    ):
         with pytest.raises(BadInput, match=message):
             train(tmp_path / 'run', tiny_data, **changes)
 
@@ -131,7 +197,9 @@ def auroc(low, high):
 
 
 def test_noise_has_high_self_influence_until_it_is_trained_on(tmp_path):
-    """On a model trained on clean text shuffled rows stand out; with shuffled and random text in the stream they are below the clean ones."""
+    """On a model trained on clean text shuffled rows stand out; with shuffled and random text in
+    the stream they are below the clean ones.
+    """
     data_dir = tmp_path / 'data'
     make_source(data_dir, 'a', 40_000)
     rng = np.random.default_rng(9)
@@ -140,12 +208,27 @@ def test_noise_has_high_self_influence_until_it_is_trained_on(tmp_path):
     clean = Source(data_dir, 'a', 'val', 16, 0, 64).rows(range(96))
     found = {}
     for kind, weights in (('clean', {'a': 1.0}), ('mixed', {'a': 1.0, 'random': 2.0})):
-        train(tmp_path / kind, data_dir, sources=weights, max_steps=150, total_batch_tokens=512, batch_size=32, eval_interval=150, save_interval=150)
-        model = open_model(str(tmp_path / kind), torch.device('cpu'), torch.float32, needs_tokenizer=False)[0]
+        train(
+            tmp_path / kind,
+            data_dir,
+            sources=weights,
+            max_steps=150,
+            total_batch_tokens=512,
+            batch_size=32,
+            eval_interval=150,
+            save_interval=150,
+        )
+        model = open_model(
+            str(tmp_path / kind), torch.device('cpu'), torch.float32, needs_tokenizer=False
+        )[0]
         scores = []
         for rows in (clean, rng.permuted(clean, axis=1)):
             rows = torch.from_numpy(rows)
-            scores.append(influence.ghost_sqnorm(model, (rows[:, :-1], rows[:, 1:].long(), None), 'first').numpy())
+            scores.append(
+                influence.ghost_sqnorm(
+                    model, (rows[:, :-1], rows[:, 1:].long(), None), 'first'
+                ).numpy()
+            )
         found[kind] = auroc(*scores)
     print(found)
     assert found['clean'] >= 0.8 and found['mixed'] < found['clean'] - 0.2
