@@ -1,12 +1,14 @@
-"""Checkpoints: weights, optimizer, data position, random generators and config, by torch.distributed.checkpoint (DCP).
+"""Checkpoints by torch.distributed.checkpoint (DCP): weights, optimizer, data position, random
+generators and config.
 
-    out/run/ckpt/step_000500/     *.distcp and .metadata (DCP: reshards to any number of ranks), state.json, rng_<rank>.pt,
-                                  manifest.json (every file and its size, written last)
-    out/run/ckpt/latest           the name of the newest complete one
+    out/run/ckpt/step_000500/     *.distcp and .metadata (DCP), state.json, rng_<rank>.pt, and
+                                  manifest.json (every file and its size), which is written last
+    out/run/ckpt/latest           the name of the newest complete checkpoint
 
-A checkpoint counts from the moment that its manifest is there, so a kill at any moment leaves the one before it good, on a disk as in an object store
-(lib/storage.py). It holds whole tensors, whatever the layout of the ranks that wrote it, and is read into any other. On CUDA the
-tensors are copied to the CPU and written by a thread while training goes on.
+A checkpoint is complete when it has a manifest. A run that is killed at any moment therefore leaves
+the checkpoint before intact, on a disk and in an object store (lib/storage.py). Tensors are stored
+in full, so another number or layout of ranks can read them. On CUDA they are copied to the CPU and
+a thread writes them while training continues.
 """
 import contextlib
 import datetime
@@ -18,6 +20,7 @@ import re
 import signal
 import time
 import warnings
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -26,46 +29,112 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
 from torch.distributed.checkpoint.api import CheckpointException
 
-from configurator import BadInput, RunFault
+from configurator import BadInput, RunFault, at_least
 from lib import storage
 from lib.device import barrier
 from ops.ranks import full_shape, stored_form
 
-warnings.filterwarnings('ignore', message='torch.distributed is disabled')      # DCP's remark on every run of one process
-
-# knobs that a run keeps to its end
-FIXED = ('seed', 'block_size', 'total_batch_tokens', 'packing', 'overlong', 'optimizer', 'mixture', 'presence', 'select', 'select_scores',
-         'select_margin', 'select_keep')
+# knobs that a resumed run cannot change
+FIXED = ('seed', 'block_size', 'total_batch_tokens', 'packing', 'overlong', 'optimizer', 'mixture',
+         'presence', 'select', 'select_scores', 'select_margin', 'select_keep')
 
 
-def _remove(folder):
-    """Deletes a checkpoint, its manifest first, so that a kill half-way leaves nothing that looks complete."""
-    manifest = os.path.join(folder, 'manifest.json')
-    if storage.is_file(manifest):
-        storage.remove_file(manifest)
-    storage.remove_folder(folder)
+# -- folders of checkpoints ------------------------------------------------------------------------
 
+def _steps(folder):
+    """Names of the checkpoints in a ckpt folder, complete or not, oldest first."""
+    steps = [name for name in storage.names(folder) if re.fullmatch(r'step_\d+', name)]
+    # The names of steps from 1,000,000 on are longer, so their order as strings would be wrong.
+    return sorted(steps, key=lambda name: int(name[5:]))
+
+
+def _is_complete(checkpoint):
+    return storage.is_file(os.path.join(checkpoint, 'manifest.json'))
+
+
+def complete_checkpoints(folder):
+    """Names of the complete checkpoints in a ckpt folder, oldest first."""
+    return [name for name in _steps(folder) if _is_complete(os.path.join(folder, name))]
+
+
+def torn_checkpoints(folder):
+    """Names of the checkpoints in a ckpt folder that were never finished, oldest first."""
+    return [name for name in _steps(folder) if not _is_complete(os.path.join(folder, name))]
+
+
+def fault_of(checkpoint):
+    """What is wrong with a checkpoint folder; '' for an intact one."""
+    if not _is_complete(checkpoint):
+        return 'it was never finished (no manifest.json)'
+    found = storage.sizes(checkpoint)
+    manifest = storage.read(os.path.join(checkpoint, 'manifest.json'))
+    for name, size in json.loads(manifest).items():
+        if name not in found:
+            return f'{name} is missing'
+        if found[name] != size:
+            return f'{name} has {found[name]:,} bytes, not {size:,}'
+    return ''
+
+
+@dataclass
+class CheckpointConfig:
+    """Knobs of checkpoints."""
+    keep_last: at_least(0) = 2          # newest checkpoints that are kept. 0: all
+    keep_every: at_least(0) = 0         # keep also those whose step is a multiple of it. 0: none
+    async_save: bool | None = None      # write checkpoints while training continues. None: on CUDA
+
+
+def _remove(checkpoint):
+    # The manifest goes first. A kill half-way then leaves nothing that looks complete.
+    if _is_complete(checkpoint):
+        storage.remove_file(os.path.join(checkpoint, 'manifest.json'))
+    storage.remove_folder(checkpoint)
+
+
+# -- what is saved ---------------------------------------------------------------------------------
 
 def _rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+@contextlib.contextmanager
+def _no_warning():
+    """Silences DCP's warning about every run of a single process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', message='torch.distributed is disabled')
+        yield
+
+
 def _tensors(model, optimizers):
-    """Flat dict of everything that DCP stores: 'model.<name>' and 'optim.<name>.<key>'."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    tensors = {f'model.{name}': stored_form(model.layout, name, parameter.detach()) for parameter, name in names.items()}
-    tensors |= {f'model.{name}': value for name, value in model.state_dict().items() if name not in names.values()}        # biases and loads of experts
+    """Everything that DCP stores: 'model.<name>' and 'optim.<name>.<key>' -> tensor."""
+    layout = model.layout
+    tensors = {}
+    names = {}
+    for name, parameter in model.named_parameters():
+        names[parameter] = name
+        tensors[f'model.{name}'] = stored_form(layout, name, parameter.detach())
+    # The state dict also has buffers: biases and loads of experts.
+    for name, value in model.state_dict().items():
+        tensors.setdefault(f'model.{name}', value)
+    # The names make the state independent of how an optimizer groups its parameters.
     for optimizer in optimizers:
         for parameter, state in optimizer.state.items():
-            tensors |= {f'optim.{names[parameter]}.{key}': stored_form(model.layout, names[parameter], value) for key, value in state.items()}
+            name = names[parameter]
+            for key, value in state.items():
+                tensors[f'optim.{name}.{key}'] = stored_form(layout, name, value)
     return tensors
 
 
 def rng_state():
     """Every random generator of this process, in types that torch.load(weights_only=True) reads."""
     kind, keys, position, has_gauss, gauss = np.random.get_state()
-    return dict(torch=torch.get_rng_state(), cuda=torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
-                python=random.getstate(), numpy=(kind, keys.tolist(), position, has_gauss, gauss))
+    return dict(
+        torch=torch.get_rng_state(),
+        # Reading the state would initialize CUDA in a process that only uses the CPU.
+        cuda=torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
+        python=random.getstate(),
+        numpy=(kind, keys.tolist(), position, has_gauss, gauss),
+    )
 
 
 def set_rng_state(state):
@@ -79,69 +148,91 @@ def set_rng_state(state):
 
 @contextlib.contextmanager
 def untouched_rng():
-    """Within it other people's code may use the random generators; they are left as they were."""
+    """Restores the random generators at the end, so that foreign code may use them within."""
     before = rng_state()
     yield
     set_rng_state(before)
 
 
 class StopRequest:
-    """`signal` becomes SIGTERM or SIGINT when one comes: save after this step and exit. One more, later than torchrun's copy of the first, ends at once."""
+    """`signal` is SIGTERM or SIGINT once one has arrived: save after this step and exit.
+
+    A second signal ends the process at once, unless it arrives within 5 s: that is torchrun's copy.
+    """
 
     def __init__(self):
-        self.signal, self.time = 0, 0.0
+        self.signal = 0
+        self.time = 0.0
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.take)
 
     def take(self, number, _frame):
         if not self.signal:
-            self.signal, self.time = number, time.monotonic()
+            self.signal = number
+            self.time = time.monotonic()
         elif time.monotonic() - self.time > 5:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
 
 class Checkpointer:
-    """Saves into out_dir/ckpt and keeps the newest `keep_last` (0: all) and every one whose step is a multiple of keep_every (0: no others).
+    """Saves into out_dir/ckpt. Every rank makes one and calls every method.
 
-    Every rank makes one and calls every method.
+    It keeps the newest `keep_last` checkpoints (0: all), and those whose step is a multiple of
+    `keep_every` (0: no others). With `asynchronous` a thread writes them.
     """
 
     def __init__(self, out_dir, keep_last, asynchronous, keep_every=0):
-        self.out_dir, self.folder = out_dir, os.path.join(out_dir, 'ckpt')
-        self.keep_last, self.keep_every, self.asynchronous = keep_last, keep_every, asynchronous
+        self.out_dir = out_dir
+        self.folder = os.path.join(out_dir, 'ckpt')
+        self.keep_last = keep_last
+        self.keep_every = keep_every
+        self.asynchronous = asynchronous
         self.pending = None          # (future, folder, step) of a save that a thread is writing
-        # the thread's collectives need a group of their own: on a shared one they would meet training's out of order
-        self.group = dist.new_group(backend='gloo', timeout=datetime.timedelta(days=1)) if asynchronous and dist.is_initialized() else None
+        self.while_pending = contextlib.ExitStack()
+        self.group = None
+        if asynchronous and dist.is_initialized():
+            # The thread's collectives need their own group: in a shared one they would be mixed
+            # with those of training.
+            self.group = dist.new_group(backend='gloo', timeout=datetime.timedelta(days=1))
         if _rank() == 0:
-            for name in torn_checkpoints(self.folder):              # what a killed run left
+            for name in torn_checkpoints(self.folder):              # left by a killed run
                 storage.remove_folder(os.path.join(self.folder, name))
         barrier()
 
     def save(self, step, model, optimizers, state):
-        """Saves the run as it stands before `step` is trained. state: JSON-able dict, the same on every rank. Returns seconds that training waited.
+        """Saves the run as it is before `step` is trained. Returns the seconds that this took.
 
-        Raises RunFault when it cannot be written (full disk); the checkpoint before stays good.
+        state: dict for state.json, the same on every rank. Raises RunFault when a file cannot be
+        written (full disk). The previous checkpoint stays intact.
         """
         start = time.perf_counter()
+        # Only one save is in flight, because it holds a copy of all tensors in the CPU's memory.
         self.finish()
         folder = os.path.join(self.folder, f'step_{step:06d}')
         try:
             if _rank() == 0:
-                if storage.is_folder(folder):                       # saved before, by a run that was since resumed from an older one
+                # A run that was resumed from an older checkpoint saves this step again.
+                if storage.is_folder(folder):
                     _remove(folder)
                 storage.make_folder(folder)
             barrier()
+            # The generators differ between ranks, so every rank writes a file of its own.
             rng = io.BytesIO()
             torch.save(rng_state(), rng)
             storage.write(os.path.join(folder, f'rng_{_rank()}.pt'), rng.getvalue())
             if _rank() == 0:
-                storage.write(os.path.join(folder, 'state.json'), json.dumps({'step': step, **state}).encode())
+                content = json.dumps({'step': step, **state}).encode()
+                storage.write(os.path.join(folder, 'state.json'), content)
             tensors = _tensors(model, optimizers)
             if self.asynchronous:
-                self.pending = dcp.async_save(tensors, checkpoint_id=folder, process_group=self.group), folder, step
+                # DCP warns from its thread, so the warning is silenced until `finish`.
+                self.while_pending.enter_context(_no_warning())
+                future = dcp.async_save(tensors, checkpoint_id=folder, process_group=self.group)
+                self.pending = future, folder, step
             else:
-                dcp.save(tensors, checkpoint_id=folder, no_dist=not dist.is_initialized())
+                with _no_warning():
+                    dcp.save(tensors, checkpoint_id=folder)
                 self._publish(folder, step)
         except (OSError, CheckpointException) as error:
             self._fail(folder, step, error)
@@ -149,18 +240,31 @@ class Checkpointer:
 
     def finish(self):
         """Waits for a save in the background and completes it."""
-        if self.pending is not None:
-            future, folder, step = self.pending
-            self.pending = None
-            try:
+        if self.pending is None:
+            return
+        future, folder, step = self.pending
+        self.pending = None
+        try:
+            with self.while_pending:
                 future.result()
-                self._publish(folder, step)
-            except (OSError, CheckpointException) as error:
-                self._fail(folder, step, error)
+            self._publish(folder, step)
+        except (OSError, CheckpointException) as error:
+            self._fail(folder, step, error)
+
+    def last_good(self):
+        """Path of the newest complete checkpoint, or 'none'. Waits for a save in the background."""
+        self.finish()
+        good = complete_checkpoints(self.folder)
+        return os.path.join(self.folder, good[-1]) if good else 'none'
 
     def poll(self):
-        """Completes a background save once every rank has written its part; call it every step, it does not wait."""
+        """Completes a pending save if all ranks have written their parts. It does not wait.
+
+        Call it at every step while `pending` is not None, on all ranks.
+        """
         if self.pending is not None:
+            # Ranks end their writing at different times. All must publish at the same step, because
+            # `_publish` waits for all ranks.
             done = torch.tensor(int(self.pending[0].done()))
             if dist.is_initialized():
                 dist.all_reduce(done, op=dist.ReduceOp.MIN)
@@ -168,184 +272,205 @@ class Checkpointer:
                 self.finish()
 
     def _publish(self, folder, step):
-        """Rank 0: manifest, `latest`, small files of a run in a store, and the oldest out."""
+        # The manifest lists every file, so all ranks must have written theirs.
         barrier()
         if _rank() == 0:
-            storage.write(os.path.join(folder, 'manifest.json'), json.dumps(storage.sizes(folder), indent=1).encode())
+            manifest = json.dumps(storage.sizes(folder), indent=1).encode()
+            storage.write(os.path.join(folder, 'manifest.json'), manifest)
             storage.write(os.path.join(self.folder, 'latest'), os.path.basename(folder).encode())
             storage.upload(self.out_dir)
-            older = [name for name in complete_checkpoints(self.folder) if int(name[5:]) <= step]
-            for name in older[:-self.keep_last] if self.keep_last else []:
-                if not self.keep_every or int(name[5:]) % self.keep_every:
-                    _remove(os.path.join(self.folder, name))
+            if self.keep_last:
+                # Later checkpoints are left from before a resume at an older one. They must not
+                # push out the checkpoint that was just written.
+                done = [n for n in complete_checkpoints(self.folder) if int(n[5:]) <= step]
+                for name in done[:-self.keep_last]:
+                    if not self.keep_every or int(name[5:]) % self.keep_every:
+                        _remove(os.path.join(self.folder, name))
         barrier()
 
     def _fail(self, folder, step, error):
         if _rank() == 0:
+            # On a full disk this frees what the torn files take.
             storage.remove_folder(folder)
         good = complete_checkpoints(self.folder)
-        where = f'{self.folder}/{good[-1]} is the last good one' if good else 'there is no earlier one'
+        last = f'{self.folder}/{good[-1]} is the last good one' if good else 'no earlier one exists'
         reason = str(error).strip().splitlines()[-1]
-        raise RunFault(f'the checkpoint of step {step} could not be written to {self.folder} ({reason}); {where}. '
-                       'Free some space and go on with --resume=True.') from error
+        raise RunFault(
+            f'the checkpoint of step {step} could not be written to {self.folder} ({reason}): '
+            f'{last}. Free some space and continue with --resume=True.'
+        ) from error
 
 
-def _steps(folder):
-    """Names of checkpoints in a ckpt folder, complete or not, oldest first."""
-    return sorted((name for name in storage.names(folder) if re.fullmatch(r'step_\d+', name)), key=lambda name: int(name[5:]))
-
-
-def complete_checkpoints(folder):
-    """Names of the finished checkpoints in a ckpt folder, oldest first."""
-    return [name for name in _steps(folder) if storage.is_file(os.path.join(folder, name, 'manifest.json'))]
-
-
-def torn_checkpoints(folder):
-    """Names of those that were never finished."""
-    return [name for name in _steps(folder) if not storage.is_file(os.path.join(folder, name, 'manifest.json'))]
-
-
-def fault_of(checkpoint):
-    """What is wrong with a checkpoint folder, '' when nothing is."""
-    manifest = os.path.join(checkpoint, 'manifest.json')
-    if not storage.is_file(manifest):
-        return 'it was never finished (no manifest.json)'
-    found = storage.sizes(checkpoint)
-    for name, size in json.loads(storage.read(manifest)).items():
-        if name not in found:
-            return f'{name} is missing'
-        if found[name] != size:
-            return f'{name} has {found[name]:,} bytes, not {size:,}'
-    return ''
-
+# -- where a run begins ----------------------------------------------------------------------------
 
 def is_of(out_dir, config):
-    """Whether the run in out_dir, if there is one, has this config: then a launcher's second start is the same run's."""
+    """Whether out_dir holds no run or one with this config, which a launcher then restarts."""
     path = os.path.join(out_dir, 'config.json')
     if not storage.is_file(path):
         return True
-    return {**json.loads(storage.read(path)), 'resume': None} == {**json.loads(json.dumps(config)), 'resume': None}
+    # `resume` may differ, since a restart sets it. JSON makes lists of tuples, as in the file.
+    saved = {**json.loads(storage.read(path)), 'resume': None}
+    return saved == {**json.loads(json.dumps(config)), 'resume': None}
 
 
 def find_checkpoint(path, may_be_missing=False):
-    """The checkpoint folder that a run folder or a checkpoint folder means; None when a run has none. Of a run it is the one named in `latest`, or,
-    where that is damaged (which is said), the newest good one.
+    """The checkpoint folder to read, given a run folder or a checkpoint folder.
 
-    Rank 0 looks, and tells the others. BadInput when the path does not exist (but for may_be_missing), a checkpoint that was named itself is damaged, or
-    all of a run are.
+    In a run folder it is the checkpoint named in `latest`, or the newest intact one where that is
+    damaged. Skipped checkpoints are reported. Returns None when a run has no checkpoint. Raises
+    BadInput when the path does not exist (unless may_be_missing), and when the given checkpoint or
+    all of a run are damaged. Rank 0 looks, and all ranks return the same.
     """
-    if not dist.is_initialized():
-        return _find(path, may_be_missing)
-    box = [None]
+    found = None
     if _rank() == 0:
         try:
-            box = [_find(path, may_be_missing)]
+            found = _find(path, may_be_missing)
         except BadInput as error:
-            box = [error]
-    dist.broadcast_object_list(box, 0)
-    if isinstance(box[0], BadInput):
-        raise box[0]
-    return box[0]
+            found = error
+    if dist.is_initialized():
+        # An error is sent, too. If rank 0 raised it here, the others would wait forever.
+        box = [found]
+        dist.broadcast_object_list(box, 0)
+        found = box[0]
+    if isinstance(found, BadInput):
+        raise found
+    return found
 
 
 def _find(path, may_be_missing):
     if not storage.is_folder(path):
         if may_be_missing:
             return None
-        raise BadInput(f"'{path}' is no folder; give a run's out_dir or one of its ckpt/step_* folders.")
+        raise BadInput(f"'{path}' is no folder. Give a run's out_dir or a ckpt/step_* in it.")
     folder = os.path.join(path, 'ckpt')
-    if not storage.is_folder(folder) and os.path.basename(os.path.normpath(path)).startswith('step_'):
+    parent, name = os.path.split(path.rstrip('/'))
+    if not storage.is_folder(folder) and name.startswith('step_'):
         if fault := fault_of(path):
-            raise BadInput(f'checkpoint {path} is damaged: {fault}. Others here: {", ".join(complete_checkpoints(os.path.dirname(os.path.normpath(path)))) or "none"}.')
+            others = ', '.join(complete_checkpoints(parent)) or 'none'
+            raise BadInput(f'checkpoint {path} is damaged: {fault}. Others here: {others}.')
         return path
     candidates = _steps(folder)[::-1]
     latest = os.path.join(folder, 'latest')
-    if storage.is_file(latest) and (named := storage.read(latest).decode().strip()) in candidates:
-        candidates = [named] + [name for name in candidates if name != named]
-    torn, damaged = torn_checkpoints(folder), []
+    if storage.is_file(latest):
+        named = storage.read(latest).decode().strip()
+        candidates.sort(key=lambda name: name != named)     # the others keep their order
+    faults = []
     for name in candidates:
-        if name in torn:
-            print(f'checkpoint: {folder}/{name} was never finished, and is passed over')
-        elif fault := fault_of(os.path.join(folder, name)):
-            damaged.append(f'{name}: {fault}')
-            print(f'checkpoint: {folder}/{name} is damaged ({fault}), and is passed over')
+        checkpoint = os.path.join(folder, name)
+        fault = fault_of(checkpoint)
+        if not fault:
+            return checkpoint
+        if _is_complete(checkpoint):
+            faults.append(f'{name}: {fault}')
+            print(f'checkpoint: {folder}/{name} is damaged ({fault}) and is skipped')
         else:
-            return os.path.join(folder, name)
-    if damaged:
-        raise BadInput(f'every checkpoint in {folder} is damaged: {"; ".join(damaged)}. Put one back, or start anew in another out_dir.')
+            print(f'checkpoint: {folder}/{name} was never finished and is skipped')
+    if faults:
+        faults = '; '.join(faults)
+        raise BadInput(f'every checkpoint in {folder} is damaged: {faults}. Use another out_dir.')
     return None
 
 
 def find_beginning(out_dir, resume, continue_from):
-    """The checkpoint that train.py's run begins with: its own to go on with, else that of continue_from, else None. BadInput when that one has none."""
-    own = find_checkpoint(out_dir, may_be_missing=True) if resume else None
-    if own is not None or continue_from is None:
-        return own
-    found = find_checkpoint(continue_from)
-    if found is None:
-        raise BadInput(f"continue_from = '{continue_from}' has no complete checkpoint to begin with. Let that run come to its end first.")
+    """The checkpoint that a run begins with, or None: its own if it resumes, or continue_from's."""
+    found = find_checkpoint(out_dir, may_be_missing=True) if resume else None
+    if found is None and continue_from is not None:
+        found = find_checkpoint(continue_from)
+        if found is None:
+            raise BadInput(f"continue_from = '{continue_from}' has no complete checkpoint yet.")
     return found
 
 
 def read_state(checkpoint):
-    """The state.json of a checkpoint: step, model, config, loader and whatever else was saved."""
+    """A checkpoint's state.json, a dict: step, model, config, loader and so on."""
     return json.loads(storage.read(os.path.join(checkpoint, 'state.json')))
 
 
 def check_same_model(checkpoint, saved, wanted):
-    """BadInput that lists every field in which the saved model config (dict) differs from the wanted one."""
-    differing = [f'{key} {saved.get(key)!r} there, {wanted[key]!r} here' for key in wanted if saved.get(key) != wanted[key]]
+    """Raises BadInput, with all differences, if two model configs (dicts) differ."""
+    differing = []
+    for key, value in wanted.items():
+        if saved.get(key) != value:
+            differing.append(f'{key} {saved.get(key)!r} there, {value!r} here')
     if differing:
         raise BadInput(f'checkpoint {checkpoint} holds another model: {"; ".join(differing)}.')
 
 
 def check_resumable(checkpoint, saved, config, saved_model, model, end_step):
-    """BadInput when the run in a checkpoint (saved: its state.json) cannot go on with this config, model (dicts) and last step."""
+    """Raises BadInput if the run in a checkpoint cannot continue as asked.
+
+    saved: its state.json; config: train.py's knobs; saved_model, model: model configs as dicts.
+    """
     if saved['config'] is None:
-        raise BadInput(f"'{config['out_dir']}' is an imported model, no run that could go on. Train it with --init_from={config['out_dir']} and "
-                       'another --out_dir.')
+        raise BadInput(
+            f"'{config['out_dir']}' is an imported model and no run to resume. Train it with "
+            f'--init_from={config["out_dir"]} and another --out_dir.'
+        )
     check_same_model(checkpoint, saved_model, model)
     for name in FIXED:
-        if name == 'mixture' and config[name] == 'fixed':      # whatever it was: from here the weights are those of `sources`
+        # `fixed` may follow any method: from here on the weights are those of `sources`.
+        if name == 'mixture' and config[name] == 'fixed':
             continue
-        if name in saved['config'] and saved['config'][name] != config[name]:            # an older version may not have had this knob
-            raise BadInput(f"{name} was {saved['config'][name]!r} in {checkpoint}, it is {config[name]!r} now; a resumed run cannot "
-                           'change it. Put it back, or start a new run with init_from.')
+        before = saved['config'].get(name, config[name])    # an older version may lack a knob
+        if before != config[name]:
+            raise BadInput(
+                f'{name} was {before!r} in {checkpoint} and is {config[name]!r} now. A resumed run '
+                'cannot change it. Put it back, or start a new run with init_from.'
+            )
     if saved['step'] > end_step:
-        raise BadInput(f"{checkpoint} is at step {saved['step']}, beyond the {end_step} steps asked for: nothing is left to train. Raise "
-                       'max_steps (or max_tokens, epochs, stop_step).')
+        raise BadInput(
+            f'{checkpoint} is at step {saved["step"]}, beyond the {end_step} steps asked for. '
+            'Nothing is left to train. Raise max_steps (or max_tokens, epochs, stop_step).'
+        )
 
 
-def load_weights(checkpoint, model):
-    """Model weights only (init_from), into the model in place, whatever the number of ranks."""
-    dcp.load(_tensors(model, []), checkpoint_id=checkpoint, no_dist=not dist.is_initialized())
+# -- reading ---------------------------------------------------------------------------------------
+
+def _empty_state(stored, name, parameter, layout, group):
+    """Tensors for the optimizer's state of a parameter. stored: DCP's metadata, key -> about it."""
+    state = {}
+    for key, about in stored.items():
+        if not key.startswith(f'optim.{name}.'):
+            continue
+        dtype = about.properties.dtype
+        if tuple(about.size) == tuple(full_shape(layout, name, parameter)):
+            tensor = torch.zeros_like(parameter.detach(), dtype=dtype)
+        else:
+            # a count of steps, which fused optimizers keep on the device
+            device = parameter.device if group.get('fused') else 'cpu'
+            tensor = torch.zeros(about.size, dtype=dtype, device=device)
+        state[key.removeprefix(f'optim.{name}.')] = tensor
+    return state
+
+
+def load_weights(checkpoint, model, optimizers=()):
+    """Reads weights, and the state that the optimizers have, in place, for any number of ranks."""
+    with _no_warning():
+        dcp.load(_tensors(model, optimizers), checkpoint_id=checkpoint)
 
 
 def load(checkpoint, model, optimizers):
-    """Weights, optimizer state and this rank's random generators, in place. Returns a note for the user, '' when all is as it was."""
-    stored = (FsspecReader if storage.is_remote(checkpoint) else dcp.FileSystemReader)(checkpoint).read_metadata().state_dict_metadata
-    tensors = _tensors(model, [])
+    """Reads weights, optimizer state and this rank's random generators in place.
+
+    Returns a note for the user, or ''. Raises BadInput when the run had another optimizer.
+    """
+    reader = FsspecReader if storage.is_remote(checkpoint) else dcp.FileSystemReader
+    stored = reader(checkpoint).read_metadata().state_dict_metadata
     names = {parameter: name for name, parameter in model.named_parameters()}
-    states = {}
+    # An optimizer has no state before its first step, so the tensors to read into are made here.
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             for parameter in group['params']:
-                prefix = f'optim.{names[parameter]}.'
-                states[optimizer, parameter] = {
-                    key.removeprefix(prefix): torch.zeros_like(parameter.detach(), dtype=stored[key].properties.dtype)
-                    if tuple(stored[key].size) == tuple(full_shape(model.layout, names[parameter], parameter))
-                    else torch.zeros(stored[key].size, dtype=stored[key].properties.dtype,
-                                     device=parameter.device if group.get('fused') else 'cpu')
-                    for key in stored if key.startswith(prefix)}
-                if not states[optimizer, parameter]:
-                    raise BadInput(f'checkpoint {checkpoint} has no optimizer state for {names[parameter]}: it was written with '
-                                   'another optimizer. Resume with that one, or start a new run with init_from.')
-                tensors |= {prefix + key: stored_form(model.layout, names[parameter], value) for key, value in states[optimizer, parameter].items()}
-    dcp.load(tensors, checkpoint_id=checkpoint, no_dist=not dist.is_initialized())
-    for (optimizer, parameter), state in states.items():
-        optimizer.state[parameter] = state
+                state = _empty_state(stored, names[parameter], parameter, model.layout, group)
+                if not state:
+                    raise BadInput(
+                        f'checkpoint {checkpoint} has no optimizer state for {names[parameter]}. '
+                        'Resume with the optimizer that it was written with.'
+                    )
+                optimizer.state[parameter] = state
+    load_weights(checkpoint, model, optimizers)
     rng = os.path.join(checkpoint, f'rng_{_rank()}.pt')
     if not storage.is_file(rng):
-        return f'rank {_rank()} was not there when the checkpoint was written; its random generators start anew'
+        return f'rank {_rank()} is new since the checkpoint: its random generators start afresh'
     set_rng_state(torch.load(io.BytesIO(storage.read(rng)), weights_only=True))
     return ''

@@ -1,51 +1,158 @@
-"""What several scripts share: the device and its dtype, ranks, peak FLOPs, memory settings, reading the metrics."""
+"""The device of a run, its dtype, and how its ranks meet and part."""
+import contextlib
 import ctypes
 import datetime
-import json
 import os
 import platform
 import re
 import sys
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
-from configurator import BadInput, report_error
-from lib.watch import meeting_point
+from configurator import BadInput, one_of, report_error
+from ops.kernels import use as use_kernels
 
-# dense bf16 peaks without sparsity, FLOP/s, from the makers' data sheets; matched against the device's name, first hit wins
-PEAK_FLOPS = {'H200': 989e12, 'H100 PCIe': 756e12, 'H100': 989e12, 'GH200': 989e12, 'B200': 2250e12, 'A100': 312e12,
-              'L40S': 362e12, 'L4': 121e12, 'A10G': 125e12, 'A6000': 155e12, 'RTX 4090': 165e12, 'RTX 3090': 71e12,
-              'V100': 125e12, 'T4': 65e12}
+GIB = 2**30
 
 
-rows_group = None       # the ranks that have rows of their own, where others beside them have the same (tensor parallelism); None: all
+@dataclass
+class Gpu:
+    """A kind of GPU, by the maker's data sheet."""
+    flops: float                    # peak of dense bf16 products without sparsity, FLOP/s
+    memory: float | None = None     # bytes
+    near: float = 25e9              # bytes/s to a GPU of the same node, one way
+    far: float = 12e9               # bytes/s to a GPU of another node
+
+
+# The name up to a '-' is matched with the device's name, and the first match counts. tools/plan.py
+# plans for those with a memory: they have NVLink, and a network card of 200 or 400 Gbit/s per GPU.
+GPUS = {
+    'H200': Gpu(989e12, 141 * GIB, 450e9, 50e9),
+    'H100 PCIe': Gpu(756e12),
+    'H100': Gpu(989e12, 80 * GIB, 450e9, 50e9),
+    'GH200': Gpu(989e12, None, 450e9, 50e9),
+    'B200': Gpu(2250e12, 180 * GIB, 900e9, 50e9),
+    'A100-40GB': Gpu(312e12, 40 * GIB, 300e9, 25e9),
+    'A100-80GB': Gpu(312e12, 80 * GIB, 300e9, 25e9),
+    'L40S': Gpu(362e12),
+    'L4': Gpu(121e12),
+    'A10G': Gpu(125e12),
+    'A6000': Gpu(155e12),
+    'RTX 4090': Gpu(165e12),
+    'RTX 3090': Gpu(71e12),
+    'V100': Gpu(125e12),
+    'T4': Gpu(65e12)}
+
+
+@dataclass
+class DeviceConfig:
+    """Knobs of the device."""
+    device: one_of('auto', 'cpu', 'cuda') = 'auto'      # auto: CUDA when there is a GPU
+    dtype: one_of('auto', 'float32', 'bfloat16') = 'auto'       # of matrix products; weights are
+                                # fp32. auto: bfloat16 where the hardware gains by it
+    kernels: one_of('auto', 'triton', 'torch') = 'auto'         # torch: the reference functions.
+                                # auto: Triton on CUDA, except in layers inside torch.compile
+
+
+@dataclass
+class Run:
+    """Where this process runs: its rank, its device, and the dtype of its products."""
+    rank: int
+    world_size: int
+    device: torch.device
+    dtype: torch.dtype
+    description: str = ''           # dtype with its reason, and kernels, for the first lines
+    layout: object = None           # ranks.Layout, None for a single process
+    data_rank: int = 0              # rank among the ranks that have rows of their own
+    n_data: int = 1                 # number of these ranks
+    compile_blocks: bool = False
+
+    def __post_init__(self):
+        self.is_master = self.rank == 0
+        # the context of forward passes
+        self.autocast = contextlib.nullcontext()
+        if self.dtype != torch.float32:
+            self.autocast = torch.autocast(self.device.type, self.dtype)
+
+    def join(self, layout):
+        """Takes this process's place in a ranks.Layout (None: a single process)."""
+        self.layout = layout
+        if layout is not None:
+            self.data_rank = layout.data_rank
+            self.n_data = layout.n_data
+
+
+def start(config):
+    """Joins the ranks and picks device, dtype and kernels by the knobs in `config`: Run."""
+    keeps_memory = tune_malloc()
+    rank, world_size, device = start_ranks(config['device'])
+    dtype, reason = pick_dtype(config['dtype'], device)
+    description = f'{dtype} ({reason}), kernels: {use_kernels(config["kernels"], device)}'
+    if keeps_memory and device.type == 'cpu':
+        description += ', malloc keeps freed memory'
+    return Run(rank, world_size, device, dtype, description)
+
+
+# -- ranks -----------------------------------------------------------------------------------------
+
+
+def is_restarted():
+    """Whether a launcher (torchrun or SLURM) has restarted this run after a failure."""
+    names = ('TORCHELASTIC_RESTART_COUNT', 'SLURM_RESTART_COUNT')
+    return any(int(os.environ.get(name) or 0) > 0 for name in names)
+
+
+def meeting_point(hosts=False):
+    """The store where ranks meet. hosts: this rank creates it, unless the launcher has.
+
+    torchrun keeps one store over restarts, and a rank that finds the address of a dead rank there
+    does not start. So the keys of every attempt have a prefix of their own.
+    """
+    is_hosted = os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True'
+    store = dist.TCPStore(
+        os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']),
+        is_master=hosts and not is_hosted, wait_for_workers=False, multi_tenant=True)
+    attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)
+    return dist.PrefixStore(f'attempt_{attempt}', store)
 
 
 def start_ranks(device, join=True):
-    """Joins torchrun's process group, if there is one (not with join=False). Returns (rank, world_size, torch.device).
+    """Joins torchrun's process group, if there is one. Returns (rank, world_size, torch.device).
 
-    device: 'auto' (CUDA when there is one), 'cpu' or 'cuda'. A plain `python` has no process group at all.
+    device  'auto' (CUDA when there is a GPU), 'cpu' or 'cuda'
+    join    False: only reads rank and world size. A plain `python` has no process group in any case
     """
-    if device not in ('auto', 'cpu', 'cuda'):
-        raise BadInput(f"device = '{device}' must be auto, cpu or cuda.")
     if device == 'cuda' and not torch.cuda.is_available():
-        raise BadInput("device = 'cuda', but torch finds no CUDA device here. Use device=cpu or auto.")
+        raise BadInput("device = 'cuda', but torch finds no CUDA device. Use device=cpu or auto.")
     kind = 'cuda' if device != 'cpu' and torch.cuda.is_available() else 'cpu'
     if 'RANK' not in os.environ:
         return 0, 1, torch.device(kind)
-    here = torch.device('cpu') if kind == 'cpu' else torch.device('cuda', int(os.environ.get('LOCAL_RANK') or int(os.environ['RANK']) % torch.cuda.device_count()))
+    rank = int(os.environ['RANK'])
+    world_size = int(os.environ['WORLD_SIZE'])
+    here = torch.device('cpu')
     if kind == 'cuda':
+        local_rank = os.environ.get('LOCAL_RANK') or rank % torch.cuda.device_count()
+        here = torch.device('cuda', int(local_rank))
         torch.cuda.set_device(here)
-    if join:        # lib/watch.py ends what hangs; rank 0 may prepare data for hours while the others wait
-        dist.init_process_group('cpu:gloo,cuda:nccl' if kind == 'cuda' else 'gloo', timeout=datetime.timedelta(days=1), rank=int(os.environ['RANK']),
-                                world_size=int(os.environ['WORLD_SIZE']), store=meeting_point(hosts=os.environ['RANK'] == '0'))
-        sys.excepthook = report_error       # init_process_group wraps the hook in one that would swallow our message
-    return int(os.environ['RANK']), int(os.environ['WORLD_SIZE']), here
+    if join:
+        # lib/watch.py ends a run that hangs. A short timeout here would end one whose rank 0
+        # prepares data for hours while the others wait.
+        dist.init_process_group(
+            'cpu:gloo,cuda:nccl' if kind == 'cuda' else 'gloo', rank=rank, world_size=world_size,
+            store=meeting_point(hosts=rank == 0), timeout=datetime.timedelta(days=1))
+        # init_process_group wraps the hook in one that would hide our messages.
+        sys.excepthook = report_error
+    return rank, world_size, here
 
 
 def leave_ranks(code):
-    """Ends the process. A rank skips Python's teardown: it aborts (one run in ten) when a thread of gloo lets go of a tensor then."""
+    """Ends the process with an exit code.
+
+    With several ranks it skips Python's teardown: one run in ten aborts there, when a thread of
+    gloo frees a tensor.
+    """
     if dist.is_initialized():
         dist.destroy_process_group()
         sys.stdout.flush()
@@ -54,25 +161,17 @@ def leave_ranks(code):
     sys.exit(code)
 
 
-def all_reduce_sum(values, everywhere=False):
-    """Sums a list of numbers over the ranks that have rows of their own (everywhere: over all): list of float (fp64 inside).
-
-    By the hosts: numbers that are on a GPU are waited for.
-    """
-    if not dist.is_initialized():
-        return [float(v) for v in values]
-    total = torch.tensor([float(v) for v in values], dtype=torch.float64)
-    dist.all_reduce(total, group=None if everywhere else rows_group)
-    return total.tolist()
-
-
 def barrier():
+    """Waits for all ranks."""
     if dist.is_initialized():
         dist.barrier()
 
 
+# -- hardware --------------------------------------------------------------------------------------
+
+
 def cpu_flags():
-    """The processor's feature flags (Linux on x86), else an empty set."""
+    """The processor's feature flags (Linux on x86), elsewhere an empty set."""
     try:
         with open('/proc/cpuinfo', encoding='ascii', errors='replace') as f:
             return next((set(line.split()) for line in f if line.startswith('flags')), set())
@@ -81,50 +180,53 @@ def cpu_flags():
 
 
 def pick_dtype(dtype, device):
-    """Returns (torch dtype for autocast or fp32, the reason as text). 'auto' takes bf16 where the hardware gains by it."""
+    """Returns (torch dtype, reason as text). 'auto' takes bf16 where the hardware gains by it."""
     named = {'float32': torch.float32, 'bfloat16': torch.bfloat16}
     if dtype in named:
         return named[dtype], 'as asked'
     if dtype != 'auto':
         raise BadInput(f"dtype = '{dtype}' must be auto, float32 or bfloat16.")
     if device.type == 'cuda':
-        capable = torch.cuda.get_device_capability(device)[0] >= 8
-        return (torch.bfloat16, 'tensor cores') if capable else (torch.float32, 'this GPU has no bf16 tensor cores')
+        if torch.cuda.get_device_capability(device)[0] >= 8:
+            return torch.bfloat16, 'tensor cores'
+        return torch.float32, 'this GPU has no bf16 tensor cores'
     for flag in ('amx_bf16', 'avx512_bf16'):
         if flag in cpu_flags():
             return torch.bfloat16, f'this CPU has {flag}'
     return torch.float32, 'this CPU has no bf16 instructions'
 
 
-def peak_flops(device):
-    """Dense bf16 peak of the device in FLOP/s, None when it is not in the table: then no MFU is shown."""
-    if device.type != 'cuda':
-        return None
+def find_gpu(device):
+    """The entry of GPUS for a CUDA device, or None."""
     name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in PEAK_FLOPS.items() if re.search(rf'\b{key}\b', name)), None)
+    for kind, gpu in GPUS.items():
+        if re.search(rf'\b{kind.split("-")[0]}\b', name):
+            return gpu
+    return None
+
+
+def peak_flops(device):
+    """Dense bf16 peak of the device in FLOP/s, None when it is not in the table."""
+    gpu = find_gpu(device) if device.type == 'cuda' else None
+    return None if gpu is None else gpu.flops
 
 
 def device_name(device):
-    """A GPU's name, or the processor's."""
-    return torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{platform.processor() or platform.machine()} CPU'
+    """The name of the GPU or of the processor."""
+    if device.type == 'cuda':
+        return torch.cuda.get_device_name(device)
+    return f'{platform.processor() or platform.machine()} CPU'
 
 
 def tune_malloc():
-    """Keeps glibc from handing every large buffer back to the system: page faults were 15 to 20 % of the
-    step of a 4M-parameter model on two Zen 5 cores (3468 to 4045 tokens/s in fp32, 4911 to 6078 in bf16).
+    """Makes glibc keep large buffers that are freed. Returns False where there is no glibc.
 
-    Does nothing where there is no glibc (returns False). M_MMAP_MAX = 0, M_TRIM_THRESHOLD = 2 GB, M_TOP_PAD = 64 MB.
+    Without it, page faults took 15 to 20 % of a step of a 4M-parameter model on two Zen 5 cores:
+    3468 against 4045 tokens/s in fp32, 4911 against 6078 in bf16.
     """
     if platform.libc_ver()[0] != 'glibc':
         return False
     libc = ctypes.CDLL('libc.so.6')
-    return all([libc.mallopt(parameter, value) for parameter, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**26))])
-
-
-def read_metrics(out_dir):
-    """The records of a run's metrics.jsonl, [] when there is none. A torn last line (a killed run) is left out."""
-    path = os.path.join(out_dir, 'metrics.jsonl')
-    if not os.path.isfile(path):
-        return []
-    with open(path, encoding='utf-8') as f:
-        return [json.loads(line) for line in f.read().split('\n')[:-1]]      # what follows the last newline is '' or torn
+    m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4
+    settings = ((m_mmap_max, 0), (m_trim_threshold, 2**31 - 1), (m_top_pad, 2**26))
+    return all([libc.mallopt(parameter, value) for parameter, value in settings])

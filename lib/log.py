@@ -1,32 +1,60 @@
-"""What the steps of a run found: read late, checked, logged; the log; and a trace of a few of them."""
+"""The log of a run: metrics.jsonl and W&B, the progress of its steps, and a trace of a few of
+them.
+"""
 import json
 import math
 import os
 import time
+from dataclasses import dataclass
 
 import torch
 
-from configurator import RunFault
-from lib import checkpoint, parallel
-from lib.device import read_metrics
+from configurator import RunFault, at_least, one_of
+
+
+@dataclass
+class LogConfig:
+    """Knobs of logging."""
+    wandb_mode: one_of('online', 'offline', 'disabled') = 'disabled'    # Weights & Biases
+    wandb_project: str = 'cheapertraining'      # W&B project
+    log_interval: at_least(1) = 10      # steps between two lines in metrics.jsonl
+    profile: bool = False               # write a trace of a few steps of rank 0 to
+                                        # out_dir/trace.json (for ui.perfetto.dev)
+
+
+def read_metrics(out_dir):
+    """The records of a run's metrics.jsonl: list of dict, [] when there is none.
+
+    The last line of a killed run may be torn. It is left out.
+    """
+    path = os.path.join(out_dir, 'metrics.jsonl')
+    if not os.path.isfile(path):
+        return []
+    with open(path, encoding='utf-8') as f:
+        complete = f.read().split('\n')[:-1]        # after the last newline: '' or a torn line
+    return [json.loads(line) for line in complete]
 
 
 class MetricsLog:
-    """metrics.jsonl in the run folder, one object per logged step, and W&B under the same names when it is on."""
+    """metrics.jsonl in the run folder, one object per logged step, and W&B under the same names."""
 
-    def __init__(self, out_dir, first_step, config, wandb_mode, wandb_project):
-        """Going on at first_step drops the lines of later steps (and a torn last line) that a killed run left."""
+    def __init__(self, out_dir, first_step, config):
+        """Drops the lines of steps from first_step on, which a killed run may have left."""
         self.path = os.path.join(out_dir, 'metrics.jsonl')
         records = [r for r in read_metrics(out_dir) if r['step'] < first_step]
+        # A kill while the kept lines are written must not lose the metrics of the run.
         temporary = self.path + '.tmp'
         with open(temporary, 'w', encoding='utf-8') as f:
             f.writelines(json.dumps(r) + '\n' for r in records)
         os.replace(temporary, self.path)
-        self.file = open(self.path, 'a', encoding='utf-8', buffering=1)      # a line is on its way when it is complete
+        # Line buffering: a line is written when it is complete.
+        self.file = open(self.path, 'a', encoding='utf-8', buffering=1)
         self.wandb = None
-        if wandb_mode != 'disabled':
+        if config['wandb_mode'] != 'disabled':
             import wandb
-            self.wandb = wandb.init(project=wandb_project, dir=out_dir, config=config, mode=wandb_mode)
+            self.wandb = wandb.init(
+                project=config['wandb_project'], dir=out_dir, config=config,
+                mode=config['wandb_mode'])
 
     def write(self, step, metrics):
         self.file.write(json.dumps({'step': step, **metrics}) + '\n')
@@ -39,57 +67,127 @@ class MetricsLog:
             self.wandb.finish()
 
 
-class Progress:
-    """Reports steps in their order, on a GPU each when the next one is under way, so that it never waits for the host."""
+def copy_to_host(tensor):
+    """Starts to copy a tensor to the CPU: (copy, event to wait for before it is read, or None)."""
+    if not tensor.is_cuda:
+        return tensor, None
+    copy = tensor.to('cpu', non_blocking=True)          # into pinned memory
+    # To wait for this event is not to wait for steps that were issued after the copy.
+    event = torch.cuda.Event()
+    event.record()
+    return copy, event
 
-    def __init__(self, bar, metrics_log, checkpointer, batch_tokens, flops_per_token, peak, device):
-        """peak: FLOP/s of all devices together, None: unknown; metrics_log: None on ranks that do not log."""
-        self.bar, self.log, self.checkpointer = bar, metrics_log, checkpointer
-        self.batch_tokens, self.flops_per_token, self.peak, self.device = batch_tokens, flops_per_token, peak, device
+
+@dataclass
+class Issued:
+    """A step that the host has issued and whose numbers it has not read yet."""
+    step: int
+    sums: torch.Tensor          # loss sum, hits, other sums, gradient norm
+    event: object               # to wait for before `sums` is read, None: they are there
+    n_valid: float              # supervised tokens over all ranks
+    rows: dict                  # source -> rows in the batch
+    read_s: float               # seconds that reading the batch took
+    metrics: dict | None        # to be logged with the step, None: the step is not logged
+
+
+class Progress:
+    """Checks and logs steps in their order.
+
+    On a GPU a step is read when the next one has been issued, so the device never waits for the
+    host.
+    """
+
+    def __init__(self, bar, metrics_log, batch_tokens, flops_per_token, peak, device, last_good):
+        """bar: tqdm; metrics_log: MetricsLog, None on ranks that do not log
+
+        batch_tokens, flops_per_token: of a step; peak: FLOP/s of all devices together, None:
+        unknown last_good(): path of the last complete checkpoint or 'none', for the error about a
+        bad step
+        """
+        self.bar = bar
+        self.log = metrics_log
+        self.batch_tokens = batch_tokens
+        self.flops_per_token = flops_per_token
+        self.peak = peak
+        self.device = device
+        self.last_good = last_good
         self.unread = []
+        self.more_metrics = lambda sums, n_valid: {}        # the other sums of a step as metrics
         self.restart()
 
     def restart(self):
-        """The clock begins anew: what came between two steps was none."""
-        self.start, self.steps, self.reading_s = time.perf_counter(), 0, 0.0
+        """Restarts the clock after something that is not a training step."""
+        self.start = time.perf_counter()
+        self.steps = 0
+        self.reading_s = 0.0
 
-    def add(self, step, sums, n_valid, source_counts, read_s, metrics, more=lambda values, n_valid: {}):
-        """A step as it was issued. sums: tensor of loss sum, hits, what `more` turns into metrics, gradient norm; metrics: to be logged, None: nothing."""
-        self.unread.append((step, *parallel.to_host(sums), n_valid, source_counts, read_s, metrics, more))
+    def add(self, step, sums, n_valid, rows, read_s, metrics):
+        """Adds a step that has been issued. The arguments are the fields of `Issued`."""
+        copy, event = copy_to_host(sums)
+        self.unread.append(Issued(step, copy, event, n_valid, rows, read_s, metrics))
 
     def read(self, everything):
-        """Reports what is there; everything: the newest step as well, which is waited for."""
-        while self.unread and (len(self.unread) > (self.device.type == 'cuda') or everything):
-            self.report(*self.unread.pop(0))
+        """Checks and logs the steps that are ready. everything: waits for the newest one, too."""
+        # On a CPU nothing runs ahead. is_late is also the number of steps that may stay unread.
+        is_late = self.device.type == 'cuda' and not everything
+        while len(self.unread) > is_late:
+            self.report(self.unread.pop(0))
 
-    def report(self, step, sums, event, n_valid, source_counts, read_s, metrics, more):
-        loss_sum, n_hits, *values, grad_norm = parallel.read(sums, event)
+    def report(self, issued):
+        if issued.event is not None:
+            issued.event.synchronize()
+        loss_sum, n_hits, *others, grad_norm = issued.sums.tolist()
+        loss = loss_sum / issued.n_valid
+        # The next step may be issued already. It changes nothing, because train.py's optimizers
+        # check the same numbers on the device.
         if not math.isfinite(loss_sum) or not math.isfinite(grad_norm):
-            self.checkpointer.finish()
-            good = checkpoint.complete_checkpoints(self.checkpointer.folder)
-            raise RunFault(f'loss is {loss_sum / n_valid:.4g} and gradient norm {grad_norm:.4g} at step {step}; the optimizer '
-                           f'was not stepped. Last good checkpoint: {os.path.join(self.checkpointer.folder, good[-1]) if good else "none"}. '
-                           f'Rows of the batch by source: {source_counts}. Lower learning_rate or look at these sources, then --resume=True.')
-        self.steps, self.reading_s = self.steps + 1, self.reading_s + read_s
+            raise RunFault(
+                f'loss is {loss:.4g} and gradient norm {grad_norm:.4g} at step {issued.step}; the '
+                f'optimizer was not stepped. Last good checkpoint: {self.last_good()}. Rows of the '
+                f'batch by source: {issued.rows}. Lower learning_rate or look at these sources, '
+                'then --resume=True.')
+        self.steps += 1
+        self.reading_s += issued.read_s
         self.bar.update()
-        if metrics is None:
+        if issued.metrics is None:
             return
-        dt = (time.perf_counter() - self.start) / self.steps
-        tokens_per_second, loss = self.batch_tokens / dt, loss_sum / n_valid
-        self.log.write(step, {
-            'train/loss': loss, 'train/perplexity': math.exp(min(loss, 50)), 'train/accuracy': n_hits / n_valid, 'train/grad_norm': grad_norm,
-            'train/tokens': (step + 1) * self.batch_tokens, 'train/tokens_per_second': tokens_per_second,
-            'train/mfu': tokens_per_second * self.flops_per_token / self.peak if self.peak else None,
-            'system/step_ms': dt * 1e3, 'system/data_ms': self.reading_s / self.steps * 1e3,
-            'system/gpu_memory': torch.cuda.max_memory_allocated(self.device) / 2**30 if self.device.type == 'cuda' else None,
-            **metrics, **more(values, n_valid)})
+        # A mean since the last logged step. To time single steps, the host would have to wait for
+        # each.
+        dt_s = (time.perf_counter() - self.start) / self.steps
+        tokens_per_second = self.batch_tokens / dt_s
+        mfu = None
+        if self.peak:
+            mfu = tokens_per_second * self.flops_per_token / self.peak
+        memory_gib = None
+        if self.device.type == 'cuda':
+            memory_gib = torch.cuda.max_memory_allocated(self.device) / 2**30
+        self.log.write(issued.step, {
+            'train/loss': loss,
+            # math.exp raises an OverflowError above 709, and a diverging loss can get there.
+            'train/perplexity': math.exp(min(loss, 50)),
+            'train/accuracy': n_hits / issued.n_valid,
+            'train/grad_norm': grad_norm,
+            'train/tokens': (issued.step + 1) * self.batch_tokens,
+            'train/tokens_per_second': tokens_per_second,
+            'train/mfu': mfu,
+            'system/step_ms': dt_s * 1e3,
+            'system/data_ms': self.reading_s / self.steps * 1e3,
+            'system/gpu_memory': memory_gib,
+            **issued.metrics,
+            **self.more_metrics(others, issued.n_valid)})
         self.bar.set_postfix_str(f'loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s')
         self.restart()
 
 
 def start_trace(path):
-    """A profiler that writes steps 5 to 7 after its start to a file for Perfetto (ui.perfetto.dev); call its `step` after each, `stop` at the end."""
-    tracer = torch.profiler.profile(schedule=torch.profiler.schedule(wait=3, warmup=1, active=3, repeat=1),
-                                    on_trace_ready=lambda profile: profile.export_chrome_trace(path))
+    """Starts a profiler that writes steps 5 to 7 from now to a file for ui.perfetto.dev.
+
+    Call its `step` after every training step and its `stop` at the end.
+    """
+    tracer = torch.profiler.profile(
+        # The first steps compile kernels and are not typical. The warm-up hides the profiler's
+        # start.
+        schedule=torch.profiler.schedule(wait=3, warmup=1, active=3, repeat=1),
+        on_trace_ready=lambda profile: profile.export_chrome_trace(path))
     tracer.start()
     return tracer

@@ -1,7 +1,7 @@
-"""From files to records: local files, the Hugging Face hub and https, all as streams; nothing is loaded whole.
+"""From files to records. Reads local files, the Hugging Face hub and https as streams.
 
-JSON lines (plain, .gz, .zst), parquet and plain text. A file is cut into batches of raw records here, which is cheap;
-decoding them is the workers' part (prepare/common.py).
+The formats are JSON lines (plain, .gz or .zst), parquet and plain text. This file only cuts a file
+into batches of raw records, which is cheap. The workers of prepare/common.py decode them.
 """
 import contextlib
 import fnmatch
@@ -13,26 +13,27 @@ import os
 import zlib
 from dataclasses import dataclass
 
+import fsspec
 import orjson
 from isal import igzip, isal_zlib
 
 from configurator import BadInput, RunFault
 
-BATCH_BYTES = 1_000_000         # raw records handed to a worker at once
+BATCH_BYTES = 1_000_000         # raw records that a worker gets at once
 LONGEST_RECORD = 100 * 2**20    # bytes of a JSON line
-LONGEST_TEXT = 8_000_000        # characters of a plain text file that make one document; a longer file becomes several
-CUT_ABOVE = 512 * 2**20         # plain JSON lines and parquet files above this are cut into ranges
+LONGEST_TEXT = 8_000_000        # characters of a document of a plain text file
+CUT_ABOVE = 512 * 2**20         # larger plain JSON lines and parquet files are cut into ranges
 LARGEST_PART = 256 * 2**20      # stored bytes that one rank works on at a time
-ENDINGS = tuple(f'{kind}{packed}' for kind in ('.jsonl', '.json', '.txt', '.md') for packed in ('', '.gz', '.zst', '.zstd')) + (
-    '.parquet',)
+PLAIN = ('.jsonl', '.json', '.txt', '.md')
+ENDINGS = (*PLAIN, *(kind + z for kind in PLAIN for z in ('.gz', '.zst', '.zstd')), '.parquet')
 
 
 @dataclass(frozen=True)
 class File:
     path: str           # local path, hf:// or https:// URL
-    name: str           # what identifies it whatever folder or machine it lies on
+    name: str           # identifies the file, whatever folder or machine it is on
     size: int           # stored bytes
-    start: int = 0      # records that begin in bytes start to stop are meant
+    start: int = 0      # only the records that begin in bytes start to stop are read
     stop: int | None = None
 
     def __str__(self):
@@ -46,35 +47,52 @@ class Batch:
     records: object     # list of bytes (JSON lines), pyarrow.RecordBatch, or list of str
 
 
-# -- which files -------------------------------------------------------------------------------------------------------
+# -- which files -----------------------------------------------------------------------------------
+
 
 def local_files(pattern, layout=()):
-    """Files that a path, a glob, a folder or several of them with commas between mean.
+    """Returns the Files that a path, a glob or a folder means, or several separated by commas.
 
-    layout: globs of the dataset's own repository; a folder that follows it gives just those files, another all below it.
+    layout  globs of the dataset's repository. A folder that contains files of this layout gives
+            only those. Any other folder gives all files below it.
     """
     files = []
     for part in pattern.split(','):
         part = os.path.expanduser(part.strip())
         if os.path.isdir(part):
-            below = [os.path.join(folder, n) for folder, _, names in os.walk(part) for n in names if n.endswith(ENDINGS)]
-            names = {path: os.path.relpath(path, part) for path in below}
-            found = [path for path in below if any(matches(names[path], g) for g in layout)] or below
+            found = files_below(part, layout)
+            wanted = f' ending in {", ".join(ENDINGS)}'
         else:
-            found = [path for path in glob.glob(part, recursive=True) if os.path.isfile(path)]
-            names = {path: os.path.basename(path) for path in found}
+            paths = [path for path in glob.glob(part, recursive=True) if os.path.isfile(path)]
+            # Names do not depend on where the files lie. They order the parts, so a copy of the
+            # files in another folder gives the same source.
+            found = [(path, os.path.basename(path)) for path in paths]
+            wanted = ''
         if not found:
-            raise BadInput(f"'{part}' matches no file" + (f' ending in {", ".join(ENDINGS)}.'
-                                                                   if os.path.isdir(part) else '.'))
-        files += [File(path, names[path], os.path.getsize(path)) for path in found]
+            raise BadInput(f"'{part}' matches no file{wanted}.")
+        files += [File(path, name, os.path.getsize(path)) for path, name in found]
     return sorted(set(files), key=lambda f: f.path)
 
 
+def files_below(folder, layout):
+    """Returns [(path, path relative to `folder`)] of the files in a folder that can be read."""
+    below = []
+    for where, _, names in os.walk(folder):
+        for name in names:
+            if name.endswith(ENDINGS):
+                path = os.path.join(where, name)
+                below.append((path, os.path.relpath(path, folder)))
+    # A download of a full repository also holds files that the dataset does not use.
+    in_layout = [entry for entry in below if any(matches(entry[1], g) for g in layout)]
+    return in_layout or below
+
+
 def matches(name, pattern):
-    """fnmatch, but ** alone crosses folders, as on the hub."""
+    """As fnmatch, but only ** crosses folders, as on the hub."""
     if '**' in pattern:
         return fnmatch.fnmatchcase(name, pattern.replace('**/', '*').replace('**', '*'))
-    return name.count('/') == pattern.count('/') and fnmatch.fnmatchcase(name, pattern)
+    same_depth = name.count('/') == pattern.count('/')
+    return same_depth and fnmatch.fnmatchcase(name, pattern)
 
 
 def split_url(url):
@@ -86,146 +104,195 @@ def split_url(url):
 
 @contextlib.contextmanager
 def reaching(what, kind='datasets/', or_local='Or give downloaded files with --input.'):
-    """Turns what the hub and the network raise into one sentence. what: the id of a dataset (or, kind='', of a model), or a URL."""
+    """Turns the exceptions of the hub and of the network into BadInput and RunFault.
+
+    what      the id of a dataset, the id of a model (with kind=''), or a URL
+    or_local  the sentence that says how to use local files instead
+    """
     import huggingface_hub.errors as hub
-    page, faults = f'https://huggingface.co/{kind}{what}', (OSError, hub.HTTPError)
+
+    faults = (OSError, hub.HTTPError)
     if '://' in what:
         import aiohttp
         faults += (aiohttp.ClientError,)
+    page = f'https://huggingface.co/{kind}{what}'
+    sign_in = 'run `hf auth login` or set HF_TOKEN'
     try:
         yield
     except faults as error:
-        cause = error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error    # HfFileSystem wraps them
+        cause = error
+        if isinstance(error, FileNotFoundError) and error.__cause__:  # HfFileSystem wraps them
+            cause = error.__cause__
         if isinstance(cause, hub.GatedRepoError):
-            raise BadInput(f'{what} is gated: accept its terms at {page}, then run `hf auth login` or set HF_TOKEN. '
-                           + or_local) from None
-        if isinstance(cause, hub.RevisionNotFoundError):
-            raise BadInput(f'{what} has no such revision: see {page}/commits/main and give another with --revision. '
-                           + or_local) from None
-        if isinstance(cause, hub.RepositoryNotFoundError):
-            raise BadInput(f'{what} does not exist on the hub, or needs a token: see {page}, then run `hf auth login` or set '
-                           f'HF_TOKEN. {or_local}') from None
-        if isinstance(cause, FileNotFoundError):
-            raise BadInput(f'{what}: no such file ({error}). {or_local}') from None
-        reason = str(cause).splitlines()[0] if str(cause) else ''
-        raise RunFault(f'{what} cannot be reached ({type(cause).__name__}: {reason}). Check the network and run again (what is '
-                       f'written is kept). {or_local}') from None
+            message = f'is gated: accept its terms at {page}, then {sign_in}'
+        elif isinstance(cause, hub.RevisionNotFoundError):
+            message = f'has no such revision: see {page}/commits/main and give one with --revision'
+        elif isinstance(cause, hub.RepositoryNotFoundError):
+            message = f'does not exist on the hub, or needs a token: see {page}, then {sign_in}'
+        elif isinstance(cause, FileNotFoundError):
+            message = f'has no such file ({error})'
+        else:
+            reason = str(cause).partition('\n')[0]
+            raise RunFault(
+                f'{what} cannot be reached ({type(cause).__name__}: {reason}). Check the network '
+                f'and run again. What is written is kept. {or_local}'
+            ) from None
+        raise BadInput(f'{what} {message}. {or_local}') from None
 
 
 def remote_files(urls, revision=None):
-    """Files behind hf:// globs and https:// URLs, and the commit of every repository: (list of File, dict id -> sha).
+    """Finds the files behind hf:// globs and https:// URLs. Returns (list of File, commits).
 
-    An URL without a revision means the newest commit, which is looked up once. `revision` overrides what the URLs say.
+    commits   dict from the id of every repository to the sha of its commit
+    revision  overrides those in the URLs. Without one a URL means the newest commit
+    Raises BadInput for a repository, revision or file that does not exist. Raises RunFault without
+    a network.
     """
-    import huggingface_hub.errors as hub
     from huggingface_hub import HfApi, HfFileSystem
-    files, commits = [], {}
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    files = []
+    commits = {}
     for url in urls:
-        if url.startswith('https://') or url.startswith('http://'):
+        if url.startswith(('https://', 'http://')):
             with reaching(url):
-                import fsspec
                 size = fsspec.filesystem('http').info(url)['size']
             files.append(File(url, url, size))
             continue
         repo, pinned, pattern = split_url(url)
         with reaching(repo):
-            commits[repo] = commits.get(repo) or revision or pinned or HfApi().dataset_info(repo).sha
+            # All globs of a repository read the same commit, even if a new one appears meanwhile.
+            if repo not in commits:
+                commits[repo] = revision or pinned or HfApi().dataset_info(repo).sha
+            # A revision such as refs/convert/parquet contains slashes.
             root = f'datasets/{repo}@{commits[repo].replace("/", "%2F")}/'
             try:
                 found = HfFileSystem().glob(root + pattern, detail=True)
             except FileNotFoundError as error:
-                if isinstance(error.__cause__, (hub.RepositoryNotFoundError, hub.RevisionNotFoundError)):
+                if isinstance(error.__cause__, (RepositoryNotFoundError, RevisionNotFoundError)):
                     raise
-                found = {}          # the pattern's folder does not exist
-        files += [File(f'hf://{path}', f'{repo}/{path.removeprefix(root)}', info['size'])
-                  for path, info in found.items() if info['type'] == 'file']
+                found = {}  # the folder of the pattern does not exist
+        for path, info in found.items():
+            if info['type'] == 'file':
+                name = f'{repo}/{path.removeprefix(root)}'
+                files.append(File(f'hf://{path}', name, info['size']))
         if not found:
-            raise BadInput(f'{repo} has no file {pattern} at revision {commits[repo]}. Its layout may have changed: see '
-                           f'https://huggingface.co/datasets/{repo}/tree/main and give --revision, or files with --input.')
+            raise BadInput(
+                f'{repo} has no file {pattern} at revision {commits[repo]}. Its layout may have '
+                f'changed: see https://huggingface.co/datasets/{repo}/tree/main and give '
+                '--revision, or files with --input.')
     return files, commits
 
 
 def make_parts(files):
-    """Groups files into parts, the unit that one rank works on: list of lists of File.
+    """Groups files into parts, the units that a rank works on. Returns a list of lists of File.
 
-    A function of names and sizes alone. Files come in the order of their hashed names, so that --max_tokens gives a fair
-    taste of all; small ones are gathered, large ones cut where their format allows.
+    The result depends only on names and sizes. Files come in the order of their hashed names, so
+    that --max_tokens gives a fair sample of all of them. Small files are gathered into one part.
+    Large ones are cut where their format allows it.
     """
+    # Many files make about 64 parts, and more above 16 GiB, so that many ranks can share a source.
+    # A small source has fewer, of at least 1 MiB.
     size = min(max(sum(f.size for f in files) // 64, 2**20), LARGEST_PART)
-    parts, gathered = [], 0
+    parts = []
+    gathered = 0        # stored bytes of the last part; 0: the next file begins a new one
     for file in sorted(files, key=lambda f: (hashlib.sha256(f.name.encode()).digest(), f.path)):
+        # Other files are not cut: compressed lines must be unpacked from their start.
         if file.size > CUT_ABOVE and file.path.endswith(('.jsonl', '.json', '.parquet')):
-            parts += [[File(file.path, file.name, file.size, start, min(start + LARGEST_PART, file.size))]
-                      for start in range(0, file.size, LARGEST_PART)]
+            for start in range(0, file.size, LARGEST_PART):
+                stop = min(start + LARGEST_PART, file.size)
+                parts.append([File(file.path, file.name, file.size, start, stop)])
             gathered = 0
             continue
         if gathered == 0:
             parts.append([])
         parts[-1].append(file)
-        gathered = gathered + file.size if gathered + file.size < size else 0
+        gathered += file.size
+        if gathered >= size:
+            gathered = 0
     return parts
 
 
-# -- raw records -------------------------------------------------------------------------------------------------------
+# -- raw records -----------------------------------------------------------------------------------
+
 
 def open_bytes(file):
-    """A binary stream over the file's stored bytes."""
+    """Opens a binary stream over the file's stored bytes."""
     if '://' not in file.path:
         return open(file.path, 'rb')
-    if file.path.startswith('hf://'):
-        from huggingface_hub import HfFileSystem
-        stream = HfFileSystem().open(file.path.removeprefix('hf://'), 'rb')
-    else:
-        import fsspec
-        stream = fsspec.filesystem('http').open(file.path, 'rb')
-    return io.BufferedReader(stream, 2**20)
+    fs, path = fsspec.core.url_to_fs(file.path)
+    # fsspec's files find line ends in Python. This buffer does it in C.
+    return io.BufferedReader(fs.open(path, 'rb'), 2**20)
 
 
 def unpacked(stream, path):
-    """The stream behind gzip or zstd, if the file's name says so."""
+    """Returns the stream of the unpacked content if the file's name ends in .gz, .zst or .zstd."""
     if path.endswith('.gz'):
         return io.BufferedReader(igzip.GzipFile(fileobj=stream), 2**20)
     if path.endswith(('.zst', '.zstd')):
-        import pyarrow  # zstandard's own reader ends a truncated file early without a word; this one raises
-        return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(stream, 'r'), 'zstd'), 2**20)
+        # The package zstandard silently ends early in a truncated file. pyarrow raises.
+        import pyarrow
+
+        file = pyarrow.PythonFile(stream, 'r')
+        return io.BufferedReader(pyarrow.CompressedInputStream(file, 'zstd'), 2**20)
     return stream
 
 
 def read_batches(file, columns, skip=0):
-    """Yields the Batches of a file after its first `skip` records. BadInput for a broken file or a missing column."""
+    """Yields the Batches of a File after its first `skip` records.
+
+    columns  fields of a parquet row to read; []: all
+    Raises BadInput for a damaged file or a missing column.
+    """
     import pyarrow
-    kind = file.path.removesuffix('.gz').removesuffix('.zst').removesuffix('.zstd').rsplit('.', 1)[-1]
-    where = '/'.join(file.name.split('/')[:2]) if file.path.startswith('hf://') else file.name
-    with reaching(where) if '://' in file.path else contextlib.nullcontext():
-        with open_bytes(file) as stream:
-            try:
-                if kind == 'parquet':
-                    yield from parquet_batches(file, stream, columns, skip)
-                elif kind in ('json', 'jsonl'):
-                    yield from line_batches(file, unpacked(stream, file.path), skip)
-                else:
-                    yield from text_batches(file, unpacked(stream, file.path), skip)
-            except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error, isal_zlib.error, pyarrow.ArrowException) as error:
-                raise BadInput(f'{file.path} cannot be read: it is damaged or not what its name says ({error}). Mend or leave out '
-                               'the file.') from None
-            except OSError as error:        # pyarrow's name for a broken zstd or parquet stream; the system's own have a number
-                if type(error) is not OSError or error.errno is not None:
-                    raise
-                raise BadInput(f'{file.path} cannot be read: it is damaged ({error}). Mend or leave out the file.') from None
+
+    damage = (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error, isal_zlib.error)
+    damage += (pyarrow.ArrowException,)
+    kind = file.path.removesuffix('.gz').removesuffix('.zst').removesuffix('.zstd').split('.')[-1]
+    guard = contextlib.nullcontext()
+    if '://' in file.path:
+        # The name of a file from the hub begins with the owner and name of its dataset.
+        is_hub = file.path.startswith('hf://')
+        guard = reaching('/'.join(file.name.split('/')[:2]) if is_hub else file.name)
+    with guard, open_bytes(file) as stream:
+        try:
+            if kind == 'parquet':
+                yield from parquet_batches(file, stream, columns, skip)
+            elif kind in ('json', 'jsonl'):
+                yield from line_batches(file, unpacked(stream, file.path), skip)
+            else:
+                yield from text_batches(file, unpacked(stream, file.path), skip)
+        except (*damage, OSError) as error:
+            # For a damaged zst or parquet stream pyarrow raises an OSError without a number.
+            is_pyarrows = type(error) is OSError and error.errno is None
+            if not isinstance(error, damage) and not is_pyarrows:
+                raise
+            raise BadInput(
+                f'{file.path} cannot be read: it is damaged or not what its name says ({error}). '
+                'Repair or leave out the file.') from None
 
 
 def line_batches(file, stream, skip):
-    """JSON lines: batches of about BATCH_BYTES, blank lines included (they count as records)."""
-    number, lines, size, position = 0, [], 0, file.start
-    if file.start:                  # a line belongs to the range that it begins in
+    """Yields batches of about BATCH_BYTES of JSON lines. Blank lines count as records."""
+    number = 0
+    lines = []
+    size = 0
+    position = file.start
+    # A line belongs to the range in which it begins. The range may begin in the middle of one, or
+    # right after a line end, which is why this reads from the byte before.
+    if file.start:
         stream.seek(file.start - 1)
         position += len(stream.readline()) - 1
     while file.stop is None or position < file.stop:
+        # The limit keeps a file without line ends from filling the memory. A line of 124 MiB took
+        # 1,025 MB in a worker (docs/BENCHMARKS.md).
         line = stream.readline(LONGEST_RECORD)
         if not line:
             break
         if len(line) == LONGEST_RECORD:
-            raise BadInput(f'{file}: line {number + 1} is longer than {LONGEST_RECORD // 2**20} MiB: no JSON lines.')
+            raise BadInput(
+                f'{file}: line {number + 1} is longer than {LONGEST_RECORD // 2**20} MiB. The file '
+                'does not hold JSON lines.')
         position += len(line)
         number += 1
         if number <= skip:
@@ -234,81 +301,128 @@ def line_batches(file, stream, skip):
         size += len(line)
         if size >= BATCH_BYTES:
             yield Batch(file, number - len(lines), lines)
-            lines, size = [], 0
+            lines = []
+            size = 0
     if lines:
         yield Batch(file, number - len(lines), lines)
 
 
 def text_batches(file, stream, skip):
-    """Plain text: the whole file, or pieces of at most LONGEST_TEXT characters that end at the end of a line."""
-    stream, number, kept = io.TextIOWrapper(stream, encoding='utf-8'), 0, ''
+    """Yields a plain text file, cut after a line end where it exceeds LONGEST_TEXT characters."""
+    stream = io.TextIOWrapper(stream, encoding='utf-8')
+    number = 0
+    kept = ''
     while True:
-        text = stream.read(LONGEST_TEXT - len(kept))
-        text, kept = kept + text, ''
+        text = kept + stream.read(LONGEST_TEXT - len(kept))
+        kept = ''
         if not text:
             return
         if len(text) == LONGEST_TEXT:
             end = text.rfind('\n') + 1 or LONGEST_TEXT
-            text, kept = text[:end], text[end:]
+            # The rest begins the next document. Only a line above the limit is split between two.
+            kept = text[end:]
+            text = text[:end]
         if number >= skip:
             yield Batch(file, number, [text])
         number += 1
 
 
 def parquet_batches(file, stream, columns, skip):
-    """Rows of the row groups that begin in the file's range, `columns` only ([]: all)."""
+    """Yields the rows of the row groups that begin in the file's range, with these columns only."""
     import pyarrow
     import pyarrow.parquet
+
     try:
         parquet = pyarrow.parquet.ParquetFile(stream, buffer_size=2**20)
     except pyarrow.ArrowInvalid as error:
         raise BadInput(f'{file.path} is no parquet file: {error}') from None
-    columns = columns or parquet.schema_arrow.names
-    missing = [c for c in columns if c not in parquet.schema_arrow.names]
-    if missing:
-        raise BadInput(f"{file.path}: no column '{missing[0]}'; it has {parquet.schema_arrow.names}. (--column says which, for "
-                       'your own text.)')
+    there = parquet.schema_arrow.names
+    for column in columns:
+        if column not in there:
+            raise BadInput(
+                f"{file.path}: no column '{column}'. It has {there}. For your own text, --column "
+                'says which column to read.')
     number = 0
     for group in range(parquet.num_row_groups):
         about = parquet.metadata.row_group(group)
-        begins = min(about.column(i).dictionary_page_offset or about.column(i).data_page_offset for i in range(about.num_columns))
-        if file.stop is not None and not file.start <= begins < file.stop:
+        chunks = [about.column(i) for i in range(about.num_columns)]
+        # The row group belongs to the range in which its first byte lies.
+        begin = min(chunk.dictionary_page_offset or chunk.data_page_offset for chunk in chunks)
+        if file.stop is not None and not file.start <= begin < file.stop:
             continue
+        # A part that is continued passes over full row groups without reading them.
         if number + about.num_rows <= skip:
             number += about.num_rows
             continue
-        rows = max(1, min(4096, BATCH_BYTES * about.num_rows // max(1, about.total_byte_size)))
-        for batch in parquet.iter_batches(batch_size=rows, row_groups=[group], columns=columns):
+        # Rows differ in length between datasets. A batch should have about as many bytes as one of
+        # JSON lines.
+        rows = BATCH_BYTES * about.num_rows // max(1, about.total_byte_size)
+        rows = max(1, min(4096, rows))
+        wanted = list(columns) or there
+        for batch in parquet.iter_batches(batch_size=rows, row_groups=[group], columns=wanted):
             seen = max(0, min(skip - number, batch.num_rows))
             if seen < batch.num_rows:
                 yield Batch(file, number + seen, batch.slice(seen))
             number += batch.num_rows
 
 
-# -- records -----------------------------------------------------------------------------------------------------------
+# -- records ---------------------------------------------------------------------------------------
+
 
 def records_of(batch):
-    """Yields (number, record) for every record of a batch: a dict, the str of a plain text file, or the ValueError that says
-    why it is none. Blank lines are passed over.
+    """Yields (number, record) for every record of a Batch, blank lines left out.
+
+    A record is a dict, or a str from a plain text file. A broken one is the ValueError that says
+    what is wrong with it.
     """
     if not isinstance(batch.records, list):
         yield from enumerate(batch.records.to_pylist(), batch.first)
         return
-    for i, record in enumerate(batch.records, batch.first):
-        if isinstance(record, str):
-            yield i, record
+    for i, raw in enumerate(batch.records, batch.first):
+        if isinstance(raw, str):
+            yield i, raw
             continue
         try:
-            record = orjson.loads(record)
-        except orjson.JSONDecodeError as error:         # broken UTF-8 and halves of surrogate pairs are errors to it, too
-            if not record.strip():
+            # orjson also rejects broken UTF-8 and half of a surrogate pair.
+            record = orjson.loads(raw)
+        except orjson.JSONDecodeError as error:
+            # A blank line gives no record but keeps its number, because `skip` counts it.
+            if not raw.strip():
                 continue
             record = ValueError(f'no valid JSON ({error})')
-        yield i, record if isinstance(record, (dict, ValueError)) else ValueError(f'no JSON object but {type(record).__name__}')
+        else:
+            if not isinstance(record, dict):
+                record = ValueError(f'no JSON object but {type(record).__name__}')
+        yield i, record
 
 
 def location(batch, number):
-    """Where a record stands, for messages: file and line or row, counted from 1."""
+    """Returns where a record is, for messages: the file, and the line or row counted from 1."""
     if not isinstance(batch.records, list):
         return f'{batch.file}: row {number + 1}'
-    return f'{batch.file.path}:{number + 1}' if batch.file.start == 0 else f'{batch.file}: line {number + 1}'
+    if batch.file.start > 0:
+        return f'{batch.file}: line {number + 1}'
+    return f'{batch.file.path}:{number + 1}'
+
+
+def records_in(files, columns):
+    """Yields (location, record) for every record of the Files. Raises BadInput for a broken one."""
+    for file in files:
+        for batch in read_batches(file, columns):
+            for number, record in records_of(batch):
+                where = location(batch, number)
+                if isinstance(record, ValueError):
+                    raise BadInput(f'{where}: {record}. Fix or drop the record.')
+                yield where, record
+
+
+def read_texts(pattern):
+    """Yields the texts in the files that `pattern` means: plain text files, or the field `text`.
+
+    Raises BadInput for a record without text.
+    """
+    for where, record in records_in(local_files(pattern), ['text']):
+        text = record.get('text') if isinstance(record, dict) else record
+        if not isinstance(text, str):
+            raise BadInput(f"{where}: no text in the field 'text'.")
+        yield text

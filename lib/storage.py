@@ -1,7 +1,9 @@
-"""A run's files, in a folder or in an object store (gs://, s3://, whatever fsspec knows; its driver, gcsfs or s3fs, has to be installed).
+"""Files of a run, in a local folder or in an object store.
 
-A store has neither append nor rename: nothing here needs them. What a run appends to (metrics.jsonl) or others read by name (the tokenizer) lives
-in a local folder, `local_folder`, and is copied to the store with every checkpoint.
+fsspec reaches a store by its URL (gs://, s3://). The store's driver, gcsfs or s3fs, must be
+installed. A store can neither append nor rename, so nothing here needs that. Files that a run
+appends to (metrics.jsonl), or that others open by name (the tokenizer), are in a local folder
+(`local_folder`). They are copied to the store with every checkpoint.
 """
 import hashlib
 import os
@@ -18,7 +20,7 @@ def is_remote(path):
 
 
 def system(path):
-    """(fsspec file system, path within it). BadInput when its driver is missing."""
+    """(fsspec file system, path in it). Raises BadInput when its driver is missing."""
     try:
         return fsspec.core.url_to_fs(path)
     except (ImportError, ValueError) as error:
@@ -35,18 +37,23 @@ def is_file(path):
     return fs.isfile(at)
 
 
-def names(folder):
-    """Names in a folder, sorted; none when it is not there."""
+def listing(folder, detail):
+    """fsspec's listing of a folder, paths or (detail) dicts; [] if the folder does not exist."""
     fs, at = system(folder)
-    fs.invalidate_cache()               # stores remember listings
-    return sorted(os.path.basename(p.rstrip('/')) for p in fs.ls(at, detail=False)) if fs.isdir(at) else []
+    fs.invalidate_cache()               # drivers of stores keep old listings
+    return fs.ls(at, detail=detail) if fs.isdir(at) else []
+
+
+def names(folder):
+    """Names of everything in a folder, sorted; [] if it does not exist."""
+    # Without detail: asking for a file's size fails if the file is removed meanwhile.
+    return sorted(os.path.basename(path.rstrip('/')) for path in listing(folder, False))
 
 
 def sizes(folder):
     """Name -> bytes of the files in a folder."""
-    fs, at = system(folder)
-    fs.invalidate_cache()
-    return {os.path.basename(f['name']): f['size'] for f in fs.ls(at, detail=True) if f['type'] == 'file'} if fs.isdir(at) else {}
+    files = [entry for entry in listing(folder, True) if entry['type'] == 'file']
+    return {os.path.basename(entry['name']): entry['size'] for entry in files}
 
 
 def read(path):
@@ -56,14 +63,16 @@ def read(path):
 
 
 def write(path, content):
-    """A file of these bytes, all of it or none: on a local disk it is synced and renamed."""
+    """Writes a file of these bytes, all or nothing: on a local disk it is synced and renamed."""
     if is_remote(path):
         fs, at = system(path)
+        # A store shows an object only once it is complete, so there is nothing to rename.
         fs.pipe_file(at, content)
         return
     with open(path + '.tmp', 'wb') as f:
         f.write(content)
         f.flush()
+        # Without the sync, a crash after the rename could leave an empty file.
         os.fsync(f.fileno())
     os.replace(path + '.tmp', path)
 
@@ -80,33 +89,39 @@ def remove_file(path):
 
 def remove_folder(path):
     fs, at = system(path)
+    # Removing the last object of a store's folder removes the folder, and rm would then fail.
     if fs.exists(at):
         fs.rm(at, recursive=True)
 
 
 def local_folder(out_dir):
-    """Where the run's small files live: out_dir itself, or out/remote/<its name and a hash>."""
+    """Where a run's small files are: out_dir, or out/remote/<its name and a hash> for a store."""
     if not is_remote(out_dir):
         return out_dir
-    return os.path.join(MIRRORS, f'{os.path.basename(out_dir.rstrip("/"))}-{hashlib.sha256(out_dir.encode()).hexdigest()[:8]}')
+    # Two runs of the same name in different buckets must not share a folder.
+    digest = hashlib.sha256(out_dir.encode()).hexdigest()[:8]
+    return os.path.join(MIRRORS, f'{os.path.basename(out_dir.rstrip("/"))}-{digest}')
 
 
 def download(out_dir, folder=None):
-    """Brings the small files of a run in a store here, to a folder (None: `local_folder`, which is the training run's own). Returns it; of a run on a disk,
-    its folder as it is."""
-    folder = folder if folder and is_remote(out_dir) else local_folder(out_dir)
-    if is_remote(out_dir):
-        os.makedirs(folder, exist_ok=True)
-        for name in sizes(out_dir):
-            write(os.path.join(folder, name), read(os.path.join(out_dir, name)))
+    """Copies a run's small files from a store into a folder, and returns the folder.
+
+    folder: None for `local_folder`, where the training run has them. A local run's files stay where
+    they are: the result is then out_dir.
+    """
+    if not is_remote(out_dir):
+        return out_dir
+    folder = folder or local_folder(out_dir)
+    os.makedirs(folder, exist_ok=True)
+    # Only the files directly in out_dir. Checkpoints are large and are read where they are.
+    for name in sizes(out_dir):
+        write(os.path.join(folder, name), read(os.path.join(out_dir, name)))
     return folder
 
 
 def upload(out_dir):
-    """And back."""
+    """Copies a run's small files to its store. It does nothing for a local run."""
     if is_remote(out_dir):
         folder = local_folder(out_dir)
-        for name in os.listdir(folder):
-            if os.path.isfile(os.path.join(folder, name)):
-                with open(os.path.join(folder, name), 'rb') as f:
-                    write(os.path.join(out_dir, name), f.read())
+        for name in sizes(folder):
+            write(os.path.join(out_dir, name), read(os.path.join(folder, name)))
