@@ -37,7 +37,7 @@ import re
 import sys
 import tokenize
 import types
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Annotated, Literal
 
 # -- errors that a user can mend -------------------------------------------------------------------
@@ -132,6 +132,7 @@ class Knob:
 
 def limits_of(annotation):
     """Reads the limits in an annotation (an ast node or None): dict(type, choices, low, high)."""
+    # Read from the source, because `at_least(1) | None` keeps no bound that typing would show.
     found = dict(type='', choices=(), low=-math.inf, high=math.inf)
     if annotation is None:
         return found
@@ -157,6 +158,7 @@ def parse_knobs(source, filename, owner=None):
     owner     name of a dataclass in it whose fields are the knobs. None: the knobs are the
               assignments to public lower-case names above the call of `configure(...)`
     """
+    # Python drops comments when it parses, so they are read by the tokenizer, line by line.
     tree = ast.parse(source, filename)
     lines = source.split('\n')
     comments = {}
@@ -218,14 +220,16 @@ def knobs_of(scope, owners):
     for owner in owners:
         path = sys.modules[owner.__module__].__file__
         own = parse_knobs(read_source(path), path, owner.__name__)
-        instance = owner()
+        defaults = {field.name: field for field in fields(owner)}
         for name, knob in own.items():
             if name in knobs:
                 other = knobs[name].heading or script
                 raise BadInput(
                     f"the knob '{name}' of {knob.heading} is also declared in {other}. "
                     'Rename one of them.')
-            knob.default = getattr(instance, name)
+            knob.default = defaults[name].default
+            if knob.default is MISSING:
+                knob.default = defaults[name].default_factory()
             knobs[name] = knob
     return knobs
 
@@ -303,6 +307,9 @@ def run_config_file(path, values, knobs):
 
     Raises BadInput if the file does not exist, fails, or assigns an unknown name.
     """
+    project = os.path.dirname(os.path.abspath(__file__))
+    if not os.path.isfile(path) and os.path.isfile(os.path.join(project, path)):
+        path = os.path.join(project, path)      # the script was started from another folder
     if not os.path.isfile(path):
         folder = os.path.dirname(path) or '.'
         there = os.listdir(folder) if os.path.isdir(folder) else []
@@ -311,6 +318,7 @@ def run_config_file(path, values, knobs):
             f"config file '{path}' does not exist.{did_you_mean(path, paths)} "
             'Arguments are config files or --key=value.')
     source = read_source(path)
+    # A copy, because a file may change a dict in place, and the defaults must stay as they are.
     scope = {**copy.deepcopy(values), '__file__': path}
     before = {**values, '__file__': path}
     try:
@@ -324,6 +332,7 @@ def run_config_file(path, values, knobs):
                 line = traceback.tb_lineno
             traceback = traceback.tb_next
         raise BadInput(f'{path}:{line}: {type(error).__name__}: {error}') from None
+    # The line of each assignment, for the message about a mistake in it.
     lines = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
@@ -371,6 +380,7 @@ def configure(scope, argv=None, verbose=None, owners=()):
     `report_error` as sys.excepthook. Raises BadInput for an unknown name, a wrong type, a value
     outside its limits, or a config file that is missing or fails. `--help` exits with code 0.
     """
+    # Installed first, so that a mistake in the arguments is already printed as one sentence.
     sys.excepthook = report_error
     knobs = knobs_of(scope, owners)
     values = {name: knob.default for name, knob in knobs.items()}
@@ -414,6 +424,7 @@ def configure(scope, argv=None, verbose=None, owners=()):
                 f"command line: '{argument}': {name} is no dict, so it has no entry '{entry}'.")
         else:
             assign(name, {**values[name], entry: parse_literal(text, '')}, where)
+    # Limits are checked at the end: a later argument may correct an earlier one.
     for name, knob in knobs.items():
         check_limits(name, values[name], knob)
         if name in scope:
@@ -445,6 +456,7 @@ def configure_script(path, argv):
         if isinstance(call, ast.Call) and ast.unparse(call.func) == 'configure':
             break
         top.append(node)
+    # Another name than '__main__', so that nothing of the script starts.
     scope = {'__file__': path, '__name__': 'configured'}
     exec(compile(ast.Module(top, []), path, 'exec'), scope)
     owners = ()
@@ -456,6 +468,7 @@ def configure_script(path, argv):
 
 def split_arguments(scope, argv):
     """Splits argv into the arguments that set a knob of this script and all others: two lists."""
+    # Two scripts may share a name, such as --seed. The first one's own knob comes first.
     own = parse_knobs(read_source(scope['__file__']), scope['__file__'])
     mine = []
     theirs = []

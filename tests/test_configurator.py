@@ -25,10 +25,21 @@ def script(tmp_path):
     path.write_text(SCRIPT)
 
     def run(*argv, verbose=False):
-        scope = dict(__file__=str(path), __doc__='A script.', out_dir='out', steps=None, rate=0.1, n=3, flag=False, sources={'a': 1.0}, name=None)
+        scope = dict(
+            __file__=str(path),
+            __doc__='A script.',
+            out_dir='out',
+            steps=None,
+            rate=0.1,
+            n=3,
+            flag=False,
+            sources={'a': 1.0},
+            name=None,
+        )
         config = configurator.configure(scope, list(argv), verbose=verbose)
         assert all(scope[key] == value for key, value in config.items())
         return config
+
     return run
 
 
@@ -39,7 +50,10 @@ def config_file(tmp_path, text, name='c.py'):
 
 
 def test_files_and_overrides_apply_left_to_right(script, tmp_path):
-    a, b = config_file(tmp_path, 'n = 10\nrate = 1.0\n', 'a.py'), config_file(tmp_path, '_k = 2\nn = n * _k\nimport math\n', 'b.py')
+    a, b = (
+        config_file(tmp_path, 'n = 10\nrate = 1.0\n', 'a.py'),
+        config_file(tmp_path, '_k = 2\nn = n * _k\nimport math\n', 'b.py'),
+    )
     assert script(a, b)['n'] == 20
     assert script(a, b, '--n=5')['n'] == 5
     assert script('--n=5', a)['n'] == 10
@@ -47,37 +61,56 @@ def test_files_and_overrides_apply_left_to_right(script, tmp_path):
 
 def test_a_dict_changed_in_place_is_checked_and_leaves_the_defaults(script, tmp_path, capsys):
     config = script(config_file(tmp_path, "sources['b'] = 2\n"), verbose=True)
-    assert config['sources'] == {'a': 1.0, 'b': 2.0} and "default {'a': 1.0}" in capsys.readouterr().out
+    assert (
+        config['sources'] == {'a': 1.0, 'b': 2.0}
+        and "default {'a': 1.0}" in capsys.readouterr().out
+    )
     with pytest.raises(BadInput, match=r'dict\[str, float\]'):
         script(config_file(tmp_path, "sources['b'] = 'x'\n"))
 
 
 def test_values_are_read_as_their_type(script):
-    config = script('--rate=1', '--n=1e3', '--flag=true', '--steps=7', '--out_dir=123', '--name=None', '--sources.b=2',
-                    '--sources.a=0.5')
+    config = script(
+        '--rate=1',
+        '--n=1e3',
+        '--flag=true',
+        '--steps=7',
+        '--out_dir=123',
+        '--name=None',
+        '--sources.b=2',
+        '--sources.a=0.5',
+    )
     assert (config['rate'], type(config['rate'])) == (1.0, float)
     assert (config['n'], type(config['n'])) == (1000, int)
-    assert config['flag'] is True and config['steps'] == 7 and config['out_dir'] == '123' and config['name'] is None
+    assert (
+        config['flag'] is True
+        and config['steps'] == 7
+        and config['out_dir'] == '123'
+        and config['name'] is None
+    )
     assert config['sources'] == {'a': 0.5, 'b': 2.0}
     assert script("--sources={'x': 1}")['sources'] == {'x': 1.0}
 
 
-@pytest.mark.parametrize('argument, parts', [
-    ('--rat=1', ["unknown name 'rat'", "'rate'"]),
-    ('--n=1.5', ['n must be int', '1.5']),
-    ('--n=True', ['n must be int']),
-    ('--n=many', ['n must be int', "'many'"]),
-    ('--n=None', ['n must be int']),
-    ('--flag=1', ['flag must be bool']),
-    ('--rate=fast', ['rate must be float']),
-    ('--steps=x', ['int | None']),
-    ('--flag', ['--flag=True']),
-    ('--n.x=1', ['no dict']),
-    ('--sources.a=much', ['dict[str, float]']),
-    ('--after=1', ["unknown name 'after'"]),
-    ('--_hidden=1', ['unknown name']),
-    ('missing.py', ['missing.py', 'does not exist']),
-])
+@pytest.mark.parametrize(
+    'argument, parts',
+    [
+        ('--rat=1', ["unknown name 'rat'", "'rate'"]),
+        ('--n=1.5', ['n must be int', '1.5']),
+        ('--n=True', ['n must be int']),
+        ('--n=many', ['n must be int', "'many'"]),
+        ('--n=None', ['n must be int']),
+        ('--flag=1', ['flag must be bool']),
+        ('--rate=fast', ['rate must be float']),
+        ('--steps=x', ['int | None']),
+        ('--flag', ['--flag=True']),
+        ('--n.x=1', ['no dict']),
+        ('--sources.a=much', ['dict[str, float]']),
+        ('--after=1', ["unknown name 'after'"]),
+        ('--_hidden=1', ['unknown name']),
+        ('missing.py', ['missing.py', 'does not exist']),
+    ],
+)
 def test_mistakes_on_the_command_line_are_errors(script, argument, parts):
     with pytest.raises(BadInput) as error:
         script(argument)
@@ -85,14 +118,17 @@ def test_mistakes_on_the_command_line_are_errors(script, argument, parts):
         assert part in str(error.value)
 
 
-@pytest.mark.parametrize('text, parts', [
-    ('n = 4\nwarmup = 3\nrates = 2\n', [':2', "unknown name 'warmup'"]),
-    ('rates = 2\n', ["'rate'"]),
-    ('n = "x"\n', [':1', 'n must be int']),
-    ('n = 1 +\n', [':1', 'SyntaxError']),
-    ('n = 1\nrate = undefined\n', [':2', 'NameError']),
-    ('def helper():\n    pass\n', ["unknown name 'helper'"]),
-])
+@pytest.mark.parametrize(
+    'text, parts',
+    [
+        ('n = 4\nwarmup = 3\nrates = 2\n', [':2', "unknown name 'warmup'"]),
+        ('rates = 2\n', ["'rate'"]),
+        ('n = "x"\n', [':1', 'n must be int']),
+        ('n = 1 +\n', [':1', 'SyntaxError']),
+        ('n = 1\nrate = undefined\n', [':2', 'NameError']),
+        ('def helper():\n    pass\n', ["unknown name 'helper'"]),
+    ],
+)
 def test_mistakes_in_a_file_are_errors_with_their_line(script, tmp_path, text, parts):
     with pytest.raises(BadInput) as error:
         script(config_file(tmp_path, text))
@@ -105,7 +141,14 @@ def test_help_shows_every_knob_with_default_and_comment(script, capsys):
         script('--help')
     assert stop.value.code == 0
     out = capsys.readouterr().out
-    for part in ('--rate=0.1', 'speed', '--steps=None (int | None)', 'how many; None: all', 'A script.', '\ninput'):
+    for part in (
+        '--rate=0.1',
+        'speed',
+        '--steps=None (int | None)',
+        'how many; None: all',
+        'A script.',
+        '\ninput',
+    ):
         assert part in out
     assert 'hidden' not in out and 'after' not in out
 
