@@ -1,289 +1,380 @@
-"""What the dataset scripts share: `prepare()` turns the files of a dataset into the shards of a source.
+"""What the dataset scripts share: `prepare()` makes a source of the files of a dataset.
 
-    files, on the hub or local  ->  parts, dealt to the ranks  ->  batches of raw records, dealt to the workers
-    ->  documents (and their split, by hash)  ->  tokens  ->  shards of the part  ->  meta.json, by whoever ends last
+    files, on the hub or local  ->  parts, dealt to the ranks
+    ->  batches of raw records, dealt to the workers  ->  documents (and their split, by hash)
+    ->  tokens  ->  shards of the part  ->  meta.json, written by the rank that ends last
 
-What comes out depends on the files and the settings alone, not on workers, ranks, kills or who ended when: a part is the
-work of one process, its shards are written in the order of its records, and a shard is closed at a document.
+The result depends only on the content of the files and on the settings. It does not depend on
+workers, ranks or kills. One process works on a part, its shards follow the order of its records,
+and a shard ends with a document.
 """
 import collections
 import concurrent.futures
 import contextlib
 import fcntl
+import functools
 import glob
 import hashlib
 import json
+import math
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sys
 import threading
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from tqdm import tqdm
 
-from configurator import BadInput, RunFault
+from configurator import BadInput, RunFault, pick, read_json
 from data import open_shard, shard_header
+from lib import reading
 from lib.chat import check_template, encode_chat, marked
-from lib.reading import local_files, location, make_parts, read_batches, records_of, remote_files
-from lib.tokenizer import load_tokenizer
-from prepare.shards import PartWriter, finish_source, lock, open_source, print_table, read_json
+from lib.tokenizer import LLAMA3_PATTERN, load_tokenizer, make_tokenizer
+from prepare import shards
 
-SPLITS = ('train', 'val', 'probe')
-EMPTY, DROPPED, BROKEN = 3, 4, 5        # what else a record can come to; 0 to 2 are the splits
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """The knobs that all dataset scripts share."""
+    tokenizer: str = ''              # tiktoken name, rank file, tokenizer.json, or folder with one
+    input: str | None = None         # file, glob, folder, or several with commas. None: the hub
+    revision: str | None = None      # commit of the dataset on the hub. None: the script's
+    out: str = 'data'                # folder of all sources
+    max_tokens: int | None = None    # training tokens to stop after. None: everything
+    shard_tokens: int = 100_000_000  # training tokens after which a shard is closed
+    val_fraction: float = 0.01       # share of the documents for validation, chosen by hash
+    probe_fraction: float = 0.005    # share for probe sets, chosen by hash (prepare/probe.py)
+    skip_bad: bool = False           # list broken records instead of stopping at the first one
+    workers: int | None = None       # tokenizing processes. 0: this one. None: one per core
+    rank: int | None = None          # of this process. None: as torchrun or SLURM says, or alone
+    world_size: int | None = None    # processes that share the work, with workers of their own
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """What is particular to one dataset. The figures are those of its card, to plan with."""
-    name: str                       # of the source: the folder <out>/<name>/
+    """A dataset. The figures are those of its card, for planning.
+
+    `convert` turns a record (dict) into text, into a list of messages, or into None, which leaves
+    it out. It is a module-level function, since the workers import it.
+    """
+    name: str                       # of the source, which is the folder <out>/<name>/
     files: list                     # globs hf://datasets/<id>@<commit>/<glob>, or https:// URLs
-    columns: list                   # of a record that its conversion reads
+    columns: tuple = ('text',)      # fields of a record that `convert` reads. (): all
+    convert: Callable | None = None     # None: the first column is the document
     documents: float | None = None
-    tokens: float | None = None     # by the card's tokenizer
+    tokens: float | None = None     # of the card's tokenizer
     licence: str = ''
+    chat_template: str | None = None    # of conversations; prepare() sets it
 
 
-# -- one record --------------------------------------------------------------------------------------------------------
+# -- one record ------------------------------------------------------------------------------------
+
 
 def hash_share(text):
-    """A number in [0, 1) that is a function of the text (bytes) alone: equal documents land together, whatever their source."""
+    """Returns a number in [0, 1) that depends only on the text (bytes).
+
+    Equal documents get the same number, whatever their source.
+    """
     return int.from_bytes(hashlib.sha256(text).digest()[:4], 'big') / 2**32
 
 
 def split_of(share, val_fraction, probe_fraction):
-    """The split of a document by its hash_share: val from below, probe from above, train between."""
-    return 'val' if share < val_fraction else 'probe' if share >= 1 - probe_fraction else 'train'
+    """Returns the split of a document with this hash_share: val is lowest, probe is highest."""
+    if share < val_fraction:
+        return 'val'
+    return 'probe' if share >= 1 - probe_fraction else 'train'
 
 
-def document_of(record, convert, columns=()):
-    """What `convert` makes of a record: text, list of messages, or None to drop it. ValueError says why a record is broken."""
+def document_of(record, dataset):
+    """Converts a record. Returns text, a list of messages, or None to leave it out.
+
+    Raises ValueError, which says why the record is broken.
+    """
     if isinstance(record, ValueError):
         raise record
-    if isinstance(record, str):         # a plain text file
+    if isinstance(record, str):         # from a plain text file
         return record
-    missing = [c for c in columns if c not in record]
-    if missing:
-        raise ValueError(f"no field '{missing[0]}' (--column says which, for your own text); the record has {list(record)}")
-    try:
-        document = convert(record)
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise ValueError(f'it cannot be converted ({type(error).__name__}: {error}); the record has {list(record)}') from None
-    if not isinstance(document, (str, list, type(None))):
+    for column in dataset.columns:
+        if column not in record:
+            raise ValueError(
+                f"no field '{column}' (for your own text, --column says which field to read); the "
+                f'record has {list(record)}')
+    if dataset.convert is None:
+        document = record[dataset.columns[0]]
+    else:
+        try:
+            document = dataset.convert(record)
+        # These are what a record of an unexpected shape causes. Others are bugs of the converter.
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f'it cannot be converted ({type(error).__name__}: {error}); the record has '
+                f'{list(record)}') from None
+    if isinstance(document, list):
+        for m in document:
+            if not isinstance(m, dict) or not all(
+                    isinstance(m.get(key), str) for key in ('role', 'content')):
+                raise ValueError('a message has no role or no content, or one of them is no text')
+    elif not isinstance(document, (str, type(None))):
         raise ValueError(f'no text but {type(document).__name__}')
-    if isinstance(document, list) and not all(isinstance(m, dict) and isinstance(m.get('role'), str)
-                                              and isinstance(m.get('content'), str) for m in document):
-        raise ValueError('a message lacks role or content, or they are no text')
     return document
 
 
 def plain_text(document):
-    """The UTF-8 bytes of a document, or of a conversation's contents. ValueError if it is no valid Unicode."""
+    """Returns the UTF-8 bytes of a document, or of the contents of a conversation.
+
+    Raises ValueError if it is not valid Unicode.
+    """
+    if isinstance(document, list):
+        document = '\n'.join(m['content'] for m in document)
     try:
-        return (document if isinstance(document, str) else '\n'.join(m['content'] for m in document)).encode()
+        return document.encode()
     except UnicodeEncodeError:
-        raise ValueError('the text holds half of a surrogate pair (a broken \\u escape)') from None
+        raise ValueError('the text has half of a surrogate pair (a broken \\u escape)') from None
 
 
-# -- the workers -------------------------------------------------------------------------------------------------------
-
-@dataclass
-class Work:
-    """All that a worker needs to know."""
-    tokenizer_path: str
-    convert: object
-    columns: list
-    chat_template: str | None
-    val_fraction: float
-    probe_fraction: float
+def conversation(question, answer):
+    return [dict(role='user', content=question), dict(role='assistant', content=answer)]
 
 
-@dataclass
-class Result:
-    """The documents of a batch, one after the other, and what became of every record."""
-    numbers: list                   # of the record within its file
-    kinds: list                     # 0 to 2: its split; EMPTY, DROPPED, BROKEN
-    ids: object                     # (tokens of all documents,) uint16 or uint32, every document with BOS in front
-    masks: object                   # (the same,) uint8, None for plain text
-    lengths: list                   # tokens of every document
-    n_bytes: list                   # UTF-8 bytes of every document
-    faults: list                    # (location, reason) of every broken record
-    seconds: float = 0.0            # CPU time of tokenizing alone
+LLAMA3_TURN = re.compile(
+    r'<\|start_header_id\|>(\w+)<\|end_header_id\|>\s*(.*?)<\|eot_id\|>', re.DOTALL)
 
 
-_work, _tokenizer, _bos = None, None, None
+def nemotron_text(record):
+    """Converts a record of the Llama-Nemotron data: questions and answer, blank lines between.
+
+    In older files `input` is a string with the marks of Llama 3's template.
+    """
+    turns = record['input']
+    if isinstance(turns, str):
+        found = LLAMA3_TURN.findall(turns) or [('user', turns)]
+        turns = [dict(role=role, content=content) for role, content in found]
+    parts = [turn['content'] for turn in turns if turn['role'] != 'system' and turn['content']]
+    return '\n\n'.join([*parts, record['output'].removesuffix('<|eot_id|>')])
 
 
-def start_worker(work):
-    global _work, _tokenizer, _bos
-    _work, _tokenizer = work, load_tokenizer(work.tokenizer_path)
-    _bos = np.array([_tokenizer.bos_id], np.uint32)
+def nemotron_dataset(kind, documents, tokens):
+    """Returns the Dataset of one kind of the Llama-Nemotron post-training data: code, math, ..."""
+    repository = 'hf://datasets/nvidia/Llama-Nemotron-Post-Training-Dataset'
+    files = [f'{repository}@8e1e47a67ced79723ad0735efc5a45f8bb5aabd6/SFT/{kind}/*.jsonl']
+    card = dict(documents=documents, tokens=tokens, licence='CC BY 4.0')
+    return Dataset(f'nemotron_{kind}', files, ('input', 'output'), nemotron_text, **card)
 
 
-def start_process(work):
-    """As start_worker, in a process of its own, which must not outlive a killed parent."""
+# -- workers ---------------------------------------------------------------------------------------
+
+
+tokenizer_of = functools.cache(load_tokenizer)      # every process loads it once
+
+
+def tokenize_batch(dataset, config, batch):
+    """Converts and tokenizes the records of a Batch. Returns (records, ids, masks).
+
+    records  list of (number within the file, kind, tokens, bytes of text, fault). The kind is a
+             split, 'empty', 'dropped' or 'broken'. The fault is None unless the record is broken
+    ids      (n,) uint16 or uint32, all documents one after the other, each with BOS first
+    masks    (n,) uint8; None for plain text
+    """
+    tokenizer = tokenizer_of(config.tokenizer)
+    records = []
+    ids = []
+    masks = []
+    for number, record in reading.records_of(batch):
+        try:
+            document = document_of(record, dataset)
+            text = b'' if document is None else plain_text(document)
+            if not text:
+                kind = 'dropped' if document is None else 'empty'
+                records.append((number, kind, 0, 0, None))
+                continue
+            parts, mask = encode(tokenizer, document, dataset.chat_template)
+        # BadInput, which the tokenizer raises, is a ValueError.
+        except ValueError as error:
+            records.append((number, 'broken', 0, 0, f'{reading.location(batch, number)}: {error}'))
+            continue
+        # The hash is of the text, so every tokenizer gives the same split.
+        split = split_of(hash_share(text), config.val_fraction, config.probe_fraction)
+        records.append((number, split, sum(map(len, parts)), len(text), None))
+        ids += parts
+        masks.append(mask)
+    # uint16, where the ids fit, halves what a worker sends back.
+    dtype = shard_header(0, tokenizer.vocab_size)[1]
+    if not ids:
+        return records, np.empty(0, dtype), None
+    all_ids = np.concatenate(ids, dtype=dtype, casting='unsafe')
+    return records, all_ids, None if masks[0] is None else np.concatenate(masks)
+
+
+def encode(tokenizer, document, chat_template):
+    """Text or messages -> ([ids of the document in parts, BOS first], mask or None)."""
+    if chat_template is None:
+        bos = np.array([tokenizer.bos_id], np.uint32)
+        return [bos, tokenizer.encode_document(document)], None
+    if isinstance(document, str) or not any(m['role'] == 'assistant' for m in document):
+        raise ValueError('no conversation with an answer of the assistant')
+    ids, mask = encode_chat(tokenizer, document, chat_template)
+    return [ids], mask
+
+
+def start_process():
+    """Initializes a worker process, which must not outlive a killed parent."""
+    # Ctrl-C reaches all processes of a terminal. Only the parent reacts, and ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
+    # sys.exit in a thread would end only that thread, hence os._exit.
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-    start_worker(work)
 
 
-def tokenize_batch(batch):
-    """Batch -> Result."""
-    result = Result([], [], [], [], [], [], [])
-    dtype = shard_header(0, _tokenizer.vocab_size)[1]
-    for number, record in records_of(batch):
-        result.numbers.append(number)
-        try:
-            document = document_of(record, _work.convert, _work.columns)
-            text = plain_text(document) if document is not None else b''
-            if not text:
-                result.kinds.append(DROPPED if document is None else EMPTY)
-                continue
-            start = time.thread_time()
-            ids, mask = encode(document)
-            result.seconds += time.thread_time() - start
-        except ValueError as error:         # BadInput of the tokenizer among them
-            result.kinds.append(BROKEN)
-            result.faults.append((location(batch, number), str(error)))
-            continue
-        result.kinds.append(SPLITS.index(split_of(hash_share(text), _work.val_fraction, _work.probe_fraction)))
-        result.ids += ids
-        result.masks.append(mask)
-        result.lengths.append(sum(map(len, ids)))
-        result.n_bytes.append(len(text))
-    result.masks = np.concatenate(result.masks) if result.ids and result.masks[0] is not None else None
-    result.ids = np.concatenate(result.ids, dtype=dtype, casting='unsafe') if result.ids else np.empty(0, dtype)
-    return result
+def tokenized(job, batches):
+    """Yields (part, file number, result of tokenize_batch) for tuples (part, file number, Batch).
 
-
-def encode(document):
-    """Text or messages -> ([ids of the document in parts, BOS first], mask or None)."""
-    if _work.chat_template is not None:
-        if isinstance(document, str) or not any(m['role'] == 'assistant' for m in document):
-            raise ValueError('no conversation with an answer of the assistant')
-        ids, mask = encode_chat(_tokenizer, document, _work.chat_template)
-        return [ids], mask
-    return [_bos, _tokenizer.encode_document(document)], None
-
-
-def dealt(batches, work, workers):
-    """Yields (part, file number, Result) in the order of `batches`, an iterator of (part, file number, Batch); None passes through.
-
-    `workers` processes tokenize a bounded way ahead; 0: this process does.
+    They keep their order. None in place of a Batch gives None. The worker processes tokenize a
+    limited number of batches ahead. With job.workers = 0 this process does it.
     """
+    workers = job.workers
+    tokenize = functools.partial(tokenize_batch, job.dataset, job.config)
     if workers == 0:
-        start_worker(work)
         for part, file_number, batch in batches:
-            yield part, file_number, batch and tokenize_batch(batch)
+            yield part, file_number, batch and tokenize(batch)
         return
+    # Arrow and fsspec start threads. A process forked while they hold a lock could hang.
     context = multiprocessing.get_context('spawn')
-    with concurrent.futures.ProcessPoolExecutor(workers, context, start_process, (work,)) as pool:
-        if hasattr(fcntl, 'F_SETPIPE_SZ'):          # Linux: at 64 KiB a worker waits while its batch trickles in (5 % of the time)
+    with concurrent.futures.ProcessPoolExecutor(workers, context, start_process) as pool:
+        if hasattr(fcntl, 'F_SETPIPE_SZ'):
+            # A pipe of Linux holds 64 KiB, a batch 1 MB. With small pipes workers wait for their
+            # batches 5 % of the time.
             for queue in (pool._call_queue, pool._result_queue):
                 fcntl.fcntl(queue._writer.fileno(), fcntl.F_SETPIPE_SZ, 2**20)
         waiting = collections.deque()
         try:
             for part, file_number, batch in batches:
-                waiting.append((part, file_number, batch and pool.submit(tokenize_batch, batch)))
-                while len(waiting) > 6 * workers:
+                future = batch and pool.submit(tokenize, batch)
+                waiting.append((part, file_number, future))
+                # Reading is faster than tokenizing. Without a limit the batches would fill the
+                # memory.
+                if len(waiting) > 6 * workers:
                     part, file_number, future = waiting.popleft()
                     yield part, file_number, future and future.result()
             for part, file_number, future in waiting:
                 yield part, file_number, future and future.result()
         except concurrent.futures.process.BrokenProcessPool:
-            raise RunFault('a tokenizing process died (out of memory?). What is written is safe: run again, perhaps with '
-                           'fewer --workers.') from None
-        finally:                # the caller may have enough tokens, or have failed: drop what has not begun
+            raise RunFault(
+                'a tokenizing process died (out of memory?). What is written is safe: run again, '
+                'perhaps with fewer --workers.') from None
+        finally:
+            # The caller may have enough tokens or may have failed. Drop what has not begun.
             pool.shutdown(cancel_futures=True)
 
 
-# -- one rank ----------------------------------------------------------------------------------------------------------
+# -- one rank --------------------------------------------------------------------------------------
 
-def ranks(rank, world_size):
-    """(rank, world_size, where they are from): the knobs, torchrun's variables, SLURM's, or one process."""
-    if (rank is None) != (world_size is None):
+
+def find_rank(config):
+    """Returns (rank, world_size, where they come from): knobs, torchrun, SLURM or one process."""
+    if (config.rank is None) != (config.world_size is None):
         raise BadInput('--rank and --world_size go together: give both or neither.')
-    found = (rank, world_size, '--rank')
+    rank = config.rank
+    world_size = config.world_size
+    origin = '--rank'
+    # torchrun comes first. It may run under SLURM, with several ranks in one SLURM task.
     for names in (('RANK', 'WORLD_SIZE'), ('SLURM_PROCID', 'SLURM_NTASKS')):
-        if found[0] is None and all(name in os.environ for name in names):
-            found = (*(int(os.environ[name]) for name in names), names[0])
-    if found[0] is None:
+        if rank is None and all(name in os.environ for name in names):
+            rank, world_size = (int(os.environ[name]) for name in names)
+            origin = names[0]
+    if rank is None:
         return 0, 1, ''
-    if not 0 <= found[0] < found[1]:
-        raise BadInput(f'rank = {found[0]} must be at least 0 and below world_size = {found[1]}.')
-    return found
+    if not 0 <= rank < world_size:
+        raise BadInput(f'rank = {rank} must be at least 0 and below world_size = {world_size}.')
+    return rank, world_size, origin
 
 
 @dataclass
 class Job:
-    """A source in the making, as one rank sees it."""
+    """The preparation of a source, as one rank sees it."""
+    dataset: Dataset
+    config: PrepareConfig
     folder: str
     parts: list                     # list of lists of File
-    columns: list
-    vocab_size: int
-    max_tokens: int | None
-    shard_tokens: int
-    skip_bad: bool
-    bar: object
-    locks: dict = field(default_factory=dict)
-    done_tokens: dict = field(default_factory=dict)      # part -> training tokens, of parts known to be done
-    finishing: bool = False         # this process holds the lock of the whole source
-    made: int = 0                   # tokens of this process
-    seconds: float = 0.0            # CPU time that they took to tokenize
+    settings: dict                  # of open_source
+    workers: int
+    bar: tqdm
+    locks: dict = field(default_factory=dict)           # part -> lock that this process holds
+    done_tokens: dict = field(default_factory=dict)     # part -> training tokens, of complete parts
+    finishing: bool = False         # this process holds the lock of the source
+    made: int = 0                   # tokens that this process made
 
     def state(self, part):
-        return read_json(os.path.join(self.folder, 'progress', f'{part:05d}.json'))
+        return self.writer(part).state
 
     def tokens_before(self, part):
-        """Training tokens of all earlier parts, as far as they are written."""
+        """Returns the training tokens of all earlier parts, up to the first incomplete one."""
+        total = 0
         for p in range(part):
             if p not in self.done_tokens:
-                state = self.state(p) or dict(shards=[], done=False)
-                tokens = sum(s['tokens'] for s in state['shards'] if s['split'] == 'train')
+                state = self.state(p)
                 if not state['done']:
-                    return sum(self.done_tokens.get(q, 0) for q in range(p)) + tokens
-                self.done_tokens[p] = tokens
-        return sum(self.done_tokens[p] for p in range(part))
+                    return total + shards.count_tokens(state)
+                self.done_tokens[p] = shards.count_tokens(state)
+            total += self.done_tokens[p]
+        return total
+
+    def writer(self, part, limit=None):
+        vocab_size = tokenizer_of(self.config.tokenizer).vocab_size
+        return shards.PartWriter(self.folder, part, vocab_size, limit)
 
 
 def part_batches(job, todo):
-    """Yields (part, file number, Batch) of the parts that are not done, and (part, None, None) at the end of each."""
+    """Yields (part, file number, Batch) of the incomplete parts, and a Batch of None after each."""
     for part in todo:
-        if (job.state(part) or {}).get('done'):
+        if job.state(part)['done']:
             continue
-        job.locks[part] = lock(job.folder, f'{part:05d}')
-        state = job.state(part) or dict(done=False, file=0, record=0)       # as it is now that nobody else can write it
+        job.locks[part] = shards.lock(job.folder, f'{part:05d}')
+        # Read the state again, now that no other process can change it.
+        state = job.state(part)
         if state['done']:
             continue
-        with contextlib.nullcontext() if job.finishing else lock(job.folder, 'source', wait=True):
-            if os.path.isfile(os.path.join(job.folder, 'meta.json')):       # another rank has just ended it all
+        # Another rank may be finishing the source, and would not know of shards from here on. Wait
+        # for it, and stop if it has written meta.json.
+        guard = contextlib.nullcontext()
+        if not job.finishing:
+            guard = shards.lock(job.folder, 'source', wait=True)
+        with guard:
+            if os.path.isfile(os.path.join(job.folder, 'meta.json')):
                 return
-        for i, file in enumerate(job.parts[part]):
-            if i >= state['file']:
-                for batch in read_batches(file, job.columns, state['record'] if i == state['file'] else 0):
-                    yield part, i, batch
+        skip = state['record']
+        for i in range(state['file'], len(job.parts[part])):
+            for batch in reading.read_batches(job.parts[part][i], job.dataset.columns, skip):
+                yield part, i, batch
+            skip = 0
         yield part, None, None
 
 
-def make(job, todo, work, workers):
-    """Makes the parts in `todo` that are not done; stops early when the parts before hold max_tokens."""
+def make(job, todo):
+    """Makes the incomplete parts of `todo`. Stops early when earlier parts reach max_tokens."""
     writer = None
-    for part, file_number, result in dealt(part_batches(job, todo), work, workers):
+    for part, file_number, result in tokenized(job, part_batches(job, todo)):
         if writer is None:
-            limit = None if job.max_tokens is None else job.max_tokens - job.tokens_before(part)
-            if limit is not None and limit <= 0:
-                return
-            writer = PartWriter(job.folder, part, job.vocab_size, limit)
+            # Earlier parts of other ranks may still grow. Then this part gets too high a limit, and
+            # `finish` makes it again.
+            limit = job.config.max_tokens
+            if limit is not None:
+                limit -= job.tokens_before(part)
+                if limit <= 0:
+                    return
+            writer = job.writer(part, limit)
         if result is not None:
-            add_result(job, writer, file_number, result)
-            job.made += len(result.ids)
-            job.seconds += result.seconds
-            job.bar.update(len(result.ids))
+            add_result(job.config, writer, file_number, result)
+            n_tokens = len(result[1])
+            job.made += n_tokens
+            job.bar.update(n_tokens)
         if result is None or writer.state['done']:
+            # The limit is reached here at the latest. `finish` deletes the parts after that.
             if writer.is_full():
                 return
             writer.commit(len(job.parts[part]), 0, done=True)
@@ -291,209 +382,270 @@ def make(job, todo, work, workers):
             writer = None
 
 
-def add_result(job, writer, file_number, result):
-    """Adds a batch's documents to the part, record by record; commits when a shard is full, and for good at the limit."""
-    faults, document, start = iter(result.faults), 0, 0
-    for number, kind in zip(result.numbers, result.kinds):
-        if kind == BROKEN:
-            where, reason = next(faults)
-            if not job.skip_bad:
-                raise BadInput(f'{where}: {reason}. Mend or drop the record, or pass --skip_bad=True to leave such out and list them.')
-            writer.count('broken', f'{where}: {reason}')
-        elif kind in (EMPTY, DROPPED):
-            writer.count('empty' if kind == EMPTY else 'dropped')
-        else:
-            stop = start + result.lengths[document]
-            mask = None if result.masks is None else result.masks[start:stop]
-            writer.add(SPLITS[kind], result.ids[start:stop], result.n_bytes[document], mask)
-            document, start = document + 1, stop
-            if writer.is_full() or writer.buffered['train'] >= job.shard_tokens:
-                writer.commit(file_number, number + 1, done=writer.is_full())
-                if writer.state['done']:
-                    return
+def add_result(config, writer, file_number, result):
+    """Adds the result of tokenize_batch to a part. Commits full shards and a full part."""
+    records, ids, masks = result
+    start = 0
+    for number, kind, n_tokens, n_bytes, fault in records:
+        if fault is not None and not config.skip_bad:
+            raise BadInput(
+                f'{fault}. Fix or drop the record, or pass --skip_bad=True to leave out and list '
+                'such records.')
+        if kind in ('broken', 'empty', 'dropped'):
+            writer.count(kind, fault)
+            continue
+        stop = start + n_tokens
+        mask = None if masks is None else masks[start:stop]
+        writer.add(kind, ids[start:stop], n_bytes, mask)
+        start = stop
+        if writer.is_full() or writer.buffered['train'] >= config.shard_tokens:
+            writer.commit(file_number, number + 1, done=writer.is_full())
+            if writer.state['done']:
+                return
 
 
-def finish(job, tokenizer, settings, work, workers, **more):
-    """Writes meta.json when every part that counts is done: its content, or None when others are still at work.
+def finish(job):
+    """Writes meta.json if all parts are complete.
 
-    With max_tokens the source is the parts in order up to the document that reaches it. Ranks that did not know of each
-    other's tokens have made too much: the part in which the limit falls is made again, what lies behind is deleted.
+    Returns its content, or None if other ranks are still working. With max_tokens the source
+    consists of the parts in order, up to the document that reaches the limit. Ranks that did not
+    know of each other's tokens have made too many: the part in which the limit falls is made again,
+    and later parts are deleted.
     """
-    for part in [*job.locks]:           # those of parts that were read ahead and are not needed
-        job.locks.pop(part).close()
-    with lock(job.folder, 'source', wait=True):
+    # The workers read ahead, so there may be locks of parts that are not needed.
+    for handle in job.locks.values():
+        handle.close()
+    job.locks.clear()
+    with shards.lock(job.folder, 'source', wait=True):
         job.finishing = True
-        if os.path.isfile(os.path.join(job.folder, 'meta.json')):
-            return read_json(os.path.join(job.folder, 'meta.json'))
-        states, total = [], 0
+        meta = shards.read_json_if_exists(os.path.join(job.folder, 'meta.json'))
+        if meta is not None:
+            return meta
+        states = []
+        rest = math.inf if job.config.max_tokens is None else job.config.max_tokens
         for part in range(len(job.parts)):
-            rest = None if job.max_tokens is None else job.max_tokens - total
             state = job.state(part)
-            if rest is not None and rest <= 0:
+            if rest <= 0:
+                # If another rank is still working on the part, that rank will finish the source.
                 try:
-                    lock(job.folder, f'{part:05d}').close()
-                except BadInput:        # another rank is at work on it, and will be the last
+                    shards.lock(job.folder, f'{part:05d}').close()
+                except BadInput:
                     return None
-                PartWriter(job.folder, part, job.vocab_size).delete()
+                job.writer(part).delete()
                 continue
-            if state is None or not state['done']:
+            if not state['done']:
                 return None
-            tokens = sum(s['tokens'] for s in state['shards'] if s['split'] == 'train')
-            if rest is not None and tokens >= rest and state['limit'] != rest:
-                PartWriter(job.folder, part, job.vocab_size).delete()
+            if shards.count_tokens(state) >= rest and state['limit'] != rest:
+                job.writer(part).delete()
                 job.done_tokens.clear()
-                make(job, [part], work, workers)
+                make(job, [part])
                 state = job.state(part)
-                tokens = sum(s['tokens'] for s in state['shards'] if s['split'] == 'train')
             states.append(state)
-            total += tokens
-        return finish_source(job.folder, tokenizer, settings, states, **more)
+            rest -= shards.count_tokens(state)
+        return shards.finish_source(
+            job.folder, tokenizer_of(job.config.tokenizer), job.settings, states,
+            dataset=job.dataset.name, revision=job.settings['commits'],
+            licence=job.dataset.licence)
 
 
-# -- the whole ---------------------------------------------------------------------------------------------------------
+# -- a source --------------------------------------------------------------------------------------
+
 
 def check_space(folder, n_bytes):
-    """Prints the space that n_bytes of shards in `folder` need, less what it holds already, and the space there is.
+    """Prints the space that n_bytes of shards need in `folder`, and the space that is free.
 
-    Raises BadInput when it will not fit.
+    Shards that are there already count as written. Raises BadInput if the others do not fit.
     """
-    held = sum(os.path.getsize(os.path.join(where, n)) for where, _, names in os.walk(folder) for n in names if n.endswith('.bin'))
-    n_bytes = max(0, n_bytes - held)
+    for where, _, names in os.walk(folder):
+        paths = [os.path.join(where, name) for name in names if name.endswith('.bin')]
+        n_bytes -= sum(map(os.path.getsize, paths))
+    n_bytes = max(0, n_bytes)
+    # The folder may not exist yet. Its nearest existing parent is on the same disk.
     while not os.path.isdir(folder):
         folder = os.path.dirname(os.path.abspath(folder))
     free = shutil.disk_usage(folder).free
-    print(f'disk: about {n_bytes / 2**20:,.1f} MiB needed, {free / 2**20:,.1f} MiB free in {folder}')
+    needed = f'about {n_bytes / 2**20:,.1f} MiB'
+    print(f'disk: {needed} needed, {free / 2**20:,.1f} MiB free in {folder}')
     if n_bytes > free:
-        raise BadInput(f'{folder} has {free / 2**20:,.1f} MiB free, about {n_bytes / 2**20:,.1f} MiB are needed. '
-                       'Free some space, choose another --out or set --max_tokens.')
+        raise BadInput(
+            f'{folder} has {free / 2**20:,.1f} MiB free, {needed} are needed. Free some space, '
+            'choose another --out or set --max_tokens.')
 
 
-def print_plan(dataset, files, knobs, vocab_size, chat_template):
-    """Documents and bytes expected; stops when the shards will not fit on the disk. Returns the tokens expected."""
-    stored = sum(f.size for f in files)
-    text = sum(f.size * (1 if f.path.endswith(('.jsonl', '.json', '.txt', '.md')) else 3) for f in files)     # text is 3 times its .gz
-    tokens = text / 3.5
+def print_plan(dataset, config, files, vocab_size):
+    """Prints the expected documents and bytes, and checks the disk. Returns the expected tokens."""
+    stored = 0
+    text = 0
+    for file in files:
+        stored += file.size
+        # Text is about 3 times as large as its .gz, .zst or parquet file.
+        text += file.size if file.path.endswith(reading.PLAIN) else 3 * file.size
     line = f'{dataset.name}: {len(files):,} files, {stored / 2**20:,.1f} MiB stored'
-    if knobs['input'] is None and dataset.tokens is not None:
+    # A rough estimate. Only the progress bar and the check of the disk use it.
+    tokens = text / 3.5
+    if config.input is None and dataset.tokens is not None:
         tokens = dataset.tokens
-        line += f', about {dataset.documents or 0:,.0f} documents and {dataset.tokens:,.0f} tokens (its card)'
-    print(line + (f'; licence: {dataset.licence}' if dataset.licence else ''))
-    tokens = min(tokens, knobs['max_tokens'] or tokens)
-    size = shard_header(0, vocab_size)[1].itemsize + (chat_template is not None)
-    check_space(os.path.join(knobs['out'], dataset.name), int(tokens * size))
+        documents = dataset.documents or 0
+        line += f', about {documents:,.0f} documents and {tokens:,.0f} tokens (by its card)'
+    if dataset.licence:
+        line += f'; licence: {dataset.licence}'
+    print(line)
+    if config.max_tokens:
+        tokens = min(tokens, config.max_tokens)
+    size = shard_header(0, vocab_size)[1].itemsize
+    if dataset.chat_template is not None:
+        size += 1                   # a byte of the mask
+    check_space(os.path.join(config.out, dataset.name), int(tokens * size))
     return tokens
 
 
-def find_files(dataset, knobs, folder):
-    """(files, commits): local ones, or the hub's at the commits that this source was begun with."""
-    if knobs['input'] is not None:
-        layout = [url.split('/', 5)[5] for url in dataset.files if url.startswith('hf://')]
-        return local_files(knobs['input'], layout), {}
+def find_files(dataset, config, folder):
+    """Returns (files, commits): --input, or the hub at the commits that the source began with."""
+    if config.input is not None:
+        layout = [reading.split_url(url)[2] for url in dataset.files if url.startswith('hf://')]
+        return reading.local_files(config.input, layout), {}
     if not dataset.files:
-        raise BadInput("--input is missing: files, a glob or a folder. Example: --input='corpus/*.jsonl.gz'")
-    begun = read_json(os.path.join(folder, 'progress/source.json')) or read_json(os.path.join(folder, 'meta.json')) or {}
-    commits = begun.get('settings', {}).get('commits', {}) if knobs['revision'] is None else {}
+        raise BadInput(
+            "--input is missing: files, a glob or a folder. Example: --input='corpus/*.jsonl.gz'")
+    # A source without a pinned commit must not change to a newer one in the middle.
+    commits = {}
+    if config.revision is None:
+        commits = (shards.settings_of(folder) or {}).get('commits', {})
     urls = []
     for url in dataset.files:
-        known = next((repo for repo in commits if url.startswith((f'hf://datasets/{repo}@', f'hf://datasets/{repo}/'))), None)
-        urls.append(url if known is None else f'hf://datasets/{known}@{commits[known]}/{url.split("/", 5)[5]}')
-    return remote_files(urls, knobs['revision'])
+        if url.startswith('hf://'):
+            repo, _, pattern = reading.split_url(url)
+            if repo in commits:
+                url = f'hf://datasets/{repo}@{commits[repo]}/{pattern}'
+        urls.append(url)
+    return reading.remote_files(urls, config.revision)
 
 
-def check_probes(name, knobs):
-    """BadInput when a probe set was drawn from this source with a larger share than is kept out of training now."""
-    for path in glob.glob(os.path.join(glob.escape(knobs['out']), 'probe', '*', 'meta.json')):
+def check_probes(name, config):
+    """Raises BadInput if a probe set was drawn from a larger share than is now set aside."""
+    for path in glob.glob(os.path.join(glob.escape(config.out), 'probe', '*', 'meta.json')):
         probe = read_json(path)['settings']
-        if probe.get('source') == name and probe['probe_fraction'] > knobs['probe_fraction']:
-            raise BadInput(f"{os.path.dirname(path)} was drawn from {name} with probe_fraction = {probe['probe_fraction']}; with "
-                           f"{knobs['probe_fraction']} here, some of it would be trained on. Set "
-                           f"--probe_fraction={probe['probe_fraction']}.")
+        if probe.get('source') == name and probe['probe_fraction'] > config.probe_fraction:
+            drawn = probe['probe_fraction']
+            raise BadInput(
+                f'{os.path.dirname(path)} was drawn from {name} with probe_fraction = {drawn}. '
+                f'With {config.probe_fraction} here, some of it would be trained on. Set '
+                f'--probe_fraction={drawn}.')
 
 
-def prepare(dataset, convert, knobs, chat_template=None):
-    """Makes the source <out>/<dataset.name>/ of a dataset's records, or as much of it as falls to this rank.
+def prepare(dataset, config, chat_template=None):
+    """Makes the source <out>/<dataset.name>/, or this rank's share of it. Continues after a kill.
 
-    convert: record (dict) -> text, list of messages (with chat_template), or None to leave the record out; a module-level
-    function, since workers import it. knobs: values of prepare/knobs.py. Goes on after a kill.
-    Returns meta.json's content, None when other ranks are still at work. Raises BadInput and RunFault.
+    config         what `configure` returns for the script, with the knobs of PrepareConfig
+    chat_template  for a dataset of conversations: 'llama3' or 'chatml'
+    Returns the content of meta.json, or None if other ranks are still working. Raises BadInput and
+    RunFault.
     """
     try:
-        return prepare_source(dataset, convert, knobs, chat_template)
+        dataset = replace(dataset, chat_template=chat_template)
+        return prepare_source(dataset, pick(PrepareConfig, config))
     except KeyboardInterrupt:
-        print('\nstopped. What is complete is kept: run again to go on.', file=sys.stderr)
+        print('\nstopped. What is complete is kept. Run again to continue.', file=sys.stderr)
         raise SystemExit(130) from None
 
 
-def prepare_source(dataset, convert, knobs, chat_template):
-    if not knobs['tokenizer']:
+def prepare_source(dataset, config):
+    if not config.tokenizer:
         raise BadInput('--tokenizer is missing: a tiktoken name, a rank file, or a tokenizer.json.')
-    if not 0 <= knobs['val_fraction'] + knobs['probe_fraction'] <= 1:
-        raise BadInput(f"val_fraction + probe_fraction = {knobs['val_fraction'] + knobs['probe_fraction']} must lie in [0, 1].")
-    check_probes(dataset.name, knobs)
-    rank, world_size, origin = ranks(knobs['rank'], knobs['world_size'])
-    tokenizer = load_tokenizer(knobs['tokenizer'])
-    if chat_template is not None:
-        check_template(tokenizer, chat_template)
-    folder = os.path.join(knobs['out'], dataset.name)
-    files, commits = find_files(dataset, knobs, folder)
-    parts = make_parts(files)
+    reserved = config.val_fraction + config.probe_fraction
+    if not 0 <= reserved <= 1:
+        raise BadInput(f'val_fraction + probe_fraction = {reserved} must lie in [0, 1].')
+    check_probes(dataset.name, config)
+    rank, world_size, origin = find_rank(config)
+    tokenizer = tokenizer_of(config.tokenizer)
+    if dataset.chat_template is not None:
+        check_template(tokenizer, dataset.chat_template)
+    folder = os.path.join(config.out, dataset.name)
+    files, commits = find_files(dataset, config, folder)
+    # All that the bytes depend on. Names are relative to --input, so that a copy of the files in
+    # another folder gives the same source.
     listing = json.dumps([[f.name, f.size] for f in files])
     settings = dict(
-        dataset=dataset.files, commits=commits, files=hashlib.sha256(listing.encode()).hexdigest(),
-        columns=list(dataset.columns), chat_template=chat_template, tokenizer=tokenizer.fingerprint,
-        **{key: knobs[key] for key in ('max_tokens', 'shard_tokens', 'val_fraction', 'probe_fraction')})
-    meta = open_source(folder, settings)
+        dataset=dataset.files, columns=list(dataset.columns), commits=commits,
+        files=hashlib.sha256(listing.encode()).hexdigest(), tokenizer=tokenizer.fingerprint,
+        chat_template=dataset.chat_template, max_tokens=config.max_tokens,
+        shard_tokens=config.shard_tokens, val_fraction=config.val_fraction,
+        probe_fraction=config.probe_fraction)
+    meta = shards.open_source(folder, settings)
     if meta is not None:
+        # A kill right after meta.json was written leaves progress/ behind.
         shutil.rmtree(os.path.join(folder, 'progress'), ignore_errors=True)
-        print(f'{folder} is complete already; delete it to make it anew.')
+        print(f'{folder} is complete already. Delete it to make it again.')
         return meta
-    cores = len(os.sched_getaffinity(0)) // int(os.environ.get('LOCAL_WORLD_SIZE', 1))
-    workers = max(1, cores) if knobs['workers'] is None else knobs['workers']
-    expected = print_plan(dataset, files, knobs, tokenizer.vocab_size, chat_template) if rank == 0 else None
+    workers = config.workers
+    if workers is None:
+        local_ranks = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+        # SLURM and taskset may allow only some of the machine's cores.
+        workers = max(1, len(os.sched_getaffinity(0)) // local_ranks)
+    expected = None
+    if rank == 0:
+        expected = int(print_plan(dataset, config, files, tokenizer.vocab_size) / world_size)
+    parts = reading.make_parts(files)
+    # Dealt in turn, so that all ranks begin with early parts. With max_tokens only these count.
     mine = range(rank, len(parts), world_size)
     if world_size > 1:
         print(f'rank {rank} of {world_size} ({origin}): {len(mine)} of {len(parts)} parts')
     start = time.monotonic()
-    with tqdm(total=expected and int(expected / world_size), unit='tok', unit_scale=True, desc=dataset.name, disable=rank > 0) as bar:
-        job = Job(folder, parts, dataset.columns, tokenizer.vocab_size, knobs['max_tokens'], knobs['shard_tokens'],
-                  knobs['skip_bad'], bar)
-        work = Work(knobs['tokenizer'], convert, list(dataset.columns), chat_template, knobs['val_fraction'], knobs['probe_fraction'])
-        make(job, mine, work, workers)
-        more = dict(dataset=dataset.name, revision=commits, licence=dataset.licence)
-        meta = finish(job, tokenizer, settings, work, workers, **more)
-    report(dataset, folder, meta, job, time.monotonic() - start, workers, tokenizer, rank)
+    bar = tqdm(
+        total=expected, unit='tok', unit_scale=True, desc=dataset.name, disable=rank > 0)
+    with bar:
+        job = Job(dataset, config, folder, parts, settings, workers, bar)
+        make(job, mine)
+        meta = finish(job)
+    seconds = time.monotonic() - start
+    if meta is None:
+        print(
+            f'rank {rank}: its {job.made:,} tokens are written in {seconds:.1f} s. Other parts of '
+            f'{folder} are not done. The rank that ends last writes meta.json. If one was '
+            'interrupted, start it again.')
+    else:
+        shards.print_table({dataset.name: meta}, seconds if job.made else None, job.made)
+        report(folder, meta, tokenizer)
     return meta
 
 
-def report(dataset, folder, meta, job, seconds, workers, tokenizer, rank):
-    """What was made, how fast, what was left out, and for chat data one conversation with its mask."""
-    if meta is None:
-        print(f'rank {rank}: its {job.made:,} tokens are written in {seconds:.1f} s; other parts of {folder} are not done. The rank '
-              'that ends last writes meta.json; if one was cut off, start it again.')
-        return
-    print_table({dataset.name: meta}, seconds if job.made else None, job.made)
-    if job.seconds:
-        alone = job.made / job.seconds
-        share = job.made / seconds / (alone * max(1, workers))
-        print(f'tokenizing alone: {alone:,.0f} tokens/s and core; {max(1, workers)} worker(s), {share:.0%} of that bound')
-    left_out = {what: n for what, n in meta['counts'].items() if n}
+def report(folder, meta, tokenizer):
+    """Prints what was left out and, for chat data, one conversation with its mask."""
+    left_out = [f'{n:,} {what}' for what, n in sorted(meta['counts'].items()) if n]
     if left_out:
-        print('records left out: ' + ', '.join(f'{n:,} {what}' for what, n in sorted(left_out.items())))
+        print('records left out: ' + ', '.join(left_out))
     for where in meta['skipped'][:20]:
         print(f'  {where}')
     if len(meta['skipped']) > 20:
-        print(f'  ... and {len(meta["skipped"]) - 20:,} more: meta.json lists them all under "skipped"')
+        print(f'  ... and {len(meta["skipped"]) - 20:,} more, all in meta.json under "skipped"')
     if 'val' not in meta['splits'] and meta['settings']['val_fraction'] > 0:
-        print(f'No document fell into validation, which train.py needs: delete {folder} and raise --val_fraction.')
-    if meta['settings']['chat_template'] is not None:
-        print_example(folder, meta, tokenizer)
-
-
-def print_example(folder, meta, tokenizer):
-    """Reads the first conversation back from its shard and mask and prints it."""
-    shard = os.path.join(folder, next(s['file'] for s in meta['shards']))
-    ids, mask = open_shard(shard)[:20_000], np.fromfile(shard.removesuffix('.bin') + '.mask', np.uint8, 20_000)
-    ends = np.flatnonzero(ids == tokenizer.bos_id)[1:]
-    end = int(ends[0]) if len(ends) else len(ids)
-    print(f'the first conversation ({end:,} tokens, the loss counts {int(mask[:end].sum()):,}), what is learnt between [[ and ]]:')
+        print(
+            'No document fell into validation, which train.py needs: delete '
+            f'{folder} and raise --val_fraction.')
+    if meta['settings']['chat_template'] is None:
+        return
+    # Read the first conversation back from its shard: this shows what training will see.
+    path = os.path.join(folder, meta['shards'][0]['file'])
+    ids = open_shard(path)[:20_000]
+    mask = np.fromfile(path.removesuffix('.bin') + '.mask', np.uint8, 20_000)
+    end = [*np.flatnonzero(ids == tokenizer.bos_id)[1:], len(ids)][0]
+    print(
+        f'the first conversation ({end:,} tokens, {mask[:end].sum():,} of them with a loss). What '
+        'is learnt stands between [[ and ]]:')
     print(marked(tokenizer, ids[:end], mask[:end]))
+
+
+END_OF_TEXT = '<|endoftext|>'
+SPECIAL = (END_OF_TEXT, '<|im_start|>', '<|im_end|>')
+# Digits one by one: arithmetic is learned sooner.
+PATTERN = LLAMA3_PATTERN.replace(r'\p{N}{1,3}', r'\p{N}')
+
+
+def train_tokenizer(texts, vocab_size):
+    """Trains a byte-level BPE of `vocab_size` tokens, the last of them special."""
+    import rustbpe
+    bpe = rustbpe.Tokenizer()
+    bpe.train_from_iterator(iter(texts), vocab_size - len(SPECIAL), pattern=PATTERN)
+    ranks = {bytes(token): rank for token, rank in bpe.get_mergeable_ranks()}
+    special = {name: len(ranks) + i for i, name in enumerate(SPECIAL)}
+    return make_tokenizer('demo', ranks, PATTERN, special, END_OF_TEXT)

@@ -1,28 +1,21 @@
-"""Nemotron-CC-Math v1: mathematics of Common Crawl, quality 3 and above -> data/nemotron_cc_math/.
+"""Nemotron-CC-Math v1: mathematics from Common Crawl, quality >= 3 -> data/nemotron_cc_math/.
 
-    python prepare/nemotron_cc_math.py --tokenizer=path/to/tokenizer.json --max_tokens=1_000_000_000
+    python prepare/nemotron_cc_math.py --tokenizer=tokenizer.json --max_tokens=1_000_000_000
 
-101 million documents, 133 billion tokens, 532 GB of shards. Gated: accept the terms on its page first. NVIDIA's agreement for
-model training. Items of GSM8K's test set were found in it: do not report that benchmark without a look.
+101 million documents, 133 billion tokens, 532 GB of shards. Gated: accept the terms on its page
+first. NVIDIA's agreement for model training. It contains items of GSM8K's test set: check before
+you report that benchmark.
 https://huggingface.co/datasets/nvidia/Nemotron-CC-Math-v1
 """
-
-import _path  # noqa: F401
+import _path  # noqa: F401  (import path)
 
 from configurator import configure
-from prepare import knobs
-from prepare.common import Dataset, prepare
+from prepare.common import Dataset, PrepareConfig, prepare
 
-DATASET = Dataset(
-    'nemotron_cc_math',
-    ['hf://datasets/nvidia/Nemotron-CC-Math-v1@397a2502f2028c659ba411a6c4935b464a7f03aa/3/*.parquet',
-     'hf://datasets/nvidia/Nemotron-CC-Math-v1@397a2502f2028c659ba411a6c4935b464a7f03aa/4plus/*.parquet'],
-    columns=['text'], documents=101e6, tokens=133e9, licence='NVIDIA Data Agreement for Model Training')
-
-
-def text_of(record):
-    return record['text']
-
+REPO = 'hf://datasets/nvidia/Nemotron-CC-Math-v1@397a2502f2028c659ba411a6c4935b464a7f03aa'
+FILES = [f'{REPO}/3/*.parquet', f'{REPO}/4plus/*.parquet']
+CARD = dict(documents=101e6, tokens=133e9, licence='NVIDIA Data Agreement for Model Training')
+DATASET = Dataset('nemotron_cc_math', FILES, **CARD)
 
 if __name__ == '__main__':
-    prepare(DATASET, text_of, configure(globals(), shared=knobs))
+    prepare(DATASET, configure(globals(), owners=(PrepareConfig,)))

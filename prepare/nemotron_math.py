@@ -1,23 +1,17 @@
-"""Llama-Nemotron post-training data, math: questions and answers as pre-training text -> data/nemotron_math/.
+"""Llama-Nemotron post-training data, math, as pre-training text -> data/nemotron_math/.
 
-    python prepare/nemotron_math.py --tokenizer=path/to/tokenizer.json --max_tokens=1_000_000_000
+    python prepare/nemotron_math.py --tokenizer=tokenizer.json --max_tokens=1_000_000_000
 
-22.1 million documents, 15 billion tokens, 60 GB of shards: both files, v1 and the addition v1.1, as the paper counts them. CC BY 4.0.
+22.1 million documents, 15 billion tokens, 60 GB of shards. Both files, v1 and the addition v1.1,
+are read, as in the paper. CC BY 4.0.
 https://huggingface.co/datasets/nvidia/Llama-Nemotron-Post-Training-Dataset (math)
 """
-
-import _path  # noqa: F401
+import _path  # noqa: F401  (import path)
 
 from configurator import configure
-from prepare import knobs
-from prepare.common import Dataset, prepare
-from prepare.nemotron_science import text_of
+from prepare.common import PrepareConfig, nemotron_dataset, prepare
 
-DATASET = Dataset(
-    'nemotron_math',
-    ['hf://datasets/nvidia/Llama-Nemotron-Post-Training-Dataset@8e1e47a67ced79723ad0735efc5a45f8bb5aabd6/SFT/math/*.jsonl'],
-    columns=['input', 'output'], documents=22.1e6, tokens=15e9, licence='CC BY 4.0')
-
+DATASET = nemotron_dataset('math', documents=22.1e6, tokens=15e9)
 
 if __name__ == '__main__':
-    prepare(DATASET, text_of, configure(globals(), shared=knobs))
+    prepare(DATASET, configure(globals(), owners=(PrepareConfig,)))

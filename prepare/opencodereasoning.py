@@ -1,88 +1,104 @@
-"""OpenCodeReasoning-2: programming problems with long answers in <think> spans -> data/opencodereasoning/.
+"""OpenCodeReasoning-2: problems with long answers in <think> spans -> data/opencodereasoning/.
 
-    python prepare/opencodereasoning.py --tokenizer=path/to/tokenizer.json --max_tokens=1_000_000_000
+    python prepare/opencodereasoning.py --tokenizer=tokenizer.json --max_tokens=1_000_000_000
 
-2.57 million conversations in Python and C++, 49 GB to read, about 30 billion tokens. CC BY 4.0, the problems under their own
-licences. The dataset holds answers only; a problem is named by dataset, split and row of four others (TACO, APPS, CodeContests,
-codeforces), which are read first, from the hub or from --questions. An answer whose problem is empty there is left out.
+2.57 million conversations in Python and C++, 49 GB to read, about 30 billion tokens. CC BY 4.0, the
+problems under their own licences. The dataset only holds answers. It names a problem by dataset,
+split and row of four other datasets (TACO, APPS, CodeContests, codeforces). These are read first,
+from the hub or from --questions. An answer is left out if its problem is empty there.
 https://huggingface.co/datasets/nvidia/OpenCodeReasoning-2
 """
+import dataclasses
 import functools
 import os
 
-import _path  # noqa: F401
+import _path  # noqa: F401  (import path)
 
-from configurator import BadInput, configure
-from lib.reading import local_files, read_batches, records_of, remote_files
-from prepare import knobs
-from prepare.common import Dataset, prepare
-from prepare.shards import read_json, write_json
+from configurator import BadInput, configure, read_json
+from lib.reading import local_files, records_in, remote_files
+from prepare.common import Dataset, PrepareConfig, conversation, prepare
+from prepare.shards import write_json
 
 # -- knobs --
-chat_template = 'llama3'         # or chatml; the tokenizer must have its special tokens
-questions: str | None = None     # folder with downloads of the four datasets, named as below; None: the hub
+chat_template = 'llama3'         # or chatml. The tokenizer must have its special tokens
+questions: str | None = None     # folder with downloads of the four datasets, named as below. None:
+                                 # the hub
 
-DATASET = Dataset(
-    'opencodereasoning',
-    ['hf://datasets/nvidia/OpenCodeReasoning-2@eadf535931451525f3e5621d0f960c240bc62fd9/train/*/*.parquet'],
-    columns=['r1_generation', 'dataset', 'split', 'index'], documents=2.57e6, tokens=30e9, licence='CC BY 4.0, problems their own')
-CODEFORCES = ['description', 'input_format', 'output_format', 'examples', 'note']
-QUESTIONS = {   # (dataset, split) -> repository, files, columns
-    **{('taco', s): ('BAAI/TACO', f'ALL/{s}-*.parquet', ['question']) for s in ('train', 'test')},
-    **{('apps', s): ('codeparrot/apps', f'{s}.jsonl', ['question']) for s in ('train', 'test')},
-    **{('code_contests', s): ('deepmind/code_contests', f'data/{s}-*.parquet', ['description']) for s in ('train', 'valid', 'test')},
-    **{('open-r1/codeforces', s): ('open-r1/codeforces', f'data/{s}-*.parquet', CODEFORCES) for s in ('train', 'test')}}
+DESCRIPTION = 'description'
+CODEFORCES = 'description input_format output_format examples note'
+QUESTIONS = (   # dataset, splits, files, columns
+    ('taco', 'train test', 'BAAI/TACO/ALL/{}-*.parquet', 'question'),
+    ('apps', 'train test', 'codeparrot/apps/{}.jsonl', 'question'),
+    ('code_contests', 'train valid test', 'deepmind/code_contests/data/{}-*.parquet', DESCRIPTION),
+    ('open-r1/codeforces', 'train test', 'open-r1/codeforces/data/{}-*.parquet', CODEFORCES))
 
 
 def question_of(record):
-    """The problem's text in one of the four datasets; codeforces' is put together from its fields."""
+    """Returns the text of a problem. For codeforces it is put together from several fields."""
     if 'question' in record:
         return record['question']
-    if 'input_format' not in record or not record['description']:
-        return record['description'] or ''
-    text = record['description']
+    text = record['description'] or ''
+    if 'input_format' not in record or not text:
+        return text
     if record['input_format']:
         text += f"\n\nInput\n\n{record['input_format']}"
     if record['output_format']:
         text += f"\n\nOutput\n\n{record['output_format']}"
-    for i, example in enumerate(record['examples'] or []):
-        text += ('' if i else '\n\nExamples') + f"\n\nInput\n\n{example['input']}\n\nOutput\n\n{example['output']}"
-    return text + (f"\n\nNote\n\n{record['note']}" if record['note'] else '')
+    if record['examples']:
+        text += '\n\nExamples'
+    for example in record['examples'] or []:
+        text += f"\n\nInput\n\n{example['input']}\n\nOutput\n\n{example['output']}"
+    if record['note']:
+        text += f"\n\nNote\n\n{record['note']}"
+    return text
 
 
-def collect_questions(path):
-    """Writes {'dataset/split': [problem of every row], 'commits': {...}} to `path`, unless it is there."""
-    if os.path.isfile(path):
-        return
+def collect_questions(folder):
+    """Returns {'dataset/split': [problem of every row], 'commits': {...}}. folder: --questions."""
     table = {'commits': {}}
-    for (name, split), (repository, pattern, columns) in QUESTIONS.items():
-        if questions is None:
-            files, commits = remote_files([f'hf://datasets/{repository}/{pattern}'])
-            table['commits'].update(commits)
-        else:
-            files = local_files(os.path.join(questions, repository, pattern))
-        print(f'problems of {repository}, {split}: {len(files)} files')
-        records = (r for f in sorted(files, key=lambda f: f.path) for batch in read_batches(f, columns) for _, r in records_of(batch))
-        table[f'{name}/{split}'] = [question_of(record) for record in records]
-    write_json(path, table)
+    for dataset, splits, pattern, columns in QUESTIONS:
+        for split in splits.split():
+            name = pattern.format(split)
+            if folder is None:
+                files, commits = remote_files([f'hf://datasets/{name}'])
+                table['commits'].update(commits)
+            else:
+                files = local_files(os.path.join(folder, name))
+            print(f'problems in {name}: {len(files)} files')
+            # An answer names the row of its problem, so the order of the files matters.
+            files = sorted(files, key=lambda file: file.path)
+            records = records_in(files, columns.split())
+            table[f'{dataset}/{split}'] = [question_of(record) for _, record in records]
+    return table
 
 
 @functools.cache
 def load_questions(path):
+    # Cached, so that a worker reads the table once and not for every record.
     return read_json(path)
 
 
 def messages_of(record, path):
-    question = load_questions(path)[f"{record['dataset']}/{record['split']}"][int(record['index'])]
-    if not question:
-        return None
-    return [dict(role='user', content=question), dict(role='assistant', content=record['r1_generation'])]
+    table = load_questions(path)[f"{record['dataset']}/{record['split']}"]
+    question = table[int(record['index'])]
+    return conversation(question, record['r1_generation']) if question else None
 
+
+REPO = 'hf://datasets/nvidia/OpenCodeReasoning-2@eadf535931451525f3e5621d0f960c240bc62fd9'
+FILES = [f'{REPO}/train/*/*.parquet']
+COLUMNS = ('r1_generation', 'dataset', 'split', 'index')
+CARD = dict(documents=2.57e6, tokens=30e9, licence='CC BY 4.0, problems their own')
+DATASET = Dataset('opencodereasoning', FILES, COLUMNS, **CARD)
 
 if __name__ == '__main__':
-    settings = configure(globals(), shared=knobs)
+    config = configure(globals(), owners=(PrepareConfig,))
     if questions is not None and not os.path.isdir(questions):
-        raise BadInput(f"--questions: '{questions}' is no folder. It must hold BAAI/TACO, codeparrot/apps and so on.")
-    table = os.path.join(out, 'opencodereasoning_questions.json')
-    collect_questions(table)
-    prepare(DATASET, functools.partial(messages_of, path=table), settings, chat_template)
+        raise BadInput(
+            f"--questions: '{questions}' is no folder. It must hold BAAI/TACO, codeparrot/apps and "
+            'so on.')
+    path = os.path.join(config['out'], 'opencodereasoning_questions.json')
+    if not os.path.isfile(path):
+        write_json(path, collect_questions(questions))
+    # Every batch carries `convert` to a worker, so it has the path and not the large table.
+    convert = functools.partial(messages_of, path=path)
+    prepare(dataclasses.replace(DATASET, convert=convert), config, chat_template)

@@ -1,29 +1,31 @@
-"""OpenMathReasoning: problems of mathematics with long solutions in <think> spans -> data/openmathreasoning/.
+"""OpenMathReasoning: problems with long solutions in <think> spans -> data/openmathreasoning/.
 
-    python prepare/openmathreasoning.py --tokenizer=path/to/tokenizer.json --max_tokens=1_000_000_000
+    python prepare/openmathreasoning.py --tokenizer=tokenizer.json --max_tokens=1_000_000_000
 
-3.2 million conversations, 72 GB of text, about 22 billion tokens. CC BY 4.0. The newest commit is taken and recorded.
+3.2 million conversations, 72 GB of text, about 22 billion tokens. CC BY 4.0. The newest commit is
+taken and recorded.
 https://huggingface.co/datasets/nvidia/OpenMathReasoning (cot)
 """
-
-import _path  # noqa: F401
+import _path  # noqa: F401  (import path)
 
 from configurator import configure
-from prepare import knobs
-from prepare.common import Dataset, prepare
+from prepare.common import Dataset, PrepareConfig, conversation, prepare
 
 # -- knobs --
-chat_template = 'llama3'          # or chatml; the tokenizer must have its special tokens
+chat_template = 'llama3'         # or chatml. The tokenizer must have its special tokens
 
-DATASET = Dataset(
-    'openmathreasoning',
-    ['hf://datasets/nvidia/OpenMathReasoning/data/cot-*.parquet'],
-    columns=['problem', 'generated_solution'], documents=3_201_061, tokens=22e9, licence='CC BY 4.0')
+REPO = 'hf://datasets/nvidia/OpenMathReasoning'
+FILES = [f'{REPO}/data/cot-*.parquet']
 
 
 def messages_of(record):
-    return [dict(role='user', content=record['problem']), dict(role='assistant', content=record['generated_solution'])]
+    return conversation(record['problem'], record['generated_solution'])
 
+
+COLUMNS = ('problem', 'generated_solution')
+CARD = dict(documents=3_201_061, tokens=22e9, licence='CC BY 4.0')
+DATASET = Dataset('openmathreasoning', FILES, COLUMNS, messages_of, **CARD)
 
 if __name__ == '__main__':
-    prepare(DATASET, messages_of, configure(globals(), shared=knobs), chat_template)
+    config = configure(globals(), owners=(PrepareConfig,))
+    prepare(DATASET, config, chat_template)

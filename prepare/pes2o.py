@@ -1,27 +1,19 @@
-"""peS2o v2: scientific papers, full texts and abstracts -> data/pes2o/.
+"""peS2o v2: full texts and abstracts of scientific papers -> data/pes2o/.
 
-    python prepare/pes2o.py --tokenizer=path/to/tokenizer.json --max_tokens=1_000_000_000
+    python prepare/pes2o.py --tokenizer=tokenizer.json --max_tokens=1_000_000_000
 
-39 million documents, 42 billion words, about 60 billion tokens, 100 GB to read, 240 GB of shards. ODC-By. The newest commit is
-taken and recorded.
+39 million documents, 42 billion words, about 60 billion tokens, 100 GB to read, 240 GB of shards.
+ODC-By. The newest commit is taken and recorded.
 https://huggingface.co/datasets/allenai/peS2o
 """
-
-import _path  # noqa: F401
+import _path  # noqa: F401  (import path)
 
 from configurator import configure
-from prepare import knobs
-from prepare.common import Dataset, prepare
+from prepare.common import Dataset, PrepareConfig, prepare
 
-DATASET = Dataset(
-    'pes2o',
-    ['hf://datasets/allenai/peS2o/data/v2/train-*.json.gz'],
-    columns=['text'], documents=38.97e6, tokens=60e9, licence='ODC-By')
-
-
-def text_of(record):
-    return record['text']
-
+REPO = 'hf://datasets/allenai/peS2o'
+FILES = [f'{REPO}/data/v2/train-*.json.gz']
+DATASET = Dataset('pes2o', FILES, documents=38.97e6, tokens=60e9, licence='ODC-By')
 
 if __name__ == '__main__':
-    prepare(DATASET, text_of, configure(globals(), shared=knobs))
+    prepare(DATASET, configure(globals(), owners=(PrepareConfig,)))

@@ -1,79 +1,93 @@
 """Probe sets, one per domain, that re-weighting measures against -> data/probe/<domain>/.
 
-    python prepare/probe.py --tokenizer=path/to/tokenizer.json --samples=1000
-    python prepare/probe.py --tokenizer=tokenizer.json --sources="{'math': 'text'}" --input.math='my/*.jsonl' \\
-        --evaluation='benchmarks/*.jsonl'
+    python prepare/probe.py --tokenizer=tokenizer.json --samples=1000
+    python prepare/probe.py --tokenizer=tokenizer.json --sources="{'math': 'text'}" \\
+        --input.math='my/*.jsonl' --evaluation='benchmarks/*.jsonl'
 
-Candidates are the documents whose hash falls into the last `probe_fraction`: the dataset's own script keeps exactly these out
-of its training shards, so the two are disjoint, exact duplicates included. From them are dropped, counted and named: text of a
-length, or with a share of unprintable characters, or with a score outside the bounds; text that shares 13 words in a row with
-an evaluation set (Brown et al. 2020, arXiv 2005.14165, appendix C); exact and near duplicates of a document that is in already
-(MinHash over 5-word shingles, estimated Jaccard similarity 0.8; Broder 1997). A domain is a source with one split, `probe`;
-documents.jsonl.gz beside it has the text, report.json what was dropped.
+The candidates are the documents whose hash is in the last `probe_fraction`. The script of the
+dataset keeps exactly these out of its training shards, so the two sets are disjoint, even for exact
+duplicates. A candidate is dropped, counted and named in these cases:
+
+- Its length, its share of unprintable characters or its score is outside the bounds.
+- It shares 13 words in a row with an evaluation set (Brown et al. 2020, arXiv 2005.14165,
+  appendix C).
+- It is an exact or near duplicate of a document that was taken (MinHash over 5-word shingles,
+  estimated Jaccard similarity 0.8; Broder 1997).
+
+A domain is a source with one split, `probe`. Its documents.jsonl.gz holds the text and its
+report.json what was dropped.
 """
 import collections
+import dataclasses
 import gzip
 import importlib
+import itertools
 import json
 import os
 import re
 
-import _path  # noqa: F401
+import _path  # noqa: F401  (import path)
 
 import datasketch
-import numpy as np
 from tqdm import tqdm
 
 from configurator import BadInput, configure
-from lib.reading import local_files, location, make_parts, read_batches, records_of, remote_files
+from lib.reading import local_files, make_parts, records_in, remote_files
 from lib.tokenizer import load_tokenizer
+from prepare import shards
 from prepare.common import document_of, hash_share, plain_text, split_of
-from prepare.shards import (
-    PartWriter,
-    finish_source,
-    open_source,
-    print_table,
-    read_json,
-    write_atomic,
-    write_json,
-)
 
 # -- knobs --
-sources: dict[str, str] = {'code': 'starcoder', 'math': 'finemath', 'web': 'fineweb_edu'}   # domain -> script in prepare/
+sources: dict[str, str] = {'code': 'starcoder', 'math': 'finemath', 'web': 'fineweb_edu'}
+                                 # domain -> script in prepare/
 input: dict[str, str] = {}       # domain -> local files instead of the hub
-evaluation = 'core'              # local files of benchmarks; core: those of the recipe, from the hub; '': no decontamination
-tokenizer = ''                   # tiktoken name, rank file, tokenizer.json, or a folder that holds one
+evaluation = 'core'              # local files of benchmarks. core: those of the recipe, from the
+                                 # hub. '': no decontamination
+tokenizer = ''                   # tiktoken name, rank file, tokenizer.json, or folder with one
 samples = 1000                   # documents per domain
-out = 'data'                     # folder of all sources; the probe sets go to <out>/probe/
-probe_fraction = 0.005           # the same as, or less than, the source's
-min_chars = 200                  # a document's length
-max_chars = 20_000
-min_printable = 0.99             # share of printable characters, blanks and line ends
+out = 'data'                     # folder of all sources. The probe sets go to <out>/probe/
+probe_fraction = 0.005           # at most the probe_fraction of the source
+min_chars = 200                  # shortest document
+max_chars = 20_000               # longest document
+min_printable = 0.99             # share of printable characters, spaces and line ends
 min_score: float | None = None   # of the record's field `score` (FineWeb-Edu, FineMath)
 
-HUB = 'hf://datasets/'
-CORE = [HUB + name for name in (
+CORE = [f'hf://datasets/{name}' for name in (
     'allenai/ai2_arc@210d026faf9955653af8916fad021475a3f00453/ARC-*/test-*.parquet',
     'cais/mmlu@c30699e8356da336a370243923dbaf21066bb9fe/all/test-*.parquet',
-    'Rowan/hellaswag@218ec52e09a7e7462a5400043bb9a69a41d06b76/data/validation-*.parquet', 'google/boolq/data/validation-*.parquet',
-    'allenai/winogrande@01e74176c63542e6b0bcb004dcdea22d94fb67b5/winogrande_xl/validation-*.parquet',
-    'baber/piqa@142f6d7367fd9877f0fb3b5734ea6a545f54cdd1/**/*.parquet', 'HuggingFaceH4/MATH-500/test.jsonl',
-    'allenai/openbookqa@388097ea7776314e93a529163e0fea805b8a6454/main/test-*.parquet', 'openai/openai_humaneval/**/*.parquet',
-    'allenai/social_i_qa@refs%2Fconvert%2Fparquet/default/validation/*.parquet', 'google-research-datasets/mbpp/full/test-*.parquet',
+    'Rowan/hellaswag@218ec52e09a7e7462a5400043bb9a69a41d06b76/data/validation-*.parquet',
+    'google/boolq/data/validation-*.parquet',
+    'allenai/winogrande@01e74176c63542e6b0bcb004dcdea22d94fb67b5/winogrande_xl/'
+    'validation-*.parquet',
+    'baber/piqa@142f6d7367fd9877f0fb3b5734ea6a545f54cdd1/**/*.parquet',
+    'HuggingFaceH4/MATH-500/test.jsonl',
+    'allenai/openbookqa@388097ea7776314e93a529163e0fea805b8a6454/main/test-*.parquet',
+    'openai/openai_humaneval/**/*.parquet',
+    'allenai/social_i_qa@refs%2Fconvert%2Fparquet/default/validation/*.parquet',
+    'google-research-datasets/mbpp/full/test-*.parquet',
     'openai/gsm8k@740312add88f781978c0658806c59bc2815b9866/main/test-*.parquet')]
-N_GRAM, SHINGLE, SIMILARITY = 13, 5, 0.8
+N_GRAM = 13
+SHINGLE = 5
+SIMILARITY = 0.8
+BOUNDS = ('min_chars', 'max_chars', 'min_printable', 'min_score')
+
+
+# -- contamination ---------------------------------------------------------------------------------
 
 
 def words_of(text):
+    # Copies of a text differ in punctuation, spaces and capitals.
     return re.findall(r'\w+', text.lower())
 
 
 def n_grams(words, n):
+    # Hashes take less memory than words. Those of strings differ in every process, so they must not
+    # be stored.
     return {hash(tuple(words[i:i + n])) for i in range(len(words) - n + 1)}
 
 
 def strings_in(record):
-    """All text in a record, however nested."""
+    """Yields all text in a record, however nested."""
     if isinstance(record, str):
         yield record
     elif isinstance(record, (dict, list)):
@@ -81,130 +95,163 @@ def strings_in(record):
             yield from strings_in(part)
 
 
-def evaluation_grams():
-    """The 13-grams of all text in the evaluation sets. An item of fewer words cannot be found and counts for nothing."""
+def evaluation_grams(evaluation):
+    """Returns the 13-grams of all text in the evaluation sets. Shorter items cannot be found."""
     if not evaluation:
         print('evaluation is empty: the probe sets are not checked against any benchmark')
         return set()
     files = remote_files(CORE)[0] if evaluation == 'core' else local_files(evaluation)
-    grams, n_records = set(), 0
-    for file in files:
-        for batch in read_batches(file, []):
-            for number, record in records_of(batch):
-                if isinstance(record, ValueError):
-                    raise BadInput(f'{location(batch, number)}: {record}.')
-                n_records += 1
-                for text in strings_in(record):
-                    grams |= n_grams(words_of(text), N_GRAM)
-    print(f'evaluation: {len(files)} files, {n_records:,} records, {len(grams):,} different runs of {N_GRAM} words')
+    grams = set()
+    n_records = 0
+    for _, record in records_in(files, []):
+        n_records += 1
+        for text in strings_in(record):
+            grams |= n_grams(words_of(text), N_GRAM)
+    print(
+        f'evaluation: {len(files)} files, {n_records:,} records, {len(grams):,} different runs of '
+        f'{N_GRAM} words')
     return grams
 
 
-def shortcoming(text, record, grams, known):
-    """Why a candidate is no good, in a word or two, or None. known: datasketch.MinHashLSH of the documents taken."""
-    if not min_chars <= len(text) <= max_chars:
+# -- documents -------------------------------------------------------------------------------------
+
+
+def dataset_of(script):
+    return importlib.import_module(f'prepare.{script}').DATASET
+
+
+def fault_of(text, record, config, grams, known):
+    """Returns why a candidate is dropped, in one or two words, or None. A good one gets known.
+
+    grams  13-grams of the evaluation sets
+    known  datasketch.MinHashLSH of the documents that were taken
+    """
+    # The sketch costs the most, so all other tests come before it.
+    if not config['min_chars'] <= len(text) <= config['max_chars']:
         return 'length'
-    if sum(c.isprintable() or c.isspace() for c in text) < min_printable * len(text):
+    if sum(c.isprintable() or c.isspace() for c in text) < config['min_printable'] * len(text):
         return 'unprintable'
-    if min_score is not None and record['score'] < min_score:
+    if config['min_score'] is not None and record['score'] < config['min_score']:
         return 'score'
     words = words_of(text)
     if not grams.isdisjoint(n_grams(words, N_GRAM)):
         return 'contaminated'
     if text in known:
         return 'exact duplicate'
+    # A text of fewer than five words still has one shingle.
+    starts = range(max(1, len(words) - SHINGLE + 1))
     sketch = datasketch.MinHash(num_perm=128, seed=1)
-    sketch.update_batch([' '.join(words[i:i + SHINGLE]).encode() for i in range(max(1, len(words) - SHINGLE + 1))])
+    sketch.update_batch([' '.join(words[i:i + SHINGLE]).encode() for i in starts])
     if known.query(sketch):
         return 'near duplicate'
     known.insert(text, sketch)
     return None
 
 
-def candidates(script, files, report):
-    """Yields (where, text, record) of the records whose hash marks them for the probe; counts all that it reads."""
-    columns = script.DATASET.columns + ['score'] * (min_score is not None)
-    for file in (file for part in make_parts(files) for file in part):
-        for batch in read_batches(file, columns):
-            for number, record in records_of(batch):
-                try:
-                    text = document_of(record, script.text_of, columns if isinstance(record, dict) else ())
-                    share = hash_share(plain_text(text)) if text else None
-                except ValueError as error:
-                    raise BadInput(f'{location(batch, number)}: {error}. Mend or drop the record.') from None
-                report['read'] += 1
-                if share is not None and split_of(share, 0, probe_fraction) == 'probe':
-                    report['candidates'] += 1
-                    yield location(batch, number), text, record
+def candidates(dataset, files, probe_fraction, report):
+    """Yields (where, text, record) of the records whose hash chooses them. report counts them."""
+    parts = make_parts(files)       # the order in which the script of the dataset reads them
+    for where, record in records_in(itertools.chain(*parts), dataset.columns):
+        try:
+            text = document_of(record, dataset)
+            share = hash_share(plain_text(text)) if text else 0
+        except ValueError as error:
+            raise BadInput(f'{where}: {error}. Fix or drop the record.') from None
+        report['read'] += 1
+        # val has the low end of the shares and the probe the high one, so val's fraction can be 0.
+        if split_of(share, 0, probe_fraction) == 'probe':
+            report['candidates'] += 1
+            yield where, text, record
 
 
-def choose(domain, grams):
-    """The domain's documents, [(where, text)], and the report: what was read, taken, and dropped for which reason."""
-    script = importlib.import_module(f'prepare.{sources[domain]}')
-    source = os.path.join(out, script.DATASET.name)
-    made = read_json(os.path.join(source, 'meta.json')) or read_json(os.path.join(source, 'progress/source.json'))
-    if made is not None and made['settings']['probe_fraction'] < probe_fraction:
-        raise BadInput(f"{source} keeps only {made['settings']['probe_fraction']} of its documents out of training, probe_fraction = "
-                       f'{probe_fraction} asks for more. Lower it, or prepare the source again.')
-    files = local_files(input[domain]) if domain in input else remote_files(script.DATASET.files)[0]
+def choose(domain, config, grams):
+    """Chooses the documents of a domain. Returns ([(where, text)], report).
+
+    The report says what was read, taken, and dropped for which reason. Raises BadInput if there are
+    too few documents, or if the source was trained on some of them.
+    """
+    dataset = dataset_of(config['sources'][domain])
+    source = os.path.join(config['out'], dataset.name)
+    settings = shards.settings_of(source)
+    asked = config['probe_fraction']
+    if settings is not None and settings['probe_fraction'] < asked:
+        raise BadInput(
+            f'{source} keeps only {settings["probe_fraction"]} of its documents out of training, '
+            f'probe_fraction = {asked} asks for more. Lower it, or prepare the source again.')
+    if domain in config['input']:
+        files = local_files(config['input'][domain])
+    else:
+        files, _ = remote_files(dataset.files)
+    # A parquet file is read only in the columns that are named.
+    if config['min_score'] is not None:
+        dataset = dataclasses.replace(dataset, columns=[*dataset.columns, 'score'])
     known = datasketch.MinHashLSH(threshold=SIMILARITY, num_perm=128)
-    taken, report, dropped = [], collections.Counter(), collections.defaultdict(list)
-    with tqdm(total=samples, desc=domain, unit='doc') as bar:
-        for where, text, record in candidates(script, files, report):
-            reason = shortcoming(text, record, grams, known)
-            if reason is not None:
-                dropped[reason].append(where)
+    taken = []
+    report = collections.Counter()
+    dropped = collections.defaultdict(list)
+    with tqdm(total=config['samples'], desc=domain, unit='doc') as bar:
+        for where, text, record in candidates(dataset, files, asked, report):
+            fault = fault_of(text, record, config, grams, known)
+            if fault is not None:
+                dropped[fault].append(where)
                 continue
             taken.append((where, text))
             bar.update()
-            if len(taken) == samples:
+            if len(taken) == config['samples']:
                 break
-    counts = {reason: len(where) for reason, where in dropped.items()}
-    print(f"{domain}: {report['read']:,} documents read, {report['candidates']:,} in the probe's share, {len(taken):,} taken; dropped: "
-          + (', '.join(f'{n:,} {reason}' for reason, n in sorted(counts.items())) or 'none'))
-    if len(taken) < samples:
-        raise BadInput(f"{domain}: only {len(taken):,} of {samples:,} documents found. Lower --samples, loosen the bounds, or raise "
-                       '--probe_fraction here and for the source.')
+    counts = {fault: len(where) for fault, where in sorted(dropped.items())}
+    drops = ', '.join(f'{n:,} {fault}' for fault, n in counts.items()) or 'none'
+    print(
+        f"{domain}: {report['read']:,} documents read, {report['candidates']:,} in the share of "
+        f'the probe, {len(taken):,} taken; dropped: {drops}')
+    if len(taken) < config['samples']:
+        raise BadInput(
+            f"{domain}: only {len(taken):,} of {config['samples']:,} documents found. Lower "
+            '--samples, loosen the bounds, or raise --probe_fraction here and for the source.')
     return taken, dict(report, taken=len(taken), dropped=counts, dropped_documents=dropped)
 
 
-def write_domain(domain, made_with, documents, report, settings):
-    """Writes the domain's shard, text, report and meta.json. Returns meta.json's content."""
-    folder = os.path.join(out, 'probe', domain)
-    writer = PartWriter(folder, 0, made_with.vocab_size)
-    for _, text in documents:
-        ids = made_with.encode_document(text)
-        writer.add('probe', np.concatenate((np.array([made_with.bos_id], ids.dtype), ids)), len(text.encode()))
-    writer.commit(1, 0, done=True)
-    lines = ''.join(json.dumps(dict(text=text, where=where), ensure_ascii=False) + '\n' for where, text in documents)
-    write_atomic(os.path.join(folder, 'documents.jsonl.gz'), [gzip.compress(lines.encode(), mtime=0)])
-    write_json(os.path.join(folder, 'report.json'), report)
-    return finish_source(folder, made_with, settings, [writer.state])
-
-
-def main():
-    made_with = load_tokenizer(tokenizer)
-    metas, grams = {}, None
-    for domain in sources:
-        name = importlib.import_module(f'prepare.{sources[domain]}').DATASET.name
-        settings = dict(source=name, domains=sources, input=input, evaluation=evaluation, tokenizer=made_with.fingerprint,
-                        samples=samples, probe_fraction=probe_fraction, bounds=[min_chars, max_chars, min_printable, min_score])
-        metas[domain] = open_source(os.path.join(out, 'probe', domain), settings)
-        if metas[domain] is None:
-            grams = evaluation_grams() if grams is None else grams
-            documents, report = choose(domain, grams)
-            metas[domain] = write_domain(domain, made_with, documents, report, settings)
-    print_table({f'probe/{domain}': meta for domain, meta in metas.items()})
+def main(config):
+    made_with = load_tokenizer(config['tokenizer'])
+    metas = {}
+    grams = None
+    for domain, script in config['sources'].items():
+        folder = os.path.join(config['out'], 'probe', domain)
+        keys = ('input', 'evaluation', 'samples', 'probe_fraction')
+        settings = dict(
+            source=dataset_of(script).name, domains=config['sources'],
+            tokenizer=made_with.fingerprint, bounds=[config[key] for key in BOUNDS],
+            **{key: config[key] for key in keys})
+        meta = shards.open_source(folder, settings)
+        if meta is None:
+            # Reading the benchmarks takes long. Sets that are complete do not need them.
+            if grams is None:
+                grams = evaluation_grams(config['evaluation'])
+            documents, report = choose(domain, config, grams)
+            lines = ''
+            for where, text in documents:
+                lines += json.dumps(dict(text=text, where=where), ensure_ascii=False) + '\n'
+            path = os.path.join(folder, 'documents.jsonl.gz')
+            # gzip stores the time of writing, which would change the bytes from run to run.
+            shards.write_atomic(path, [gzip.compress(lines.encode(), mtime=0)])
+            shards.write_json(os.path.join(folder, 'report.json'), report)
+            encoded = (shards.encode_text(made_with, text) for _, text in documents)
+            meta = shards.write_source(folder, made_with, settings, {'probe': encoded})
+        metas[f'probe/{domain}'] = meta
+    shards.print_table(metas)
 
 
 if __name__ == '__main__':
-    configure(globals())
+    config = configure(globals())
     if not tokenizer:
         raise BadInput('--tokenizer is missing: a tiktoken name, a rank file, or a tokenizer.json.')
-    if set(input) - set(sources):
-        raise BadInput(f"input names the domain '{min(set(input) - set(sources))}', which sources do not. Domains: "
-                       f"{', '.join(sources)}.")
+    for domain in input:
+        if domain not in sources:
+            raise BadInput(
+                f"input names the domain '{domain}', which sources do not. Domains: "
+                f"{', '.join(sources)}.")
+    here = os.path.dirname(os.path.abspath(__file__))
     for domain, script in sources.items():
-        if not os.path.isfile(os.path.join(os.path.dirname(os.path.abspath(__file__)), f'{script}.py')):
-            raise BadInput(f"sources.{domain}: there is no script prepare/{script}.py.")
-    main()
+        if not os.path.isfile(os.path.join(here, f'{script}.py')):
+            raise BadInput(f'sources.{domain}: there is no script prepare/{script}.py.')
+    main(config)

@@ -1,8 +1,9 @@
-"""From tokenized documents to the shards of a source, so that a kill at any moment loses nothing that was complete.
+"""From tokenized documents to the shards of a source. A kill at any moment loses no complete shard.
 
-A source is made of parts, each the work of one process at a time. Shards go to a temporary name, are synced and renamed;
-then progress/<part>.json (renamed likewise) says which records they hold. meta.json replaces progress/ when all parts are
-done. The bytes depend neither on kills nor on who worked on which part.
+A source is made of parts, and one process at a time works on a part. A shard is written to a
+temporary name, synced and renamed. Then progress/<part>.json, renamed in the same way, says which
+records the shards hold. meta.json replaces progress/ when all parts are done. The bytes depend
+neither on kills nor on which process worked on which part.
 """
 import collections
 import fcntl
@@ -14,29 +15,35 @@ import shutil
 
 import numpy as np
 
-from configurator import BadInput
+from configurator import BadInput, read_json
 from data import shard_header
 from lib.tokenizer import save_tokenizer
 
+# -- files -----------------------------------------------------------------------------------------
+
 
 def write_atomic(path, parts):
-    """Writes byte strings or arrays to `path` by way of a temporary file, synced and renamed: all or nothing.
+    """Writes byte strings or arrays to a temporary file, syncs it and renames it to `path`.
 
-    Returns their sha256.
+    Returns the sha256 of the content. An OSError that it raises names `path`.
     """
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    temporary, digest = f'{path}.tmp', hashlib.sha256()
+    temporary = f'{path}.tmp'
+    # Hashing while writing saves reading the shard again.
+    digest = hashlib.sha256()
     try:
         with open(temporary, 'wb') as f:
             for part in parts:
                 f.write(part)
                 digest.update(part)
             f.flush()
+            # The progress written next names this file, so its bytes must be on the disk before.
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except OSError as error:
         if os.path.exists(temporary):
             os.remove(temporary)
+        # write() and fsync() name no file. The user wants to know which disk is full.
         error.filename = path
         raise
     return digest.hexdigest()
@@ -46,22 +53,36 @@ def write_json(path, content):
     write_atomic(path, [json.dumps(content, indent=1, sort_keys=True).encode()])
 
 
-def read_json(path):
-    """The content of a JSON file of ours, None when there is none."""
-    if not os.path.isfile(path):
-        return None
-    with open(path, encoding='utf-8') as f:
-        return json.load(f)
+def read_json_if_exists(path):
+    return read_json(path) if os.path.isfile(path) else None
+
+
+def settings_of(folder):
+    """Returns the settings of a source that is begun or complete, else None."""
+    # A kill may leave progress/ beside a meta.json, which then is the newer one.
+    for name in ('meta.json', 'progress/source.json'):
+        content = read_json_if_exists(os.path.join(folder, name))
+        if content is not None:
+            return content['settings']
+    return None
+
+
+# -- locks -----------------------------------------------------------------------------------------
 
 
 def lock_path(folder, name):
-    """Beside the source and never removed, since a lock on a removed file keeps nobody out."""
+    """The path of a lock beside the source. The file stays, since a removed one locks nothing."""
     folder = os.path.abspath(folder)
-    return os.path.join(os.path.dirname(folder), '.locks', os.path.basename(folder), f'{name}.lock')
+    # Beside the source, so that deleting the source does not remove a lock that is held.
+    locks = os.path.join(os.path.dirname(folder), '.locks')
+    return os.path.join(locks, os.path.basename(folder), f'{name}.lock')
 
 
 def lock(folder, name, wait=False):
-    """Takes a lock that ends with the process, and returns it (close it to let go). BadInput when another run has it."""
+    """Takes a lock and returns its file. The lock ends when the file is closed or the process ends.
+
+    Raises BadInput when another process holds the lock, unless it should wait.
+    """
     path = lock_path(folder, name)
     os.makedirs(os.path.dirname(path), exist_ok=True)
     handle = open(path, 'w')
@@ -69,137 +90,213 @@ def lock(folder, name, wait=False):
         fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         handle.close()
-        raise BadInput(f'another run is writing to {folder}. Wait for it, or give this one another --out.') from None
+        raise BadInput(
+            f'another run is writing to {folder}. Wait for it, or give this one another '
+            '--out.') from None
     return handle
 
 
 def nothing_done(folder):
-    """True when no part has written anything and no process is at work on one."""
+    """Returns whether no part has written anything and no process is working on one."""
     if glob.glob(os.path.join(glob.escape(folder), 'progress', '[0-9]*.json')):
         return False
+    locks = os.path.dirname(lock_path(folder, ''))
     try:
-        for path in glob.glob(os.path.join(glob.escape(os.path.dirname(lock_path(folder, 'x'))), '[0-9]*.lock')):
+        for path in glob.glob(os.path.join(glob.escape(locks), '[0-9]*.lock')):
             lock(folder, os.path.basename(path).removesuffix('.lock')).close()
     except BadInput:
         return False
     return True
 
 
-def open_source(folder, settings):
-    """Begins or goes on with a source. Returns meta.json's content when it is complete already, else None.
+# -- a source --------------------------------------------------------------------------------------
 
-    settings: JSON-able dict of all that the result depends on. A folder made with others is refused.
+
+def open_source(folder, settings):
+    """Begins or continues a source. Returns the content of meta.json if it is complete, else None.
+
+    settings  JSON-able dict of everything that the result depends on
+    Raises BadInput for a folder that was made with other settings or by something else.
     """
-    with lock(folder, 'source', wait=True):         # ranks start at once
-        if os.path.isdir(folder) and os.listdir(folder) and not {'progress', 'meta.json'} & set(os.listdir(folder)):
-            raise BadInput(f'{folder} is not empty and was not made by this script. Delete it or choose another name or --out.')
-        meta, begun = (read_json(os.path.join(folder, name)) for name in ('meta.json', 'progress/source.json'))
-        there = (meta or begun or dict(settings=None))['settings']
-        if there is not None and there != settings and (meta is not None or not nothing_done(folder)):
-            changed = sorted(k for k in {*settings, *there} if there.get(k) != settings.get(k))
-            raise BadInput(f'{folder} was made with other settings ({", ".join(changed)}). Delete it to make it anew.')
-        if there != settings:           # a new source, or one that failed before it wrote anything and whose mistake is mended
+    # All ranks start at once. The first one begins the source, the others find it begun.
+    with lock(folder, 'source', wait=True):
+        names = os.listdir(folder) if os.path.isdir(folder) else []
+        if names and not {'progress', 'meta.json'} & set(names):
+            raise BadInput(
+                f'{folder} is not empty and was not made by this script. Delete it or choose '
+                'another name or --out.')
+        meta = read_json_if_exists(os.path.join(folder, 'meta.json'))
+        old = settings_of(folder)
+        if old not in (None, settings) and (meta is not None or not nothing_done(folder)):
+            changed = [k for k in {*settings, *old} if old.get(k) != settings.get(k)]
+            raise BadInput(
+                f'{folder} was made with other settings ({", ".join(sorted(changed))}). Delete it '
+                'to make it again.')
+        # A source that failed before it wrote anything may begin again with other settings.
+        if old != settings:
             write_json(os.path.join(folder, 'progress/source.json'), dict(settings=settings))
     return meta
 
 
 def joined(header, arrays, dtype):
-    """Yields the header, then the arrays a thousand at a time: few writes, and no second copy of the whole shard."""
+    """Yields the header, then the arrays, a thousand joined at a time.
+
+    This needs few writes, and no second copy of the full shard.
+    """
     yield header
     for i in range(0, len(arrays), 1000):
         yield np.concatenate(arrays[i:i + 1000], dtype=dtype, casting='unsafe')
 
 
+def count_tokens(state):
+    """Returns the training tokens that a part has written. state: PartWriter.state."""
+    return sum(shard['tokens'] for shard in state['shards'] if shard['split'] == 'train')
+
+
 class PartWriter:
-    """Collects the documents of one part and writes a numbered shard of each split at every `commit`."""
+    """Collects the documents of a part. Every `commit` writes a numbered shard of each split."""
 
     def __init__(self, folder, part, vocab_size, limit=None):
-        """limit: training tokens after which the part is full, None for no limit."""
-        self.folder, self.part, self.vocab_size = folder, part, vocab_size
-        self.buffers = collections.defaultdict(list)       # split -> [(ids, mask or None, bytes of text)]
+        """limit: training tokens after which the part is full; None: no limit."""
+        self.folder = folder
+        self.part = part
+        self.vocab_size = vocab_size
+        self.buffers = collections.defaultdict(list)       # split -> [(ids, mask, bytes of text)]
         self.buffered = collections.Counter()              # split -> tokens
-        self.state = read_json(self.progress_path) or dict(
-            shards=[], commits=0, file=0, record=0, done=False, limit=limit, counts={}, skipped=[])
-        self.limit = self.state['limit']        # of its beginning, for the same shards
-
-    @property
-    def progress_path(self):
-        return os.path.join(self.folder, 'progress', f'{self.part:05d}.json')
-
-    def n_tokens(self, split):
-        """Tokens of a split so far, written or waiting."""
-        return sum(s['tokens'] for s in self.state['shards'] if s['split'] == split) + self.buffered[split]
+        self.progress = os.path.join(folder, 'progress', f'{part:05d}.json')
+        self.state = read_json_if_exists(self.progress) or dict(
+            shards=[], commits=0, file=0, record=0, done=False, counts={}, skipped=[], limit=limit)
+        # A part that is continued keeps its first limit. Another one would give other shards.
+        self.limit = self.state['limit']
 
     def is_full(self):
-        return self.limit is not None and self.n_tokens('train') >= self.limit
+        if self.limit is None:
+            return False
+        return count_tokens(self.state) + self.buffered['train'] >= self.limit
 
     def add(self, split, ids, n_bytes, mask=None):
-        """Adds one document: ids (n,) with BOS in front; n_bytes of UTF-8 text; mask (n,) uint8, 1 where the loss counts."""
+        """Adds a document.
+
+        ids      (n,) integers, BOS first
+        n_bytes  length of its text in UTF-8
+        mask     (n,) uint8, 1 for the tokens that the loss counts; None for plain text
+        """
         self.buffers[split].append((ids, mask, n_bytes))
         self.buffered[split] += len(ids)
 
     def count(self, what, where=None):
-        """Counts a record that gave no document; where: location and reason of a broken one."""
+        """Counts a record that gave no document. where: location and fault of a broken record."""
         self.state['counts'][what] = self.state['counts'].get(what, 0) + 1
         if where is not None:
             self.state['skipped'].append(where)
 
     def commit(self, file, record, done=False):
-        """Writes what waits, one shard per split, then the progress: the part goes on at this record of this file."""
+        """Writes the buffered documents, one shard per split, and then the progress.
+
+        file, record  where the part continues
+        """
+        # A kill before the progress is written leaves shards of this number. The part then
+        # continues from its last progress and writes the same shards over them.
         for split, documents in sorted(self.buffers.items()):
-            shard = dict(file=f'{split}/{self.part:05d}_{self.state["commits"]:05d}.bin', split=split, tokens=self.buffered[split],
-                         documents=len(documents), bytes=sum(n for _, _, n in documents))
-            header, dtype = shard_header(shard['tokens'], self.vocab_size)
-            path = os.path.join(self.folder, shard['file'])
-            shard['sha256'] = write_atomic(path, joined(header, [ids for ids, _, _ in documents], dtype))
-            masks = [mask for _, mask, _ in documents]
+            ids, masks, n_bytes = zip(*documents, strict=True)
+            name = f'{split}/{self.part:05d}_{self.state["commits"]:05d}'
+            path = os.path.join(self.folder, name)
+            n_tokens = self.buffered[split]
+            shard = dict(
+                file=f'{name}.bin', split=split, tokens=n_tokens, documents=len(documents),
+                bytes=sum(n_bytes))
+            header, dtype = shard_header(n_tokens, self.vocab_size)
+            shard['sha256'] = write_atomic(f'{path}.bin', joined(header, ids, dtype))
             if masks[0] is not None:
-                shard['mask_sha256'] = write_atomic(path.removesuffix('.bin') + '.mask', joined(b'', masks, np.uint8))
+                content = joined(b'', masks, np.uint8)
+                shard['mask_sha256'] = write_atomic(f'{path}.mask', content)
                 shard['loss_tokens'] = sum(int(mask.sum()) for mask in masks)
             self.state['shards'].append(shard)
-        self.state.update(commits=self.state['commits'] + bool(self.buffers), file=file, record=record, done=done)
+        commits = self.state['commits'] + bool(self.buffers)
+        self.state.update(commits=commits, file=file, record=record, done=done)
         self.buffers.clear()
         self.buffered.clear()
-        write_json(self.progress_path, self.state)
+        write_json(self.progress, self.state)
 
     def delete(self):
-        """Forgets the part: progress first, so that a kill in between leaves it unmade."""
-        if os.path.exists(self.progress_path):
-            os.remove(self.progress_path)
+        """Removes the part. Progress goes first, so that a kill leaves the part as not begun."""
+        if os.path.exists(self.progress):
+            os.remove(self.progress)
         for path in glob.glob(os.path.join(glob.escape(self.folder), '*', f'{self.part:05d}_*')):
             os.remove(path)
 
 
 def finish_source(folder, tokenizer, settings, states, **more):
-    """Writes the tokenizer and meta.json and removes progress/. states: PartWriter.state of every part, in order."""
-    shards = [s for state in states for s in state['shards']]
-    if not any(s['tokens'] for s in shards):
-        raise BadInput(f'nothing to write to {folder}: the input holds no text (or max_tokens is 0).')
+    """Writes the tokenizer and meta.json, and removes progress/. Returns the content of meta.json.
+
+    states  PartWriter.state of every part, in order
+    more    further entries of meta.json
+    Raises BadInput for a source without tokens.
+    """
+    shards = []
+    skipped = []
     counts = collections.Counter()
     for state in states:
+        shards += state['shards']
+        skipped += state['skipped']
         counts.update(state['counts'])
-    keys = ['tokens', 'documents', 'bytes'] + ['loss_tokens'] * ('loss_tokens' in shards[0])
-    splits = {split: {key: sum(s[key] for s in shards if s['split'] == split) for key in keys}
-              for split in sorted({s['split'] for s in shards})}
+    if not any(shard['tokens'] for shard in shards):
+        raise BadInput(
+            f'nothing to write to {folder}: the input holds no text (or max_tokens is 0).')
+    splits = {}
+    for shard in shards:
+        totals = splits.setdefault(shard['split'], collections.Counter())
+        for key in ('tokens', 'documents', 'bytes', 'loss_tokens'):
+            if key in shard:
+                totals[key] += shard[key]
+    about = dict(
+        name=tokenizer.path, fingerprint=tokenizer.fingerprint, bos_id=tokenizer.bos_id)
+    meta = dict(
+        settings=settings, shards=shards, splits=dict(sorted(splits.items())), counts=counts,
+        skipped=skipped, vocab_size=tokenizer.vocab_size, tokenizer=about, **more)
+    # meta.json comes after everything that it describes: it marks the source as complete.
     save_tokenizer(folder, tokenizer)
-    meta = dict(settings=settings, shards=shards, splits=splits, vocab_size=tokenizer.vocab_size, counts=counts,
-                skipped=[where for state in states for where in state['skipped']],
-                tokenizer=dict(name=tokenizer.path, fingerprint=tokenizer.fingerprint, bos_id=tokenizer.bos_id), **more)
     write_json(os.path.join(folder, 'meta.json'), meta)
     shutil.rmtree(os.path.join(folder, 'progress'))
     return meta
 
 
-def print_table(metas, seconds=None, tokens_made=None):
-    """One line per source and split: documents, tokens, bytes per token; then the time. metas: name -> meta.json's content.
+def encode_text(tokenizer, text):
+    """Returns the arguments of PartWriter.add for a text: (ids (n,) with BOS first, bytes)."""
+    ids = np.concatenate(([tokenizer.bos_id], tokenizer.encode_document(text)))
+    return ids, len(text.encode())
 
-    tokens_made: tokens that took these seconds, when that is not all of them.
+
+def write_source(folder, tokenizer, settings, splits):
+    """Writes a small source in one go. Returns the content of meta.json.
+
+    splits  dict from every split to its documents, an iterable of arguments of PartWriter.add
+    """
+    # A small source is not continued: remove what a killed run left behind.
+    PartWriter(folder, 0, tokenizer.vocab_size).delete()
+    writer = PartWriter(folder, 0, tokenizer.vocab_size)
+    for split, documents in splits.items():
+        for document in documents:
+            writer.add(split, *document)
+    writer.commit(1, 0, done=True)
+    return finish_source(folder, tokenizer, settings, [writer.state])
+
+
+def print_table(metas, seconds=None, tokens_made=None):
+    """Prints documents, tokens and bytes per token for every source and split, then the speed.
+
+    metas        dict from the name of a source to the content of its meta.json
+    seconds      time that was needed; None: no speed is printed
+    tokens_made  tokens made in these seconds; None: all tokens in `metas`
     """
     print(f'{"source":<28}{"split":<8}{"documents":>14}{"tokens":>18}{"bytes/token":>13}')
+    total = 0
     for name, meta in metas.items():
         for split, n in meta['splits'].items():
-            print(f'{name:<28}{split:<8}{n["documents"]:>14,}{n["tokens"]:>18,}{n["bytes"] / n["tokens"]:>13.2f}')
+            total += n['tokens']
+            ratio = n['bytes'] / n['tokens']
+            print(f'{name:<28}{split:<8}{n["documents"]:>14,}{n["tokens"]:>18,}{ratio:>13.2f}')
     if not seconds:
         return
-    made = sum(n['tokens'] for meta in metas.values() for n in meta['splits'].values()) if tokens_made is None else tokens_made
+    made = total if tokens_made is None else tokens_made
     print(f'{made:,} tokens in {seconds:.1f} s: {made / seconds:,.0f} tokens/s')

@@ -1,39 +1,36 @@
-"""Your own text, or conversations, become a source: JSONL (also .gz, .zst), parquet, plain text, or a folder of them -> data/<source>/.
+"""Your own text or conversations become a source -> data/<source>/.
 
-    python prepare/text.py --source=mydata --input='corpus/*.jsonl.gz' --tokenizer=path/to/tokenizer.json
-    python prepare/text.py --source=mychats --input=chats.jsonl --column=messages --chat_template=chatml --tokenizer=path/to/tokenizer.json
+    python prepare/text.py --source=mydata --input='corpus/*.jsonl.gz' --tokenizer=tokenizer.json
+    python prepare/text.py --source=mychats --input=chats.jsonl --column=messages \\
+        --chat_template=chatml --tokenizer=tokenizer.json
 
-Run it again after a kill and it goes on. --max_tokens=1_000_000 gives a taste. Then add the source to a run:
-`python train.py ... --sources.mydata=0.3 --data_dir=data`. Expect about 3 million tokens per second and core.
-A record's text is its `column`; a plain text file is one document (above 8 million characters: several). With a chat_template the
-column holds a list of messages with `role` and `content`, and the shards get masks.
+Reads JSONL (also .gz and .zst), parquet, plain text, or a folder of them. Run it again after a
+kill, and it continues. --max_tokens=1_000_000 makes a small sample. Then add the source to a run:
+`python train.py ... --sources.mydata=0.3 --data_dir=data`. Expect about 3 million tokens per second
+and core. The text of a record is its `column`. A plain text file is one document, or several if it
+has more than 8 million characters. With a chat_template the column holds a list of messages with
+`role` and `content`, and the shards get masks.
 """
 import dataclasses
-import functools
 
-import _path  # noqa: F401
+import _path  # noqa: F401  (import path)
 
 from configurator import BadInput, configure
-from prepare import knobs
-from prepare.common import Dataset, prepare
+from prepare.common import Dataset, PrepareConfig, prepare
 
 # -- knobs --
 source = ''                      # name of the new source: the folder <out>/<source>
-column = 'text'                  # field of a JSONL record or parquet row that holds the text or the messages
-chat_template: str | None = None     # of conversations: llama3 or chatml; the tokenizer must have its special tokens
+column = 'text'                  # field of a record or row that holds the text or the messages
+chat_template: str | None = None     # for conversations: llama3 or chatml. The tokenizer must have
+                                     # its special tokens
 
-
-DATASET = Dataset('text', files=[], columns=['text'])
-
-
-def text_of(record, column='text'):
-    return record[column]
-
+DATASET = Dataset('text', files=[])
 
 if __name__ == '__main__':
-    settings = configure(globals(), shared=knobs)
+    config = configure(globals(), owners=(PrepareConfig,))
     if not source:
-        raise BadInput("--source is missing. Example: python prepare/text.py --source=mydata --input='*.jsonl.gz' "
-                       '--tokenizer=tokenizer.json')
-    prepare(dataclasses.replace(DATASET, name=source, columns=[column]), functools.partial(text_of, column=column), settings,
-            chat_template)
+        raise BadInput(
+            '--source is missing. Example: python prepare/text.py --source=mydata '
+            "--input='*.jsonl.gz' --tokenizer=tokenizer.json")
+    dataset = dataclasses.replace(DATASET, name=source, columns=(column,))
+    prepare(dataset, config, chat_template)

@@ -1,3 +1,4 @@
+"""Preparing text: formats, kills, ranks, limits, broken input, tokenizers, and the demo's data."""
 import gzip
 import hashlib
 import json
@@ -8,6 +9,8 @@ import sys
 import time
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from configurator import BadInput
@@ -27,7 +30,9 @@ from prepare.demo import cut_docstrings, math_problem
 from prepare.shards import lock
 from tests.conftest import ROOT, assert_one_sentence, run, run_here
 
-WORDS = 'the cat sat on a mat and then it ran away from 12 dogs near 305 old houses naïve café 中文 \n\n'.split(' ')
+WORDS = 'the cat sat on a mat and then it ran away from 12 dogs near 305 old houses naïve café 中文'
+WORDS = [*WORDS.split(), '\n\n']
+END = '<|endoftext|>'
 
 
 def documents(n, seed=0):
@@ -41,79 +46,125 @@ def byte_tokenizer(tmp_path):
     ranks = {bytes([b]): b for b in range(256)} | {b' t': 256, b'he': 257}
     folder = tmp_path / 'tok'
     folder.mkdir()
-    save_tokenizer(str(folder), make_tokenizer('x', ranks, GPT2_PATTERN, {'<|endoftext|>': 258}, '<|endoftext|>'))
+    save_tokenizer(str(folder), make_tokenizer('x', ranks, GPT2_PATTERN, {END: 258}, END))
     return str(folder)
 
 
-def prepare(*arguments, **options):
-    return run([sys.executable, 'prepare/text.py', *(f'--{a}' for a in arguments)], **options)
+@pytest.fixture
+def knobs(tmp_path, byte_tokenizer):
+    """Knobs of prepare/text.py for a source x in tmp_path. The tests add --input."""
+    return dict(source='x', tokenizer=byte_tokenizer, out=tmp_path, workers=0)
+
+
+def command(**knobs):
+    """The command line of prepare/text.py."""
+    return [sys.executable, 'prepare/text.py', *(f'--{key}={knobs[key]}' for key in knobs)]
+
+
+def prepare(env=None, **knobs):
+    """Runs prepare/text.py, which must succeed. Returns what it prints."""
+    done = run(command(**knobs), **(env or {}))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def assert_refused(*parts, **knobs):
+    assert_one_sentence(run(command(**knobs)), 2, *parts)
 
 
 def contents(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob('*')) if p.is_file()}
+    files = [path for path in sorted(folder.rglob('*')) if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
-def test_text_of_every_form_becomes_the_same_tokens(tmp_path, byte_tokenizer):
-    import pyarrow
-    import pyarrow.parquet
-    texts = documents(60)
-    lines = ''.join(json.dumps({'body': t}) + '\n' for t in texts)
-    (tmp_path / 'a.jsonl').write_text(lines)
-    (tmp_path / 'b.jsonl.gz').write_bytes(gzip.compress(lines.encode()))
-    (tmp_path / 'c.jsonl.zst').write_bytes(pyarrow.compress(lines.encode(), codec='zstd', asbytes=True))
-    pyarrow.parquet.write_table(pyarrow.table({'body': texts}), tmp_path / 'd.parquet')
-    (tmp_path / 'folder').mkdir()
-    names = sorted((f'{i:03d}.txt' for i in range(60)), key=lambda name: hashlib.sha256(name.encode()).digest())
-    for name, text in zip(names, texts):        # files are read in the order of their hashed names
-        (tmp_path / 'folder' / name).write_text(text, newline='')
-    results = []
-    for name in ('a.jsonl', 'b.jsonl.gz', 'c.jsonl.zst', 'd.parquet', 'folder'):
-        done = prepare(f'source={name}', f'input={tmp_path / name}', f'tokenizer={byte_tokenizer}', f'out={tmp_path / "out"}',
-                       'column=body', 'val_fraction=0.2', 'probe_fraction=0.2', 'workers=0')
-        assert done.returncode == 0, done.stderr
-        results.append({k: v for k, v in contents(tmp_path / 'out' / name).items() if k.endswith('.bin')})
-    assert all(r == results[0] for r in results) and set(results[0]) == {f'{s}/00000_00000.bin' for s in ('train', 'val', 'probe')}
-    # against the definition: BOS and the document's tokens, one after the other; val and train together are everything
-    tokenizer = load_tokenizer(byte_tokenizer)
-    decoded = []
-    for split in ('train', 'val', 'probe'):
-        stream = np.frombuffer(results[0][f'{split}/00000_00000.bin'], dtype='<u2', offset=1024)
-        decoded += [tokenizer.decode(part[1:].tolist()) for part in np.split(stream, np.flatnonzero(stream == 258))[1:]]
-    assert sorted(decoded) == sorted(texts)
-    meta = json.loads((tmp_path / 'out/a.jsonl/meta.json').read_text())
-    assert sum(s['documents'] for s in meta['splits'].values()) == 60
-    assert sum(s['bytes'] for s in meta['splits'].values()) == sum(len(t.encode()) for t in texts)
-    assert 0 < meta['splits']['val']['documents'] < 30 and 0 < meta['splits']['probe']['documents'] < 30
+def read_meta(folder):
+    return json.loads((folder / 'meta.json').read_text())
 
 
-def write_lines(path, texts):
+def total(meta, key):
+    return sum(split[key] for split in meta['splits'].values())
+
+
+def documents_in(path, bos_id):
+    """The token ids of every document of a shard of 16 bits, without BOS."""
+    stream = np.frombuffer(path.read_bytes(), dtype='<u2', offset=1024)
+    return [part[1:].tolist() for part in np.split(stream, np.flatnonzero(stream == bos_id))[1:]]
+
+
+def records_of(file, skip=0):
+    """[(number, record)] of a File after its first `skip` records."""
+    batches = reading.read_batches(file, ['text'], skip)
+    return [entry for batch in batches for entry in reading.records_of(batch)]
+
+
+def write_lines(path, texts, field='text'):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(''.join(json.dumps({'text': t}) + '\n' for t in texts))
+    path.write_text(''.join(json.dumps({field: text}) + '\n' for text in texts))
     return path
 
 
 @pytest.fixture(scope='module')
 def many_files(tmp_path_factory):
-    """Seven files of 1 to 3 MB, so several parts; a folder."""
+    """A folder of seven files of 1 to 3 MB, which make several parts."""
     folder = tmp_path_factory.mktemp('many')
     for i in range(7):
         write_lines(folder / f'{i}.jsonl', documents(1500 + 700 * (i % 3), seed=i))
     return folder
 
 
-def test_killed_preparation_goes_on_to_the_same_bytes(tmp_path, byte_tokenizer, many_files):
-    arguments = [f'input={many_files}', f'tokenizer={byte_tokenizer}', 'shard_tokens=400000', 'source=x']
-    done = prepare(f'out={tmp_path / "whole"}', 'workers=2', *arguments)
-    assert done.returncode == 0, done.stderr
+def test_text_of_every_form_becomes_the_same_tokens(tmp_path, knobs):
+    texts = documents(60)
+    lines = write_lines(tmp_path / 'a.jsonl', texts, 'body').read_bytes()
+    (tmp_path / 'b.jsonl.gz').write_bytes(gzip.compress(lines))
+    (tmp_path / 'c.jsonl.zst').write_bytes(pyarrow.compress(lines, codec='zstd', asbytes=True))
+    pyarrow.parquet.write_table(pyarrow.table({'body': texts}), tmp_path / 'd.parquet')
+    (tmp_path / 'folder').mkdir()
+    # Files are read in the order of their hashed names.
+    names = [f'{i:03d}.txt' for i in range(60)]
+    names.sort(key=lambda name: hashlib.sha256(name.encode()).digest())
+    for name, text in zip(names, texts, strict=True):
+        (tmp_path / 'folder' / name).write_text(text, newline='')
+    knobs.update(out=tmp_path / 'out', column='body', val_fraction=0.2, probe_fraction=0.2)
+    splits = ('train', 'val', 'probe')
+    results = []
+    for name in ('a.jsonl', 'b.jsonl.gz', 'c.jsonl.zst', 'd.parquet', 'folder'):
+        prepare(**{**knobs, 'source': name, 'input': tmp_path / name})
+        made = contents(tmp_path / 'out' / name)
+        results.append({key: made[key] for key in made if key.endswith('.bin')})
+        assert results[-1] == results[0]
+    assert set(results[0]) == {f'{split}/00000_00000.bin' for split in splits}
+    # By definition a shard holds BOS and the tokens of a document, one document after the other.
+    folder = tmp_path / 'out' / 'a.jsonl'
+    tokenizer = load_tokenizer(knobs['tokenizer'])
+    decoded = []
+    for split in splits:
+        decoded += map(tokenizer.decode, documents_in(folder / split / '00000_00000.bin', 258))
+    assert sorted(decoded) == sorted(texts)
+    meta = read_meta(folder)
+    assert total(meta, 'documents') == 60
+    assert total(meta, 'bytes') == sum(len(text.encode()) for text in texts)
+    assert 0 < meta['splits']['val']['documents'] < 30
+    assert 0 < meta['splits']['probe']['documents'] < 30
+
+
+def test_killed_preparation_goes_on_to_the_same_bytes(tmp_path, knobs, many_files):
+    knobs.update(input=many_files, shard_tokens=400_000)
+    prepare(**{**knobs, 'out': tmp_path / 'whole', 'workers': 2})
     expected = contents(tmp_path / 'whole')
     assert sum(name.startswith('x/train/') for name in expected) > 20
-    kills, target, rng = 0, tmp_path / 'killed' / 'x', random.Random(0)
+    kills = 0
+    rng = random.Random(0)
+    target = tmp_path / 'killed' / 'x'
+
+    def n_shards():
+        return len(list(target.glob('train/*.bin')))
+
     while not (target / 'meta.json').exists():
+        knobs.update(out=target.parent, workers=kills % 2)
         process = subprocess.Popen(
-            [sys.executable, 'prepare/text.py', f'--out={tmp_path / "killed"}', f'--workers={kills % 2}',
-             *(f'--{a}' for a in arguments)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        wanted = len(list(target.glob('train/*.bin'))) + rng.randint(1, 6)
-        while process.poll() is None and not (kills < 5 and len(list(target.glob('train/*.bin'))) >= wanted):
+            command(**knobs), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        wanted = n_shards() + rng.randint(1, 6)
+        while process.poll() is None and (kills >= 5 or n_shards() < wanted):
             time.sleep(0.002)
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)
@@ -122,65 +173,71 @@ def test_killed_preparation_goes_on_to_the_same_bytes(tmp_path, byte_tokenizer, 
     assert kills >= 3 and contents(target.parent) == expected
 
 
-@pytest.mark.parametrize('max_tokens', [None, 2_500_000])
-def test_ranks_on_one_folder_give_the_bytes_of_one_process(tmp_path, byte_tokenizer, many_files, max_tokens):
-    arguments = [f'input={many_files}', f'tokenizer={byte_tokenizer}', 'shard_tokens=400000', 'source=x', 'workers=0',
-                 f'max_tokens={max_tokens}']
-    assert prepare(f'out={tmp_path / "one"}', *arguments).returncode == 0
+@pytest.mark.parametrize('limit', [None, 2_500_000])
+def test_ranks_on_one_folder_give_the_bytes_of_one_process(tmp_path, knobs, many_files, limit):
+    knobs.update(input=many_files, shard_tokens=400_000, max_tokens=limit)
+    prepare(**{**knobs, 'out': tmp_path / 'one'})
     expected = contents(tmp_path / 'one')
     tokens = json.loads(expected['x/meta.json'])['splits']['train']['tokens']
-    assert max_tokens is None or max_tokens <= tokens < max_tokens + 2000
-    # three ranks at once, by knobs; two one after the other, by torchrun's and SLURM's variables
-    command = [sys.executable, 'prepare/text.py', f'--out={tmp_path / "three"}', '--world_size=3', *(f'--{a}' for a in arguments)]
-    ranks = [subprocess.Popen([*command, f'--rank={r}'], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for r in range(3)]
+    assert limit is None or limit <= tokens < limit + 2000
+    # Three ranks at once, by knobs.
+    knobs['out'] = tmp_path / 'three'
+    ranks = []
+    for rank in range(3):
+        ranks.append(subprocess.Popen(
+            command(**knobs, rank=rank, world_size=3), cwd=ROOT, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE))
     for process in ranks:
         _, errors = process.communicate()
         assert process.returncode == 0, errors
     assert contents(tmp_path / 'three') == expected
-    first = prepare(f'out={tmp_path / "two"}', *arguments, RANK='1', WORLD_SIZE='2')
-    assert first.returncode == 0 and 'The rank that ends last' in first.stdout, first.stdout
+    # Two ranks one after the other, by the variables of torchrun and of SLURM.
+    knobs['out'] = tmp_path / 'two'
+    assert 'The rank that ends last' in prepare(dict(RANK='1', WORLD_SIZE='2'), **knobs)
     with pytest.raises(BadInput, match='half prepared'):
         Source(tmp_path / 'two', 'x', 'train', 16)
-    assert prepare(f'out={tmp_path / "two"}', *arguments, SLURM_PROCID='0', SLURM_NTASKS='2').returncode == 0
+    prepare(dict(SLURM_PROCID='0', SLURM_NTASKS='2'), **knobs)
     assert contents(tmp_path / 'two') == expected
 
 
-def test_a_second_run_on_one_output_is_refused(tmp_path, byte_tokenizer, many_files):
-    arguments = [f'--input={many_files}', f'--tokenizer={byte_tokenizer}', '--source=x', '--workers=0', f'--out={tmp_path}']
-    assert_one_sentence(run([sys.executable, 'prepare/text.py', *arguments, '--column=body']), 2, "no field 'body'")
+def test_a_second_run_on_one_output_is_refused(tmp_path, knobs, many_files):
+    knobs['input'] = many_files
+    assert_refused("no field 'body'", **knobs, column='body')
     with lock(str(tmp_path / 'x'), '00000'):        # as a run at work holds it
-        assert_one_sentence(run([sys.executable, 'prepare/text.py', *arguments, '--column=body']), 2, 'another run is writing to', 'another --out')
-        assert_one_sentence(run([sys.executable, 'prepare/text.py', *arguments]), 2, 'other settings (columns)')
-    assert run([sys.executable, 'prepare/text.py', *arguments]).returncode == 0
-    for extra, message in ((['--rank=1'], 'go together'), (['--rank=2', '--world_size=2'], 'below world_size')):
-        assert_one_sentence(run([sys.executable, 'prepare/text.py', *arguments, *extra]), 2, message)
+        assert_refused('another run is writing to', 'another --out', **knobs, column='body')
+        assert_refused('other settings (columns)', **knobs)
+    prepare(**knobs)
+    assert_refused('go together', **knobs, rank=1)
+    assert_refused('below world_size', **knobs, rank=2, world_size=2)
 
 
-def test_max_tokens_stops_and_a_finished_source_is_left_alone(tmp_path, byte_tokenizer):
-    source = write_lines(tmp_path / 'in.jsonl', documents(2000))
-    arguments = ['source=x', f'input={source}', f'tokenizer={byte_tokenizer}', f'out={tmp_path}', 'max_tokens=5000']
-    assert prepare(*arguments).returncode == 0
+def test_max_tokens_stops_and_a_finished_source_is_left_alone(tmp_path, knobs):
+    knobs['input'] = write_lines(tmp_path / 'in.jsonl', documents(2000))
+    prepare(**knobs, max_tokens=5000)
     before = contents(tmp_path / 'x')
-    tokens = json.loads(before['meta.json'])['splits']['train']['tokens']
-    assert 5000 <= tokens < 8000
-    again = prepare(*arguments)
-    assert again.returncode == 0 and 'complete already' in again.stdout and contents(tmp_path / 'x') == before
-    assert_one_sentence(prepare(*arguments[:-1], 'max_tokens=9000'), 2, 'max_tokens', 'Delete')
+    assert 5000 <= read_meta(tmp_path / 'x')['splits']['train']['tokens'] < 8000
+    assert 'complete already' in prepare(**knobs, max_tokens=5000)
+    assert contents(tmp_path / 'x') == before
+    assert_refused('max_tokens', 'Delete', **knobs, max_tokens=9000)
 
 
-def test_broken_records_are_skipped_only_when_asked_for_and_then_listed(tmp_path, byte_tokenizer):
-    texts = documents(400)
-    lines = [json.dumps({'text': t}) for t in texts]
-    lines[17], lines[200], lines[311], lines[350] = '{"text": 5}', 'no json', '{"body": "x"}', json.dumps({'text': ' ' * 1_000_001 + 'x'})
-    (tmp_path / 'in.jsonl').write_text('\n'.join(lines))
-    arguments = ['source=x', f'input={tmp_path / "in.jsonl"}', f'tokenizer={byte_tokenizer}', f'out={tmp_path}', 'workers=0', 'shard_tokens=3000']
-    assert_one_sentence(prepare(*arguments), 2, 'in.jsonl:18', 'no text but int', '--skip_bad=True')
-    done = prepare(*arguments, 'skip_bad=True')         # goes on after what was written before the fault
-    assert done.returncode == 0 and '4 broken' in done.stdout and 'in.jsonl:201: no valid JSON' in done.stdout, done.stdout
-    meta = json.loads((tmp_path / 'x/meta.json').read_text())
-    assert meta['counts'] == {'broken': 4} and [w.split('in.jsonl:')[1].split(':')[0] for w in meta['skipped']] == ['18', '201', '312', '351']
+def test_broken_records_are_skipped_only_when_asked_for_and_then_listed(tmp_path, knobs):
+    lines = [json.dumps({'text': text}) for text in documents(400)]
+    lines[17] = '{"text": 5}'
+    lines[200] = 'no json'
+    lines[311] = '{"body": "x"}'
+    lines[350] = json.dumps({'text': ' ' * 1_000_001 + 'x'})
+    knobs.update(input=tmp_path / 'in.jsonl', shard_tokens=3000)
+    knobs['input'].write_text('\n'.join(lines))
+    assert_refused('in.jsonl:18', 'no text but int', '--skip_bad=True', **knobs)
+    printed = prepare(**knobs, skip_bad=True)       # continues after what stands before the fault
+    assert '4 broken' in printed and 'in.jsonl:201: no valid JSON' in printed
+    meta = read_meta(tmp_path / 'x')
+    assert meta['counts'] == {'broken': 4}
+    found = [where.split('in.jsonl:')[1].split(':')[0] for where in meta['skipped']]
+    assert found == ['18', '201', '312', '351']
     assert 'blanks in a row' in meta['skipped'][3]
-    assert sum(s['documents'] for s in meta['splits'].values()) == 396
+    assert total(meta, 'documents') == 396
 
 
 def test_what_will_not_fit_is_refused_before_it_begins(tmp_path):
@@ -189,161 +246,197 @@ def test_what_will_not_fit_is_refused_before_it_begins(tmp_path):
         check_space(str(tmp_path / 'x'), 10**18)
 
 
-def test_ctrl_c_stops_with_a_sentence_and_the_next_run_goes_on(tmp_path, byte_tokenizer, many_files):
-    arguments = [f'--input={many_files}', f'--tokenizer={byte_tokenizer}', '--source=x', '--workers=2', '--shard_tokens=20000']
-    assert run([sys.executable, 'prepare/text.py', *arguments, f'--out={tmp_path / "whole"}']).returncode == 0
-    command = [sys.executable, 'prepare/text.py', *arguments, f'--out={tmp_path / "cut"}']
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))      # xdist's workers ignore it, and so would theirs
+def test_ctrl_c_stops_with_a_sentence_and_the_next_run_goes_on(tmp_path, knobs, many_files):
+    knobs.update(input=many_files, workers=2, shard_tokens=20_000)
+    prepare(**{**knobs, 'out': tmp_path / 'whole'})
+    knobs['out'] = tmp_path / 'cut'
+
+    def obey():         # the workers of xdist ignore Ctrl-C, and their children would inherit that
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    process = subprocess.Popen(
+        command(**knobs), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        preexec_fn=obey)
     while not list((tmp_path / 'cut').glob('x/train/*.bin')) and process.poll() is None:
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate()
-    assert process.returncode == 130 and 'run again to go on' in errors and 'Traceback' not in errors
-    assert run(command).returncode == 0
+    assert process.returncode == 130
+    assert 'Run again to continue' in errors and 'Traceback' not in errors
+    prepare(**knobs)
     assert contents(tmp_path / 'cut/x') == contents(tmp_path / 'whole/x')
 
 
 def test_large_files_are_cut_into_ranges_that_together_are_the_whole(tmp_path, monkeypatch):
-    import pyarrow
-    import pyarrow.parquet
     texts = documents(3000)
     write_lines(tmp_path / 'a.jsonl', texts)
-    pyarrow.parquet.write_table(pyarrow.table({'text': texts}), tmp_path / 'b.parquet', row_group_size=100)
+    table = pyarrow.table({'text': texts})
+    pyarrow.parquet.write_table(table, tmp_path / 'b.parquet', row_group_size=100)
     monkeypatch.setattr(reading, 'CUT_ABOVE', 100_000)
     monkeypatch.setattr(reading, 'LARGEST_PART', 70_001)
     monkeypatch.setattr(reading, 'BATCH_BYTES', 30_000)
     for name in ('a.jsonl', 'b.parquet'):
         parts = reading.make_parts(reading.local_files(str(tmp_path / name)))
-        assert len(parts) >= 4 and all(len(part) == 1 for part in parts)
-        read = [[(i, r['text']) for batch in reading.read_batches(f, ['text']) for i, r in reading.records_of(batch)] for f, in parts]
-        assert [text for part in read for _, text in part] == texts
-        for (file,), records in zip(parts, read):       # a part goes on anywhere
-            for skip in (1, len(records) // 2, len(records)):
-                rest = [(i, r['text']) for b in reading.read_batches(file, ['text'], skip) for i, r in reading.records_of(b)]
-                assert rest == records[skip:]
+        assert len(parts) >= 4
+        found = []
+        for (file,) in parts:
+            records = records_of(file)
+            found += [record['text'] for _, record in records]
+            for skip in (1, len(records) // 2, len(records)):       # a part continues anywhere
+                assert records_of(file, skip) == records[skip:]
+        assert found == texts
 
 
 def test_a_long_plain_text_becomes_documents_that_together_are_the_file(tmp_path, monkeypatch):
     text = '\n'.join(documents(300))
     (tmp_path / 'a.txt').write_text(text, newline='')
     monkeypatch.setattr(reading, 'LONGEST_TEXT', 20_000)
-    file, = reading.local_files(str(tmp_path / 'a.txt'))
-    pieces = [record for batch in reading.read_batches(file, []) for _, record in reading.records_of(batch)]
-    assert ''.join(pieces) == text and len(pieces) > 5 and all(p.endswith('\n') and len(p) <= 20_000 for p in pieces[:-1])
-    assert [r for b in reading.read_batches(file, [], 3) for _, r in reading.records_of(b)] == pieces[3:]
+    (file,) = reading.local_files(str(tmp_path / 'a.txt'))
+    records = records_of(file)
+    pieces = [piece for _, piece in records]
+    assert ''.join(pieces) == text and len(pieces) > 5
+    assert all(piece.endswith('\n') and len(piece) <= 20_000 for piece in pieces[:-1])
+    assert records_of(file, 3) == records[3:]
 
 
-def test_training_reads_what_was_prepared(tmp_path, byte_tokenizer):
+def test_training_reads_what_was_prepared(tmp_path, knobs):
     (tmp_path / 'in.txt').write_text('the cat sat on the mat. ' * 200)
-    assert prepare('source=x', f'input={tmp_path / "in.txt"}', f'tokenizer={byte_tokenizer}', f'out={tmp_path}', 'val_fraction=0').returncode == 0
+    prepare(**knobs, input=tmp_path / 'in.txt', val_fraction=0)
     row = Source(tmp_path, 'x', 'train', 30, vocab_size=259).rows([0])[0]
-    assert 'cat sat on' in load_tokenizer(str(tmp_path / 'x')).decode([t for t in row.tolist() if t != 258])
+    text = load_tokenizer(str(tmp_path / 'x')).decode([t for t in row.tolist() if t != 258])
+    assert 'cat sat on' in text
+
+
+PACKED = gzip.compress(b'{"text": "hello"}\n' * 99, mtime=0)
 
 
 @pytest.mark.parametrize('name, content, extra, parts', [
-    ('a.jsonl', b'{"text": "x"}\n{"text": \n', [], ['a.jsonl:2', 'JSON']),
-    ('a.jsonl', b'{"body": "x"}\n', [], ["a.jsonl:1: no field 'text'", 'body', '--column']),
-    ('a.jsonl', b'{"text": "\xff\xfe"}\n', [], ['a.jsonl', 'UTF-8']),
-    ('a.jsonl.gz', gzip.compress(b'{"text": "hello"}\n' * 99, mtime=0)[:-20], [], ['a.jsonl.gz', 'cannot be read']),
-    ('a.jsonl.gz', b'plain', [], ['a.jsonl.gz', 'cannot be read']),
-    ('a.parquet', b'no parquet', [], ['a.parquet', 'no parquet file']),
-    ('a.jsonl', b'{"text": "x\\ud83d"}\n', [], ['a.jsonl:1', 'surrogate']),
-    ('a.txt', b'', [], ['holds no text']),
-    ('b.jsonl', b'{"text": "x"}\n', ['input=nowhere/*.jsonl'], ['matches no file']),
-    ('b.jsonl', b'{"text": "x"}\n', ['tokenizer=nope'], ["tokenizer 'nope'", 'neither a file']),
-    ('b.jsonl', b'{"text": "x"}\n', ['source='], ['--source is missing']),
-    ('b.jsonl', b'{"text": "x"}\n', ['max_token=1'], ["'max_tokens'"]),
-])
-def test_bad_input_gets_one_sentence(tmp_path, byte_tokenizer, name, content, extra, parts):
+    ('a.jsonl', b'{"text": "x"}\n{"text": \n', {}, ['a.jsonl:2', 'JSON']),
+    ('a.jsonl', b'{"body": "x"}\n', {}, ["a.jsonl:1: no field 'text'", 'body', '--column']),
+    ('a.jsonl', b'{"text": "\xff\xfe"}\n', {}, ['a.jsonl', 'UTF-8']),
+    ('a.jsonl.gz', PACKED[:-20], {}, ['a.jsonl.gz', 'cannot be read']),
+    ('a.jsonl.gz', b'plain', {}, ['a.jsonl.gz', 'cannot be read']),
+    ('a.parquet', b'no parquet', {}, ['a.parquet', 'no parquet file']),
+    ('a.jsonl', b'{"text": "x\\ud83d"}\n', {}, ['a.jsonl:1', 'surrogate']),
+    ('a.txt', b'', {}, ['holds no text']),
+    ('b.jsonl', b'{"text": "x"}\n', dict(input='nowhere/*.jsonl'), ['matches no file']),
+    ('b.jsonl', b'{"text": "x"}\n', dict(tokenizer='nope'), ["tokenizer 'nope'", 'neither a file']),
+    ('b.jsonl', b'{"text": "x"}\n', dict(source=''), ['--source is missing']),
+    ('b.jsonl', b'{"text": "x"}\n', dict(max_token=1), ["'max_tokens'"])])
+def test_bad_input_gets_one_sentence(tmp_path, knobs, name, content, extra, parts):
     (tmp_path / name).write_bytes(content)
-    done = prepare('source=x', f'input={tmp_path / name}', f'tokenizer={byte_tokenizer}', f'out={tmp_path}', 'workers=1', *extra)
-    assert_one_sentence(done, 2, *parts)
+    assert_refused(*parts, **{**knobs, 'input': tmp_path / name, 'workers': 1, **extra})
 
 
 @pytest.mark.parametrize('broken', ['foreign', 'truncated'])
-def test_broken_zst_gets_one_sentence(tmp_path, byte_tokenizer, broken):
-    import pyarrow
+def test_broken_zst_gets_one_sentence(tmp_path, knobs, broken):
     lines = b''.join(b'{"text": "document %d"}\n' % i for i in range(50_000))
     whole = pyarrow.compress(lines, codec='zstd', asbytes=True)
-    (tmp_path / 'a.jsonl.zst').write_bytes(b'no zst at all' if broken == 'foreign' else whole[:-10])
-    done = prepare('source=x', f'input={tmp_path / "a.jsonl.zst"}', f'tokenizer={byte_tokenizer}', f'out={tmp_path}', 'workers=1')
-    assert_one_sentence(done, 2, 'a.jsonl.zst', 'cannot be read')
+    content = b'no zst at all' if broken == 'foreign' else whole[:-10]
+    (tmp_path / 'a.jsonl.zst').write_bytes(content)
+    knobs.update(input=tmp_path / 'a.jsonl.zst', workers=1)
+    assert_refused('a.jsonl.zst', 'cannot be read', **knobs)
 
 
-# -- tokenizers --------------------------------------------------------------------------------------------------------
+# -- tokenizers ------------------------------------------------------------------------------------
 
-SAMPLES = [*documents(20, seed=1), "I'll  say 3.14  \t x\n\n  y = [1,2]   # end ", 'e\u0301 5²½ ٣٤ \u00a0\u2003 z', '']
+SAMPLES = [
+    *documents(20, seed=1), "I'll  say 3.14  \t x\n\n  y = [1,2]   # end ",
+    'e\u0301 5²½ ٣٤ \u00a0\u2003 z', '']
+SPLIT = (r"(?i:'s|'ll)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+         r'|\s*[\r\n]+|\s+(?!\S)|\s+')
 
 
-def trained_tokenizer_json(tmp_path, pre_tokenizer, normalizer=None, specials=('<|endoftext|>',)):
+def trained_tokenizer_json(tmp_path, pre_tokenizer, normalizer=None, specials=(END,)):
+    """Trains a tokenizer of the package tokenizers. Returns (path, tokenizer)."""
     tokenizers = pytest.importorskip('tokenizers')
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizer(tokenizers)
     if normalizer:
         tokenizer.normalizer = getattr(tokenizers.normalizers, normalizer)()
-    tokenizer.train_from_iterator(documents(200), tokenizers.trainers.BpeTrainer(
-        vocab_size=600, special_tokens=list(specials), initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=600, special_tokens=list(specials),
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(documents(200), trainer)
     path = str(tmp_path / 'tokenizer.json')
     tokenizer.save(path)
     return path, tokenizer
 
 
+def byte_level(tokenizers, use_regex=True):
+    return tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
+
+
 @pytest.mark.parametrize('kind', ['gpt2', 'digits', 'split', 'nfc'])
 def test_tokenizer_json_gives_the_ids_of_tokenizers(tmp_path, kind):
-    def pre_tokenizer(t):
-        p = t.pre_tokenizers
+    def pre_tokenizer(tokenizers):
+        p = tokenizers.pre_tokenizers
         if kind == 'digits':
-            return p.Sequence([p.Digits(individual_digits=True), p.ByteLevel(add_prefix_space=False)])
+            return p.Sequence([p.Digits(individual_digits=True), byte_level(tokenizers)])
         if kind == 'split':
-            pattern = t.Regex(r"(?i:'s|'ll)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-            return p.Sequence([p.Split(pattern, 'isolated'), p.ByteLevel(add_prefix_space=False, use_regex=False)])
-        return p.ByteLevel(add_prefix_space=False)
-    path, theirs = trained_tokenizer_json(tmp_path, pre_tokenizer, 'NFC' if kind == 'nfc' else None)
+            split = p.Split(tokenizers.Regex(SPLIT), 'isolated')
+            return p.Sequence([split, byte_level(tokenizers, use_regex=False)])
+        return byte_level(tokenizers)
+
+    normalizer = 'NFC' if kind == 'nfc' else None
+    path, theirs = trained_tokenizer_json(tmp_path, pre_tokenizer, normalizer)
     ours = load_tokenizer(path)
     assert ours.vocab_size == theirs.get_vocab_size()
     for text in SAMPLES:
         assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids, text
     sizes = ours.token_bytes()
-    assert sum(sizes[i] for i in ours.encode(SAMPLES[0])) == len(SAMPLES[0].encode()) and sizes[ours.bos_id] == 0
+    ids = ours.encode(SAMPLES[0])
+    assert sum(sizes[i] for i in ids) == len(SAMPLES[0].encode()) and sizes[ours.bos_id] == 0
     save_tokenizer(str(tmp_path), ours)
     again = load_tokenizer(str(tmp_path / 'tokenizer.tiktoken'))
-    assert again.fingerprint == ours.fingerprint and again.encode(SAMPLES[0]) == ours.encode(SAMPLES[0])
+    assert again.fingerprint == ours.fingerprint and again.encode(SAMPLES[0]) == ids
+
+
+BLOCKS = ((0x1f300, 0x1faff), (0x4e00, 0x9fff), (0, 0x20), (0x7f, 0xa0), (0xac00, 0xd7a3),
+          (0x600, 0x6ff), (0x300, 0x36f), (0x2000, 0x206f), (0xe000, 0xe0ff), (0x10000, 0x10ffff))
 
 
 def nasty_texts():
-    """What real text has little of: scripts and symbols of all Unicode, special tokens' names, very long lines, blanks."""
+    """What is rare in real text: all of Unicode, names of special tokens, long lines, blanks."""
     rng = random.Random(1)
-    for low, high in ((0x1f300, 0x1faff), (0x4e00, 0x9fff), (0, 0x20), (0x7f, 0xa0), (0xac00, 0xd7a3), (0x600, 0x6ff), (0x300, 0x36f),
-                      (0x2000, 0x206f), (0xe000, 0xe0ff), (0x10000, 0x10ffff)):
+    for low, high in BLOCKS:
         for _ in range(100):
-            yield ''.join(chr(rng.randint(low, high)) if rng.random() < 0.7 else rng.choice(' \n\tabc1.é') for _ in range(60))
+            text = ''
+            for _ in range(60):
+                is_odd = rng.random() < 0.7
+                text += chr(rng.randint(low, high)) if is_odd else rng.choice(' \n\tabc1.é')
+            yield text
     yield '👩‍👩‍👧‍👦 🇩🇪 👍🏽 e\u0301 \u00a0x\u3000y\r\n\r\n \t \x0b\x0c\x85\u2028z'
-    yield '<|endoftext|> a <|im_start|>user\nhi<|im_end|> <|begin_of_text|><|eot_id|> </s> <s> <think>x</think> |||IP_ADDRESS||| <|extra_id_0|>'
-    yield from ('x' * 100_000, 'abc def ' * 30_000, ' ' * 50_000 + 'q', '0123456789' * 5000, 'word\n' * 50_000, '中文' * 30_000)
+    yield ('<|endoftext|> a <|im_start|>user\nhi<|im_end|> <|begin_of_text|><|eot_id|> </s> <s> '
+           '<think>x</think> |||IP_ADDRESS||| <|extra_id_0|>')
+    yield from ('x' * 100_000, 'abc def ' * 30_000, ' ' * 50_000 + 'q', '0123456789' * 5000)
+    yield from ('word\n' * 50_000, '中文' * 30_000)
 
 
 @pytest.mark.parametrize('name', ['gpt2', 'dolma2', 'bpe8k', 'gpt_neox_20b'])
 def test_real_tokenizers_give_the_ids_of_tokenizers(shared_data, name):
     tokenizers = pytest.importorskip('tokenizers')
     path = str(shared_data / 'tokenizers' / name / 'tokenizer.json')
-    ours, theirs = load_tokenizer(path), tokenizers.Tokenizer.from_file(path)
+    ours = load_tokenizer(path)
+    theirs = tokenizers.Tokenizer.from_file(path)
     theirs.encode_special_tokens = True         # names of special tokens in text are text
     texts = list(nasty_texts())
     for domain in sorted((shared_data / 'val').glob('*.jsonl.gz')):
         with gzip.open(domain, 'rt') as f:
             texts += [json.loads(line)['text'] for line in [*f][:25]]
-    for text in texts:
-        assert ours.encode_document(text).tolist() == theirs.encode(text, add_special_tokens=False).ids, text[:200]
-    whole = '\n'.join(text for text in texts[-150:])
-    assert ours.encode_document(whole).tolist() == theirs.encode(whole, add_special_tokens=False).ids
+    whole = '\n'.join(texts[-150:])
+    for text in (*texts, whole):
+        expected = theirs.encode(text, add_special_tokens=False).ids
+        assert ours.encode_document(text).tolist() == expected, text[:200]
     assert len(list(ours.pieces(whole * 4))) > 1
 
 
 @pytest.mark.parametrize('pattern', [GPT2_PATTERN, LLAMA3_PATTERN, DIGITS_PATTERN])
 def test_a_document_of_any_length_gets_the_ids_of_the_whole(monkeypatch, pattern):
-    ranks = {bytes([b]): b for b in range(256)} | {t: 256 + i for i, t in enumerate([b' t', b'he', b' the', b'\n\n', b'  ', b'00', b'aa'])}
-    ours = make_tokenizer('x', ranks, pattern, {'<|endoftext|>': 300}, '<|endoftext|>')
+    ranks = {bytes([b]): b for b in range(256)}
+    for token in (b' t', b'he', b' the', b'\n\n', b'  ', b'00', b'aa'):
+        ranks[token] = len(ranks)
+    ours = make_tokenizer('x', ranks, pattern, {END: 300}, END)
     text = '\n'.join(documents(400)) + '  \n\n ' * 50 + 'a' * 3000 + ' end of it. ' * 300
     whole = ours.encoding.encode_ordinary(text)
     monkeypatch.setattr(tokenizer_module, 'PIECE_CHARACTERS', 2000)
@@ -363,103 +456,130 @@ def test_a_document_of_any_length_gets_the_ids_of_the_whole(monkeypatch, pattern
     (lambda j: j['model']['merges'].reverse(), 'order of its merges'),
     (lambda j: j.update(added_tokens=[]), 'special tokens'),
     (lambda j: j.update(pre_tokenizer={'type': 'Whitespace'}), 'Whitespace'),
-    (lambda j: j.update(pre_tokenizer=None), 'splits nothing'),
-])
+    (lambda j: j.update(pre_tokenizer=None), 'splits nothing')])
 def test_tokenizers_that_cannot_be_read_exactly_are_refused(tmp_path, change, message):
-    path, _ = trained_tokenizer_json(tmp_path, lambda t: t.pre_tokenizers.ByteLevel(add_prefix_space=False))
-    content = json.loads(open(path).read())
+    trained_tokenizer_json(tmp_path, byte_level)
+    path = tmp_path / 'tokenizer.json'
+    content = json.loads(path.read_text())
     change(content)
-    open(path, 'w').write(json.dumps(content))
+    path.write_text(json.dumps(content))
     with pytest.raises(BadInput, match=message):
-        load_tokenizer(path)
+        load_tokenizer(str(path))
 
 
-# -- the demo's data ---------------------------------------------------------------------------------------------------
+# -- the demo's data -------------------------------------------------------------------------------
+
+MODULE = '''"""Top."""
+import os
+
+
+class A:
+    """Of A."""
+    x = 1
+
+    def f(self):
+        """Of f,
+        two lines."""
+        return "kept"
+'''
+
 
 def test_docstrings_are_cut_out_and_collected():
-    text = '"""Top."""\nimport os\n\n\nclass A:\n    """Of A."""\n    x = 1\n\n    def f(self):\n        """Of f,\n        two lines."""\n        return "kept"\n'
-    code, docstrings = cut_docstrings(text)
+    code, docstrings = cut_docstrings(MODULE)
     assert docstrings == [('', 'Top.'), ('.A', 'Of A.'), ('.A.f', 'Of f,\ntwo lines.')]
-    assert code == 'import os\n\n\nclass A:\n    x = 1\n\n    def f(self):\n        return "kept"\n'
+    assert code == (
+        'import os\n\n\nclass A:\n    x = 1\n\n    def f(self):\n        return "kept"\n')
 
 
 def test_generated_mathematics_is_right():
     rng = random.Random(5)
     checked = 0
     for _ in range(2000):
-        problem = math_problem(rng)
-        lines = problem.split('\n')
-        answer = lines[-1].removeprefix('Answer: ')
-        if lines[0].startswith('Problem: Compute '):
-            assert eval(lines[0].removeprefix('Problem: Compute ').rstrip('.')) == int(answer)
-            checked += 1
-        elif lines[0].startswith('Problem: Solve x^2'):
-            equation = lines[0].removeprefix('Problem: Solve ').removesuffix(' = 0.').replace('^', '**').replace(')x', ')*x')
+        question, _, answer = math_problem(rng)
+        checked += 1
+        if question.startswith('Compute '):
+            assert eval(question.removeprefix('Compute ').rstrip('.')) == int(answer)
+        elif question.startswith('Solve x^2'):
+            equation = question.removeprefix('Solve ').removesuffix(' = 0.')
+            equation = equation.replace('^', '**').replace(')x', ')*x')
             for x in answer.removeprefix('x = ').split(' or x = '):
                 assert eval(equation, {'x': int(x)}) == 0
-            checked += 1
-        elif 'greatest common' in lines[0]:
-            a, b = (int(w) for w in lines[0].rstrip('.').replace('Problem: Find the greatest common divisor of ', '').split(' and '))
-            assert int(answer) == np.gcd(a, b)
-            checked += 1
-        elif '%' in lines[0]:
-            percent, whole = lines[0].removeprefix('Problem: What is ').rstrip('?').split('% of ')
+        elif 'greatest common' in question:
+            a, b = question.rstrip('.').split(' divisor of ')[1].split(' and ')
+            assert int(answer) == np.gcd(int(a), int(b))
+        elif '%' in question:
+            percent, whole = question.removeprefix('What is ').rstrip('?').split('% of ')
             assert int(percent) * int(whole) == 100 * int(answer)
-            checked += 1
+        else:
+            checked -= 1
     assert checked > 800
 
 
+def pair_information(stream):
+    """Nats that a token tells about the next one: many in text, few in shuffled text."""
+    pairs = stream[:-1].astype(np.int64) * 4096 + stream[1:]
+    counts = np.unique(pairs, return_counts=True)[1]
+    return (np.log(counts) * counts).sum() / counts.sum()
+
+
 def test_demo_data_is_repeatable_disjoint_and_its_noise_is_shuffled(tmp_path, demo_data):
-    folders = [demo_data, tmp_path / 'two']
-    done = run([sys.executable, 'prepare/demo.py', f'--out={folders[1]}'])
+    done = run([sys.executable, 'prepare/demo.py', f'--out={tmp_path / "two"}'])
     assert done.returncode == 0, done.stderr
-    assert contents(folders[0]) == contents(folders[1])
-    tokenizer = load_tokenizer(str(folders[0] / 'code'))
+    assert contents(demo_data) == contents(tmp_path / 'two')
+    tokenizer = load_tokenizer(str(demo_data / 'code'))
     assert tokenizer.vocab_size == 4096
     seen = {}
     for source in ('code', 'docs', 'math', 'noise', 'chat', 'reasoning'):
-        meta = json.loads((folders[0] / source / 'meta.json').read_text())
-        assert meta['vocab_size'] == 4096 and meta['tokenizer']['fingerprint'] == tokenizer.fingerprint
-        assert meta['splits']['train']['tokens'] > 150_000 and meta['splits']['val']['tokens'] > 10_000
-        assert ('probe' in meta['splits']) == (source in ('code', 'docs', 'math'))
-        for split in meta['splits']:
-            stream = np.frombuffer((folders[0] / source / split / '00000_00000.bin').read_bytes(), dtype='<u2', offset=1024)
-            for part in np.split(stream, np.flatnonzero(stream == tokenizer.bos_id))[1:]:
-                assert part.tobytes() not in seen, (source, split, seen[part.tobytes()])
-                seen[part.tobytes()] = (source, split)
-    code = np.frombuffer((folders[0] / 'code/train/00000_00000.bin').read_bytes(), dtype='<u2', offset=1024)
-    noise = np.frombuffer((folders[0] / 'noise/train/00000_00000.bin').read_bytes(), dtype='<u2', offset=1024)
+        meta = read_meta(demo_data / source)
+        splits = meta['splits']
+        assert meta['vocab_size'] == 4096
+        assert meta['tokenizer']['fingerprint'] == tokenizer.fingerprint
+        assert splits['train']['tokens'] > 150_000 and splits['val']['tokens'] > 10_000
+        assert ('probe' in splits) == (source in ('code', 'docs', 'math'))
+        for split in splits:
+            path = demo_data / source / split / '00000_00000.bin'
+            for document in map(tuple, documents_in(path, tokenizer.bos_id)):
+                assert document not in seen, (source, split, seen[document])
+                seen[document] = (source, split)
+    code, noise = (
+        np.fromfile(demo_data / source / 'train/00000_00000.bin', '<u2', offset=1024)
+        for source in ('code', 'noise'))
     assert 'import ' in tokenizer.decode(code[:4000].tolist())
-
-    def pair_information(stream):      # nats that the token before tells of a token: high in text, low when shuffled
-        pairs = np.unique(stream[:-1].astype(np.int64) * 4096 + stream[1:], return_counts=True)[1]
-        return (np.log(pairs) * pairs).sum() / pairs.sum()
     assert pair_information(code[:len(noise)]) > pair_information(noise) + 1
 
 
-def test_a_folder_of_texts_becomes_sources_that_share_a_tokenizer(tmp_path, capsys):
-    words = 'the model reads a little more of every source and writes down what it has seen there today'.split()
+def test_a_folder_of_texts_becomes_sources_that_share_a_tokenizer(tmp_path):
+    words = 'the model reads a little more of every source and writes down what it has seen there'
     rng = np.random.default_rng(0)
-    texts = {split: [' '.join(rng.choice(words, 60)) + '.' for _ in range(n)] for split, n in (('train', 30), ('val', 5), ('probes', 4))}
-    for split, names in (('train', 'ab'), ('val', 'ab'), ('probes', 'x')):
-        (tmp_path / 'text' / split).mkdir(parents=True)
+    texts = {}
+    for split, n, names in (('train', 30, 'ab'), ('val', 5, 'ab'), ('probes', 4, 'x')):
         for name in names:
-            with gzip.open(tmp_path / 'text' / split / f'{name}.jsonl.gz', 'wt') as f:
-                f.writelines(json.dumps(dict(text=name + ' ' + text)) + '\n' for text in texts[split])
-    command = ['prepare/folder.py', f'--input={tmp_path / "text"}', f'--out={tmp_path / "data"}', '--vocab_size=300']
-    run_here(command)
-    tokenizer = load_tokenizer(str(tmp_path / 'data' / 'a'))
+            found = [f'{name} ' + ' '.join(rng.choice(words.split(), 60)) for _ in range(n)]
+            path = write_lines(tmp_path / 'text' / split / f'{name}.jsonl', found)
+            (path.parent / f'{name}.jsonl.gz').write_bytes(gzip.compress(path.read_bytes()))
+            path.unlink()
+            texts[split, name] = found
+
+    def prepare_folder(text, out, *more):
+        run_here(['prepare/folder.py', f'--input={text}', f'--out={tmp_path / out}', *more])
+
+    def bytes_of(folder):
+        (path,) = (tmp_path / folder).glob('*.bin')
+        return path.read_bytes()
+
+    prepare_folder(tmp_path / 'text', 'data', '--vocab_size=300')
+    tokenizer = load_tokenizer(str(tmp_path / 'data/a'))
     assert tokenizer.vocab_size <= 300
-    for folder, split, name in (('a', 'train', 'a'), ('b', 'val', 'b'), ('probe/x', 'probe', 'x')):
-        (path,) = (tmp_path / 'data' / folder / split).glob('*.bin')
-        ids = np.fromfile(path, dtype='<u2', offset=1024).tolist()
-        documents = [d for d in tokenizer.decode(ids).split(tokenizer.decode([tokenizer.bos_id])) if d]
-        assert documents == [f'{name} {text}' for text in texts['probes' if folder == 'probe/x' else split]]
-    before = (tmp_path / 'data' / 'a' / 'meta.json').stat().st_mtime_ns
-    run_here(command)
-    assert (tmp_path / 'data' / 'a' / 'meta.json').stat().st_mtime_ns == before
-    run_here([*command[:2], "--sources=['b']", f'--tokenizer={tmp_path / "data" / "a"}', f'--out={tmp_path / "other"}'])       # its tokens are those of data/b
-    same = [next((tmp_path / folder / 'b' / 'train').glob('*.bin')).read_bytes() for folder in ('data', 'other')]
-    assert same[0] == same[1]
+    for folder, key in (('a/train', ('train', 'a')), ('b/val', ('val', 'b')),
+                        ('probe/x/probe', ('probes', 'x'))):
+        (path,) = (tmp_path / 'data' / folder).glob('*.bin')
+        assert [*map(tokenizer.decode, documents_in(path, tokenizer.bos_id))] == texts[key]
+    # A second run keeps what is there. A source made with the tokenizer of another equals it.
+    before = (tmp_path / 'data/a/meta.json').stat().st_mtime_ns
+    prepare_folder(tmp_path / 'text', 'data', '--vocab_size=300')
+    assert (tmp_path / 'data/a/meta.json').stat().st_mtime_ns == before
+    more = ["--sources=['b']", f'--tokenizer={tmp_path / "data/a"}']
+    prepare_folder(tmp_path / 'text', 'other', *more)
+    assert bytes_of('data/b/train') == bytes_of('other/b/train')
     with pytest.raises(BadInput, match="has no train/<source>.jsonl.gz in it"):
-        run_here(['prepare/folder.py', f'--input={tmp_path / "data"}'])
+        prepare_folder(tmp_path / 'data', 'x')

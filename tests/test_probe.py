@@ -11,125 +11,156 @@ import pytest
 from configurator import BadInput
 from data import Source, open_shard
 from lib.tokenizer import load_tokenizer
-from tests.conftest import assert_one_sentence, run, write_shard
-from tests.test_datasets import run_script
-from tests.test_prepare import byte_tokenizer, contents, prepare, write_lines  # noqa: F401  (a fixture among them)
+from prepare.common import hash_share
+from tests import test_prepare
+from tests.conftest import assert_one_sentence, run, run_here, write_shard
+from tests.test_prepare import (
+    assert_refused,
+    contents,
+    documents_in,
+    prepare,
+    read_meta,
+    total,
+    write_lines,
+)
+
+byte_tokenizer = test_prepare.byte_tokenizer        # fixtures
+knobs = test_prepare.knobs
 
 
 def sentences(n, seed):
     """Documents of 40 to 80 made-up words, all different."""
     rng = random.Random(seed)
-    return [' '.join(''.join(rng.choice('abcdefghij') for _ in range(rng.randint(2, 7))) for _ in range(rng.randint(40, 80)))
-            for _ in range(n)]
+    texts = []
+    for _ in range(n):
+        words = []
+        for _ in range(rng.randint(40, 80)):
+            words.append(''.join(rng.choice('abcdefghij') for _ in range(rng.randint(2, 7))))
+        texts.append(' '.join(words))
+    return texts
 
 
-def share(text):
-    import hashlib
-    return int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) / 2**32
+def is_candidate(text):
+    return hash_share(text.encode()) >= 0.9
 
 
-def probe(tmp_path, tokenizer, *arguments):
-    return run([sys.executable, 'prepare/probe.py', f'--tokenizer={tokenizer}', f'--out={tmp_path}', "--sources={'math': 'text'}",
-                f'--input.math={tmp_path / "in.jsonl"}', *arguments])
+def candidate(make):
+    """The first variant make(0), make(1), ... whose own hash is in the last tenth."""
+    return next(text for text in map(make, range(2000)) if is_candidate(text))
 
 
-def chosen(tmp_path):
-    with gzip.open(tmp_path / 'probe/math/documents.jsonl.gz', 'rt') as f:
+def probe(out, tokenizer, texts, *arguments):
+    return run([
+        sys.executable, 'prepare/probe.py', f'--tokenizer={tokenizer}', f'--out={out}',
+        "--sources={'math': 'text'}", f'--input.math={texts}', *arguments])
+
+
+def chosen(folder):
+    with gzip.open(folder / 'probe/math/documents.jsonl.gz', 'rt') as f:
         return [json.loads(line)['text'] for line in f]
 
 
-def test_probe_documents_are_good_different_and_in_no_training_shard(tmp_path, byte_tokenizer):  # noqa: F811
+def test_probe_documents_are_good_different_and_in_no_training_shard(tmp_path, knobs):
+    tokenizer = load_tokenizer(knobs['tokenizer'])
     texts = sentences(3000, seed=0)
-    candidates = [t for t in texts if share(t) >= 0.9]
-
-    def in_probe(make):       # a variant whose own hash falls into the probe's share
-        return next(t for t in map(make, range(2000)) if share(t) >= 0.9)
-    near = in_probe(lambda i: candidates[0] + f' and{i}')
-    copied = ' '.join(candidates[1].split()[5:18])                       # 13 words in a row of an evaluation item
-    short, binary = in_probe(lambda i: f'short {i}'), in_probe(lambda i: sentences(1, i + 10**6)[0] + '\x00' * 40)
-    lines = texts + [near, candidates[2], short, binary]
-    write_lines(tmp_path / 'in.jsonl', lines)
-    (tmp_path / 'eval.jsonl').write_text(json.dumps({'question': {'stem': f'Is it so: {copied.upper()}?'}, 'label': 1}) + '\n')
-    n = len(candidates)
+    candidates = [text for text in texts if is_candidate(text)]
+    near = candidate(lambda i: candidates[0] + f' and{i}')
+    copied = ' '.join(candidates[1].split()[5:18])          # 13 words in a row
+    short = candidate(lambda i: f'short {i}')
+    binary = candidate(lambda i: sentences(1, i + 10**6)[0] + '\x00' * 40)
+    path = write_lines(tmp_path / 'in.jsonl', [*texts, near, candidates[2], short, binary])
+    item = {'question': {'stem': f'Is it so: {copied.upper()}?'}, 'label': 1}
+    (tmp_path / 'eval.jsonl').write_text(json.dumps(item) + '\n')
     arguments = [f'--evaluation={tmp_path / "eval.jsonl"}', '--probe_fraction=0.1']
-    done = probe(tmp_path, byte_tokenizer, f'--samples={n - 1}', *arguments)
+    n = len(candidates)
+    done = probe(tmp_path, knobs['tokenizer'], path, f'--samples={n - 1}', *arguments)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / 'probe/math/report.json').read_text())
     assert report['read'] <= 3004 and report['dropped']['contaminated'] == 1
     taken = chosen(tmp_path)
-    assert len(taken) == n - 1 and set(taken) <= {*candidates, near} and candidates[1] not in taken
-    assert len({candidates[0], near} & set(taken)) <= 1
-    # one more than there is: everything is read, every planted fault named
-    greedy = probe(tmp_path / 'greedy', byte_tokenizer, f'--samples={n + 1}', f'--input.math={tmp_path / "in.jsonl"}', *arguments)
-    assert_one_sentence(greedy, 2, f'only {n - 1} of {n + 1:,} documents', '--probe_fraction')
-    assert re.search('dropped: 1 contaminated, 1 exact duplicate, 1 length, 1 near duplicate, 1 unprintable', greedy.stdout), greedy.stdout
-    # the source itself, made by its own script: its training and validation shards hold none of the probe
-    assert_one_sentence(prepare('source=text', f'input={tmp_path / "in.jsonl"}', f'tokenizer={byte_tokenizer}', f'out={tmp_path}'), 2,
-                        'some of it would be trained on', '--probe_fraction=0.1')
-    assert prepare('source=text', f'input={tmp_path / "in.jsonl"}', f'tokenizer={byte_tokenizer}', f'out={tmp_path}',
-                   'probe_fraction=0.1', 'workers=0').returncode == 0
-    tokenizer = load_tokenizer(byte_tokenizer)
+    assert len(taken) == n - 1 and set(taken) <= {*candidates, near}
+    assert candidates[1] not in taken and len({candidates[0], near} & set(taken)) <= 1
+    # With more samples than there are, everything is read and every planted fault is named.
+    greedy = probe(tmp_path / 'all', knobs['tokenizer'], path, f'--samples={n + 1}', *arguments)
+    message = f'only {n - 1} of {n + 1:,} documents'
+    assert_one_sentence(greedy, 2, message, '--probe_fraction')
+    drops = '1 contaminated, 1 exact duplicate, 1 length, 1 near duplicate, 1 unprintable'
+    assert re.search(f'dropped: {drops}', greedy.stdout), greedy.stdout
+    # The source's own script keeps the probe set out of its training and validation shards.
+    knobs.update(source='text', input=path)
+    assert_refused('some of it would be trained on', '--probe_fraction=0.1', **knobs)
+    prepare(**knobs, probe_fraction=0.1)
 
     def texts_of(folder):
         found = set()
-        for path in folder.glob('*.bin'):
-            stream = np.frombuffer(path.read_bytes(), '<u2', offset=1024)
-            found |= {tokenizer.decode(part[1:].tolist()) for part in np.split(stream, np.flatnonzero(stream == tokenizer.bos_id))[1:]}
+        for shard in (tmp_path / folder).glob('*.bin'):
+            found.update(map(tokenizer.decode, documents_in(shard, tokenizer.bos_id)))
         return found
-    probe_texts = texts_of(tmp_path / 'probe/math/probe')
-    assert probe_texts == set(taken)
-    assert probe_texts.isdisjoint(texts_of(tmp_path / 'text/train') | texts_of(tmp_path / 'text/val'))
-    assert len(texts_of(tmp_path / 'text/train')) > 2000
-    assert Source(tmp_path / 'probe', 'math', 'probe', 64).n_windows > 100          # what training reads
-    wider = probe(tmp_path, byte_tokenizer, '--samples=10', '--probe_fraction=0.2', '--sources.more=text', f'--input.more={tmp_path / "in.jsonl"}',
-                  "--sources={'more': 'text'}")
-    assert_one_sentence(wider, 2, 'input names the domain')
+
+    probe_texts = texts_of('probe/math/probe')
+    trained = texts_of('text/train')
+    assert probe_texts == set(taken) and len(trained) > 2000
+    assert probe_texts.isdisjoint(trained | texts_of('text/val'))
+    # Training reads the probe set as a source.
+    assert Source(tmp_path / 'probe', 'math', 'probe', 64).n_windows > 100
+    stray = probe(tmp_path, knobs['tokenizer'], path, "--sources={'more': 'text'}")
+    assert_one_sentence(stray, 2, 'input names the domain')
 
 
-def test_probe_refuses_a_source_that_keeps_too_little_out(tmp_path, byte_tokenizer):  # noqa: F811
-    write_lines(tmp_path / 'in.jsonl', sentences(200, seed=1))
-    assert prepare('source=text', f'input={tmp_path / "in.jsonl"}', f'tokenizer={byte_tokenizer}', f'out={tmp_path}', 'workers=0').returncode == 0
-    done = probe(tmp_path, byte_tokenizer, '--samples=5', '--evaluation=', '--probe_fraction=0.2')
+def test_probe_refuses_a_source_that_keeps_too_little_out(tmp_path, knobs):
+    path = write_lines(tmp_path / 'in.jsonl', sentences(200, seed=1))
+    prepare(**{**knobs, 'source': 'text', 'input': path})
+    arguments = ['--samples=5', '--evaluation=', '--probe_fraction=0.2']
+    done = probe(tmp_path, knobs['tokenizer'], path, *arguments)
     assert_one_sentence(done, 2, '0.005', 'probe_fraction = 0.2', 'Lower it')
     assert not (tmp_path / 'probe/math/meta.json').exists()
 
 
-def test_score_and_repeatability(tmp_path, byte_tokenizer):  # noqa: F811
+def test_score_and_repeatability(tmp_path, byte_tokenizer):
     texts = sentences(1000, seed=2)
-    (tmp_path / 'in.jsonl').write_text(''.join(json.dumps({'text': t, 'score': i % 5}) + '\n' for i, t in enumerate(texts)))
+    lines = [json.dumps({'text': text, 'score': i % 5}) + '\n' for i, text in enumerate(texts)]
+    (tmp_path / 'in.jsonl').write_text(''.join(lines))
     arguments = ['--samples=8', '--evaluation=', '--probe_fraction=0.1', '--min_score=4']
     for folder in ('a', 'b'):
-        done = probe(tmp_path / folder, byte_tokenizer, *arguments, f'--input.math={tmp_path / "in.jsonl"}')
-        assert done.returncode == 0 and 'not checked against any benchmark' in done.stdout, done.stderr
+        done = probe(tmp_path / folder, byte_tokenizer, tmp_path / 'in.jsonl', *arguments)
+        assert done.returncode == 0, done.stderr
+        assert 'not checked against any benchmark' in done.stdout
     assert contents(tmp_path / 'a') == contents(tmp_path / 'b')
-    assert all(texts.index(t) % 5 == 4 for t in chosen(tmp_path / 'a'))
+    assert all(texts.index(text) % 5 == 4 for text in chosen(tmp_path / 'a'))
 
 
-# -- adopted shards ----------------------------------------------------------------------------------------------------
-
-def test_foreign_shards_become_a_source_by_links_alone(tmp_path, byte_tokenizer):  # noqa: F811
-    tokenizer, texts = load_tokenizer(byte_tokenizer), sentences(60, seed=3)
-    for name, part in (('fineweb_val_000000.bin', texts[:10]), ('fineweb_train_000001.bin', texts[10:40]), ('fineweb_train_000002.bin', texts[40:])):
-        write_shard(tmp_path / 'in' / name, np.concatenate([[tokenizer.bos_id, *tokenizer.encode(t)] for t in part]), 259)
-    arguments = ['--source=fineweb', f'--input={tmp_path / "in/*.bin"}', f'--tokenizer={byte_tokenizer}', f'--out={tmp_path}']
-    assert run_script('adopt', *arguments) == 0
-    meta = json.loads((tmp_path / 'fineweb/meta.json').read_text())
-    assert {s: n['documents'] for s, n in meta['splits'].items()} == {'train': 50, 'val': 10}
-    assert sum(n['bytes'] for n in meta['splits'].values()) == sum(len(t.encode()) for t in texts)
-    assert (tmp_path / 'fineweb/train/fineweb_train_000001.bin').is_symlink()
-    row = Source(tmp_path, 'fineweb', 'val', 30, vocab_size=259).rows([0])[0]
-    assert tokenizer.decode([t for t in row.tolist() if t != tokenizer.bos_id]) in ''.join(texts)
-    assert run_script('adopt', *arguments) == 0                          # again: complete already
+# -- adopted shards --------------------------------------------------------------------------------
 
 
-def test_shards_of_another_tokenizer_are_not_adopted(tmp_path, byte_tokenizer, capsys):  # noqa: F811
-    def adopt():
-        return run_script('adopt', '--source=x', f'--input={tmp_path / "*.bin"}', f'--tokenizer={byte_tokenizer}', f'--out={tmp_path / "out"}')
+def adopt(folder, tokenizer, out):
+    run_here(['prepare/adopt.py', '--source=x', f'--input={folder / "*.bin"}',
+              f'--tokenizer={tokenizer}', f'--out={out}'])
+
+
+def test_foreign_shards_become_a_source_by_links_alone(tmp_path, byte_tokenizer):
+    tokenizer = load_tokenizer(byte_tokenizer)
+    texts = sentences(60, seed=3)
+    parts = {'val_000000': texts[:10], 'train_000001': texts[10:40], 'train_000002': texts[40:]}
+    for name, part in parts.items():
+        ids = [[tokenizer.bos_id, *tokenizer.encode(text)] for text in part]
+        write_shard(tmp_path / 'in' / f'fineweb_{name}.bin', np.concatenate(ids), 259)
+    for _ in range(2):              # the second time it is complete already
+        adopt(tmp_path / 'in', byte_tokenizer, tmp_path)
+    meta = read_meta(tmp_path / 'x')
+    documents = {split: about['documents'] for split, about in meta['splits'].items()}
+    assert documents == {'train': 50, 'val': 10}
+    assert total(meta, 'bytes') == sum(len(text.encode()) for text in texts)
+    assert (tmp_path / 'x/train/fineweb_train_000001.bin').is_symlink()
+    row = Source(tmp_path, 'x', 'val', 30, vocab_size=259).rows([0])[0].tolist()
+    assert tokenizer.decode([t for t in row if t != tokenizer.bos_id]) in ''.join(texts)
+
+
+def test_shards_of_another_tokenizer_are_not_adopted(tmp_path, byte_tokenizer):
     for tokens, message in (([258, 70, 900], 'token id 900'), ([70, 71, 72], 'never occurs')):
         write_shard(tmp_path / 'a.bin', np.array(tokens), 1000)
         with pytest.raises(BadInput, match=message):
-            adopt()
+            adopt(tmp_path, byte_tokenizer, tmp_path / 'out')
     (tmp_path / 'a.bin').write_bytes(b'\0' * 3000)
     open_shard.cache_clear()
     with pytest.raises(BadInput, match='no token shard'):
-        adopt()
+        adopt(tmp_path, byte_tokenizer, tmp_path / 'out')
