@@ -1,4 +1,5 @@
-"""tools/evaluate.py and tools/benchmarks.py against lm-eval's own `hf` model on the exported folder, over ranks, and its files."""
+"""Benchmarks and bits per byte against lm-eval's own `hf` model, over ranks, and result files."""
+
 import json
 import math
 import sys
@@ -12,9 +13,11 @@ from lib import checkpoint, hf
 from lib.tokenizer import DIGITS_PATTERN, load_tokenizer, make_tokenizer, save_tokenizer
 from model import GPT, ModelConfig, init_weights
 from tests.conftest import run, run_here, run_ranks, train
+
+pytest.importorskip('lm_eval', reason='lm-eval is not installed (requirements.txt)')
+
 from tools import benchmarks
 
-CONFIG = ModelConfig(vocab_size=300, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, ffn_dim=48, tie_embeddings=False)
 CHOICE = """task: {name}
 dataset_path: json
 dataset_kwargs: {{data_files: {{validation: {data}}}}}
@@ -55,279 +58,403 @@ metadata: {{version: 1.0}}
 """
 
 
-@pytest.fixture(scope='module')
-def model_folder(tmp_path_factory):
-    """A random model whose answers differ from each other, as a folder of ours and exported; and three tasks as YAML files."""
-    folder = tmp_path_factory.mktemp('evaluate')
-    ranks = {bytes([b]): 3 + b for b in range(256)} | {b' t': 259, b'he': 260, b' the': 261, b'in': 262, b'ing': 263, b'er': 264}
-    tokenizer = make_tokenizer('bytes', ranks, DIGITS_PATTERN, {'<|endoftext|>': 0, '<|im_start|>': 1, '<|im_end|>': 2}, '<|endoftext|>')
-    model = GPT(CONFIG)
+def save_model(folder, config, tokenizer, scale, context):
+    """Saves a random model whose answers differ as folder/ours, and exports it to folder/hf."""
+    model = GPT(config)
     init_weights(model, 0)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.mul_(6) if parameter.ndim == 2 else None
-    (folder / 'ours').mkdir()
-    save_tokenizer(str(folder / 'ours'), tokenizer)
-    checkpoint.Checkpointer(str(folder / 'ours'), 0, False).save(0, model, [], dict(
-        model=vars(CONFIG), config=None, tokenizer=tokenizer.fingerprint, context=160))
-    hf.export_model(str(folder / 'ours'), str(folder / 'hf'), 'float32', None)
+            if parameter.ndim == 2:
+                parameter.mul_(scale)
+    ours = folder / 'ours'
+    ours.mkdir()
+    save_tokenizer(str(ours), tokenizer)
+    state = dict(model=vars(config), config=None, tokenizer=None, context=context)
+    checkpoint.Checkpointer(str(ours), 0, False).save(0, model, [], state)
+    hf.export_model(str(ours), str(folder / 'hf'), 'float32', None)
+
+
+def write_lines(path, records):
+    path.write_text(''.join(json.dumps(record) + '\n' for record in records))
+
+
+@pytest.fixture(scope='module')
+def model_folder(tmp_path_factory):
+    """A random model, and three tasks as YAML files."""
+    folder = tmp_path_factory.mktemp('evaluate')
+    merges = [b' t', b'he', b' the', b'in', b'ing', b'er']
+    ranks = {token: 3 + i for i, token in enumerate([*(bytes([b]) for b in range(256)), *merges])}
+    special = {'<|endoftext|>': 0, '<|im_start|>': 1, '<|im_end|>': 2}
+    tokenizer = make_tokenizer('bytes', ranks, DIGITS_PATTERN, special)
+    sizes = dict(vocab_size=300, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, ffn_dim=48)
+    save_model(folder, ModelConfig(**sizes, tie_embeddings=False), tokenizer, 6, 160)
     rng = np.random.default_rng(0)
     words = ['cat', 'the river', 'seven', 'in', 'Zürich', 'thinking', 'error', 'x = 1']
 
     def some(low, high):
         return ' '.join(rng.choice(words, rng.integers(low, high)))
-    rows = [dict(question=some(1, 40), choices=[some(1, 6) for _ in range(3)] + list('AB') , label=int(rng.integers(5))) for _ in range(23)]
-    rows[4]['question'] = some(120, 140)              # longer than the context
+
+    rows = []
+    for _ in range(23):
+        question = some(1, 40)
+        choices = [some(1, 6) for _ in range(3)]
+        rows.append(dict(question=question, choices=[*choices, 'A', 'B']))
+        rows[-1]['label'] = int(rng.integers(5))
+    rows[4]['question'] = some(120, 140)        # longer than the context
     rows[5]['question'] = '<|endoftext|>' + some(3, 4)
-    data = folder / 'rows.jsonl'
-    data.write_text(''.join(json.dumps(row) + '\n' for row in rows))
-    # without the row that begins with BOS: where it comes first, lm-eval's hf model leaves BOS out of its whole batch
-    (folder / 'others.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows[:5] + rows[6:]))
+    write_lines(folder / 'rows.jsonl', rows)
+    # Without the row that begins with BOS. If it comes first, lm-eval's hf model leaves BOS out of
+    # its whole batch.
+    write_lines(folder / 'others.jsonl', rows[:5] + rows[6:])
     for name, text in (('choice', CHOICE), ('continue', GENERATE), ('roll', ROLLING)):
-        (folder / f'{name}.yaml').write_text(text.format(name=f'local_{name}', data=folder / 'others.jsonl' if name == 'continue' else data))
+        data = folder / ('others.jsonl' if name == 'continue' else 'rows.jsonl')
+        (folder / f'{name}.yaml').write_text(text.format(name=f'local_{name}', data=data))
     return folder
+
+
+def run_theirs(folder, name, **options):
+    """The result of lm-eval's own hf model on the exported folder."""
+    from lm_eval.models.huggingface import HFLM
+
+    setting = dict(dtype='float32', batch_size=4, device='cpu', max_length=160)
+    setting |= options.pop('setting', {})
+    lm = HFLM(pretrained=str(folder / 'hf'), **setting)
+    tasks = [str(folder / f'{name}.yaml')]
+    manager = benchmarks.task_manager()
+    return benchmarks.simple_evaluate(lm, tasks=tasks, task_manager=manager, **options)
 
 
 @pytest.fixture(scope='module')
 def theirs(model_folder):
-    """lm-eval's own hf model on the exported folder: {task: (results, samples)}, batch of 4."""
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
-    lm = HFLM(pretrained=str(model_folder / 'hf'), dtype='float32', batch_size=4, device='cpu', max_length=160)
-    return {name: simple_evaluate(lm, tasks=[str(model_folder / f'{name}.yaml')], num_fewshot=shots, bootstrap_iters=100, task_manager=benchmarks.task_manager())
-            for name, shots in (('choice', 2), ('continue', 0), ('roll', 0))}
+    found = {}
+    for name, shots in (('choice', 2), ('continue', 0), ('roll', 0)):
+        found[name] = run_theirs(model_folder, name, num_fewshot=shots, bootstrap_iters=100)
+    return found
 
 
 def scorer(model_folder, batch_tokens=700, **options):
-    device = torch.device('cpu')
-    model, tokenizer, about = hf.open_model(str(model_folder / 'ours'), device, torch.float32)
-    return benchmarks.Scorer(model, tokenizer, about['add_bos'], about['prefix_id'], about['context'], device, batch_tokens, quiet=True, **options)
+    path = str(model_folder / 'ours')
+    model, tokenizer, about = hf.open_model(path, torch.device('cpu'), torch.float32)
+    context = about['context']
+    return benchmarks.Scorer(model, tokenizer, context, batch_tokens, quiet=True, **options)
 
 
-def responses(found, name):
-    return [response for sample in found['samples'][f'local_{name}'] for response in sample['resps']]
+def run_ours(ours, path, shots=None, **options):
+    """benchmarks.run_tasks on a YAML file: {task: entry}."""
+    tasks = benchmarks.load_tasks([str(path)], shots, options.get('allow_code', False))
+    return benchmarks.run_tasks(ours, tasks, **options)
+
+
+@pytest.fixture
+def found(monkeypatch):
+    """A list to which every result of lm-eval with our model is appended."""
+    results = []
+    original = benchmarks.simple_evaluate
+
+    def simple_evaluate(*args, **kwargs):
+        results.append(original(*args, **kwargs))
+        return results[-1]
+
+    monkeypatch.setattr(benchmarks, 'simple_evaluate', simple_evaluate)
+    return results
+
+
+def responses(result, task):
+    """Every response of the model: texts, or (log-likelihood, is_greedy) flattened."""
+    flat = []
+    for sample in result['samples'][task]:
+        flat += [np.ravel(response) for response in sample['resps']]
+    return flat
+
+
+def assert_same_scores(got, wanted, spread):
+    """The same log-likelihoods, to 1e-3 nats, and greedy flags. They must also vary."""
+    a = np.array(got, dtype=float)
+    b = np.array(wanted, dtype=float)
+    assert np.abs(a[:, 0] - b[:, 0]).max() < 1e-3
+    assert (a[:, 1:] == b[:, 1:]).all()
+    assert a[:, 0].std() > spread
+
+
+def assert_same_texts(got, wanted, n_different):
+    texts = [str(text) for text in got]
+    assert texts == [str(text) for text in wanted]
+    assert len(set(texts)) > n_different
 
 
 @pytest.mark.parametrize('batch_tokens', [1, 700, 100_000])
-def test_scores_equal_those_of_lm_evals_hf_model(model_folder, theirs, batch_tokens, monkeypatch):
-    found = {}
-    original = benchmarks.simple_evaluate
-    monkeypatch.setattr(benchmarks, 'simple_evaluate', lambda *args, **kwargs: found.setdefault('last', original(*args, **kwargs)))
+def test_scores_equal_those_of_lm_evals_hf_model(model_folder, theirs, batch_tokens, found):
     ours = scorer(model_folder, batch_tokens)
-    for name, shots in [('choice', 2), ('continue', 0)] + [('roll', 0)] * (batch_tokens == 700):      # (bootstrapping is slow)
-        found.clear()
-        results = benchmarks.run_tasks(ours, benchmarks.load_tasks([str(model_folder / f'{name}.yaml')], shots))[f'local_{name}']
-        expected = theirs[name]['results'][f'local_{name}']
-        got, wanted = responses(found['last'], name), responses(theirs[name], name)
+    shots = {'choice': 2, 'continue': 0}
+    if batch_tokens == 700:     # once, because bootstrapping is slow
+        shots['roll'] = 0
+    for name, count in shots.items():
+        task = f'local_{name}'
+        results = run_ours(ours, model_folder / f'{name}.yaml', count)[task]
+        expected = theirs[name]['results'][task]
+        got = responses(found[-1], task)
+        wanted = responses(theirs[name], task)
         if name == 'continue':
-            assert got == wanted and len({str(text) for text in got}) > 10
+            assert_same_texts(got, wanted, 10)
         else:
-            a, b = (np.array([np.ravel(r) for r in rows], dtype=float) for rows in (got, wanted))
-            assert np.abs(a[:, 0] - b[:, 0]).max() < 1e-3 and (a[:, 1:] == b[:, 1:]).all() and a[:, 0].std() > 1
+            assert_same_scores(got, wanted, 1)
         for metric, (value, error) in results['metrics'].items():
             assert value == pytest.approx(expected[f'{metric},none'], rel=1e-6)
             if name == 'choice':
-                assert error == pytest.approx(expected[f'{metric}_stderr,none']) and np.mean(results['items'][metric]) == pytest.approx(value)
-        assert results['n'] == 23 - (name == 'continue') and results['shots'] == shots
+                assert error == pytest.approx(expected[f'{metric}_stderr,none'])
+                assert np.mean(results['items'][metric]) == pytest.approx(value)
+        assert results['n'] == (22 if name == 'continue' else 23)
+        assert results['shots'] == count
     assert ours.n_cut > 0
 
 
-REAL = {        # task -> the file and what lm-eval's own YAML for it says
-    'arc': ('arc_challenge_validation', 'multiple_choice', 'Question: {{question}}\\nAnswer:', '{{choices.text}}',
-            '{{choices.label.index(answerKey)}}'),
-    'hellaswag': ('hellaswag_val_first500', 'multiple_choice', '{{activity_label}}: {{ctx}}', '{{endings}}', '{{label}}'),
-    'mmlu': ('mmlu_12subjects_test', 'multiple_choice', '{{question}}\\nA. {{choices[0]}}\\nB. {{choices[1]}}\\nC. {{choices[2]}}\\n'
-             'D. {{choices[3]}}\\nAnswer:', '["A", "B", "C", "D"]', '{{answer}}'),
-    'gsm8k': ('gsm8k_test_200', 'generate_until', 'Question: {{question}}\\nAnswer:', None, '{{answer}}')}
+# Task -> its file, and what lm-eval's own YAML for it says: text, choices and target.
+QUESTION = 'Question: {{question}}\\nAnswer:'
+LETTERS = '\\nA. {{choices[0]}}\\nB. {{choices[1]}}\\nC. {{choices[2]}}\\nD. {{choices[3]}}'
+LABEL = '{{choices.label.index(answerKey)}}'
+REAL = {
+    'arc': ('arc_challenge_validation', QUESTION, '{{choices.text}}', LABEL),
+    'hellaswag': (
+        'hellaswag_val_first500', '{{activity_label}}: {{ctx}}', '{{endings}}', '{{label}}'),
+    'mmlu': (
+        'mmlu_12subjects_test', '{{question}}' + LETTERS + '\\nAnswer:', '["A", "B", "C", "D"]',
+        '{{answer}}'),
+    'gsm8k': ('gsm8k_test_200', QUESTION, None, '{{answer}}'),
+}
 
 
 @pytest.mark.parametrize('name', REAL)
-def test_real_benchmarks_equal_lm_evals_hf_model(shared_data, tmp_path, name, monkeypatch):
-    """40 questions each, a random model with a real tokenizer: every log-likelihood and every generated text."""
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
-    file, kind, text, choices, target = REAL[name]
-    (tmp_path / 'rows.jsonl').write_text(''.join((shared_data / 'benchmarks' / f'{file}.jsonl').read_text().splitlines(True)[:40]))
-    (tmp_path / 'task.yaml').write_text(f"""task: real
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {tmp_path}/rows.jsonl}}}}
-test_split: test
-output_type: {kind}
-doc_to_text: "{text}"
-doc_to_target: "{target}"
-""" + (f"doc_to_choice: '{choices}'\n" if choices else 'generation_kwargs: {until: ["Question:"], max_gen_toks: 32}\n')
-        + 'metric_list: [{metric: %s, aggregation: mean, higher_is_better: true}]\n' % ('acc' if choices else 'exact_match'))
-    tokenizer = load_tokenizer(str(shared_data / 'tokenizers' / 'bpe8k'))
-    config = ModelConfig(vocab_size=8192, n_layer=3, n_head=6, n_kv_head=2, n_embd=96, ffn_dim=160, tie_embeddings=False)
-    model = GPT(config)
-    init_weights(model, 1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(4) if parameter.ndim == 2 else None
-    (tmp_path / 'ours').mkdir()
-    save_tokenizer(str(tmp_path / 'ours'), tokenizer)
-    checkpoint.Checkpointer(str(tmp_path / 'ours'), 0, False).save(0, model, [], dict(
-        model=vars(config), config=None, tokenizer=tokenizer.fingerprint, context=1024))
-    hf.export_model(str(tmp_path / 'ours'), str(tmp_path / 'hf'), 'float32', None)
-    theirs = simple_evaluate(HFLM(pretrained=str(tmp_path / 'hf'), dtype='float32', batch_size=8, device='cpu'),
-                             tasks=[str(tmp_path / 'task.yaml')], task_manager=benchmarks.task_manager())
-    found = []
-    original = benchmarks.simple_evaluate
-    monkeypatch.setattr(benchmarks, 'simple_evaluate', lambda *args, **kwargs: found.append(original(*args, **kwargs)) or found[-1])
-    results = benchmarks.run_tasks(scorer(tmp_path, 3000), benchmarks.load_tasks([str(tmp_path / 'task.yaml')]))['real']
+def test_real_benchmarks_equal_lm_evals_hf_model(shared_data, tmp_path, name, found):
+    """40 questions each: every log-likelihood and every generated text, with a real tokenizer."""
+    file, text, choices, target = REAL[name]
+    lines = (shared_data / 'benchmarks' / f'{file}.jsonl').read_text().splitlines(True)
+    (tmp_path / 'rows.jsonl').write_text(''.join(lines[:40]))
     metric = 'acc' if choices else 'exact_match'
-    assert results['metrics'][metric][0] == theirs['results']['real'][f'{metric},none'] and results['n'] == 40
-    got, wanted = ([np.ravel(r) for sample in f['samples']['real'] for r in sample['resps']] for f in (found[0], theirs))
+    task = ['task: real', 'dataset_path: json', 'test_split: test']
+    task.append(f'dataset_kwargs: {{data_files: {{test: {tmp_path}/rows.jsonl}}}}')
+    task += [f'doc_to_text: "{text}"', f'doc_to_target: "{target}"']
     if choices:
-        a, b = np.array(got, dtype=float), np.array(wanted, dtype=float)
-        print(f'{name}: {len(a)} log-likelihoods, largest difference {np.abs(a[:, 0] - b[:, 0]).max():.1e} nats')
-        assert np.abs(a[:, 0] - b[:, 0]).max() < 1e-3 and (a[:, 1] == b[:, 1]).all() and a[:, 0].std() > 0.3
+        task += ['output_type: multiple_choice', f"doc_to_choice: '{choices}'"]
     else:
-        assert [str(g) for g in got] == [str(w) for w in wanted] and len({str(g) for g in got}) > 20
+        task.append('output_type: generate_until')
+        task.append('generation_kwargs: {until: ["Question:"], max_gen_toks: 32}')
+    task.append('metric_list: [{metric: %s, aggregation: mean, higher_is_better: true}]' % metric)
+    (tmp_path / 'task.yaml').write_text('\n'.join(task) + '\n')
+    tokenizer = load_tokenizer(str(shared_data / 'tokenizers' / 'bpe8k'))
+    sizes = dict(vocab_size=8192, n_layer=3, n_head=6, n_kv_head=2, n_embd=96, ffn_dim=160)
+    save_model(tmp_path, ModelConfig(**sizes, tie_embeddings=False), tokenizer, 4, 1024)
+    theirs = run_theirs(tmp_path, 'task', setting=dict(batch_size=8, max_length=1024))
+    results = run_ours(scorer(tmp_path, 3000), tmp_path / 'task.yaml')['real']
+    assert results['n'] == 40
+    assert results['metrics'][metric][0] == theirs['results']['real'][f'{metric},none']
+    got = responses(found[-1], 'real')
+    wanted = responses(theirs, 'real')
+    if choices:
+        assert_same_scores(got, wanted, 0.3)
+    else:
+        assert_same_texts(got, wanted, 20)
 
 
 def test_two_ranks_give_what_one_gives(model_folder, tmp_path):
     tasks = ','.join(str(model_folder / f'{name}.yaml') for name in ('choice', 'continue', 'roll'))
     bpb = tmp_path / 'text.jsonl'
-    bpb.write_text(''.join(json.dumps({'text': 'the river in ' * n}) + '\n' for n in (1, 5, 40, 3)))
-    arguments = ['tools/evaluate.py', f'--ckpt={model_folder / "ours"}', f'--tasks={tasks}', f'--bpb={bpb}', '--device=cpu', '--dtype=float32',
-                 '--batch_tokens=600']
-    out = run([sys.executable, *arguments, f'--out={tmp_path}/one.json'])
+    write_lines(bpb, [dict(text='the river in ' * n) for n in (1, 5, 40, 3)])
+    command = ['tools/evaluate.py', f'--ckpt={model_folder / "ours"}', f'--tasks={tasks}']
+    command += [f'--bpb={bpb}', '--device=cpu', '--dtype=float32', '--batch_tokens=600']
+    out = run([sys.executable, *command, f'--out={tmp_path}/one.json'])
     assert out.returncode == 0, out.stdout + out.stderr
-    out = run_ranks([*arguments, f'--out={tmp_path}/two.json', f'--compare={tmp_path}/one.json'], 2)
+    out = run_ranks([*command, f'--out={tmp_path}/two.json', f'--compare={tmp_path}/one.json'], 2)
     assert out.returncode == 0, out.stdout
-    results = [json.loads((tmp_path / f'{name}.json').read_text())['results'] for name in ('one', 'two')]
-    assert '+0.0000   0.0000  paired' in out.stdout and 'lost their beginning' in out.stdout
-    assert results[0].keys() == results[1].keys() == {'local_choice', 'local_continue', 'local_roll', f'bpb {bpb}'}
-    for name, r in results[0].items():
+    assert '+0.0000   0.0000  paired' in out.stdout
+    assert 'lost their beginning' in out.stdout
+    one = json.loads((tmp_path / 'one.json').read_text())['results']
+    two = json.loads((tmp_path / 'two.json').read_text())['results']
+    names = {'local_choice', 'local_continue', 'local_roll', f'bpb {bpb}'}
+    assert one.keys() == two.keys() == names
+    for name, r in one.items():
         for metric, (value, _) in r['metrics'].items():
-            assert value == pytest.approx(results[1][name]['metrics'][metric][0], rel=1e-6), (name, metric)
-            assert r['items'].get(metric, []) == pytest.approx(results[1][name]['items'].get(metric, []), rel=1e-6)
+            assert value == pytest.approx(two[name]['metrics'][metric][0], rel=1e-6)
+            items = two[name]['items'].get(metric, [])
+            assert r['items'].get(metric, []) == pytest.approx(items, rel=1e-6)
 
 
-def test_bits_per_byte_against_the_definition(model_folder, tmp_path, trained):
+def test_bits_per_byte_against_the_definition(model_folder, tmp_path):
     ours = scorer(model_folder)
-    text = ['the river in Zürich ' * 3, 'x = 1']
-    bits, n_bytes = [], 0
-    for document in text:
-        ids = ours.tokens.encode(document)
+    texts = ['the river in Zürich ' * 3, 'x = 1']
+    bits = 0
+    n_bytes = 0
+    for text in texts:
+        ids = ours.tokens.encode(text)
         assert len(ids) < 160
         with torch.no_grad():
             logits = ours.model(torch.tensor([[0, *ids]]))[0] @ ours.model.output_weight.T
-        bits.append(-sum(logits.log_softmax(-1)[i, t].item() for i, t in enumerate(ids)) / math.log(2))
-        n_bytes += len(document.encode())
-    (tmp_path / 'a.jsonl').write_text(''.join(json.dumps({'body': d}) + '\n' for d in text))
-    result = benchmarks.bits_per_byte(ours, benchmarks.read_documents(str(tmp_path / 'a.jsonl'), ours.tokens, 'body', None))
-    assert result['metrics']['bpb'][0] == pytest.approx(sum(bits) / n_bytes, rel=1e-5) and result['bytes'] == n_bytes
-    assert np.mean(result['items']['bpb']) == pytest.approx(sum(bits) / n_bytes, rel=1e-5)
+        log_p = logits.log_softmax(-1)
+        bits -= sum(log_p[i, token].item() for i, token in enumerate(ids)) / math.log(2)
+        n_bytes += len(text.encode())
+    path = tmp_path / 'a.jsonl'
+    write_lines(path, [dict(body=text) for text in texts])
+    documents = benchmarks.read_documents(str(path), ours.tokens, 'body', None)
+    result = benchmarks.bits_per_byte(ours, documents)
+    assert result['metrics']['bpb'][0] == pytest.approx(bits / n_bytes, rel=1e-5)
+    assert np.mean(result['items']['bpb']) == pytest.approx(bits / n_bytes, rel=1e-5)
+    assert result['bytes'] == n_bytes
     with pytest.raises(BadInput, match="no text in 'text'"):
-        benchmarks.read_documents(str(tmp_path / 'a.jsonl'), ours.tokens, 'text', None)
-    # a source's validation shards: the same documents as its text, and what training reports of them
+        benchmarks.read_documents(str(path), ours.tokens, 'text', None)
+
+
+def test_bits_per_byte_of_a_source_are_those_that_training_reports(trained):
     source = trained.parent / 'data' / 'a'
     model, tokenizer, about = hf.open_model(str(trained), torch.device('cpu'), torch.float32)
-    at_end = benchmarks.Scorer(model, tokenizer, True, 0, about['context'], torch.device('cpu'), 1000, quiet=True)
     documents = benchmarks.read_documents(str(source), tokenizer, 'text', None)
-    lines = [json.loads(line)['text'] for line in (trained.parent / 'text.jsonl').read_text().splitlines()]
-    assert 0 < len(documents) < 40 and all(tokenizer.decode(ids) in lines and len(tokenizer.decode(ids)) == n for ids, n in documents)
-    logged = [json.loads(line) for line in (trained / 'metrics.jsonl').read_text().splitlines()][-1]['val/bpb_a']
-    assert benchmarks.bits_per_byte(at_end, documents)['metrics']['bpb'][0] == pytest.approx(logged, rel=0.05)
+    assert 0 < len(documents) < 40
+    lines = (trained.parent / 'text.jsonl').read_text().splitlines()
+    texts = {json.loads(line)['text'] for line in lines}
+    for ids, n_bytes in documents:
+        assert tokenizer.decode(ids) in texts
+        assert len(tokenizer.decode(ids)) == n_bytes
+    at_end = benchmarks.Scorer(model, tokenizer, about['context'], 1000, quiet=True)
+    bpb = benchmarks.bits_per_byte(at_end, documents)['metrics']['bpb'][0]
+    last = (trained / 'metrics.jsonl').read_text().splitlines()[-1]
+    assert bpb == pytest.approx(json.loads(last)['val/bpb_a'], rel=0.05)
 
 
 def test_paired_differences_are_those_of_the_documents():
     rng = np.random.default_rng(1)
     base = rng.random(400) < 0.4
-    better = base | (rng.random(400) < 0.05)
+    better = (base | (rng.random(400) < 0.05)).astype(float)
+    base = base.astype(float)
 
-    def entry(x, **more):
-        return {'t': dict(version=1, shots=0, metrics={'acc': [float(x.mean()), float(x.std(ddof=1) / 20)]}, items={'acc': x.tolist()}, **more)}
-    (_, _, _, _, delta, error, how), = benchmarks.compare_results(entry(better.astype(float)), entry(base.astype(float)))
-    difference = better.astype(float) - base
-    assert how == 'paired' and delta == pytest.approx(difference.mean()) and error == pytest.approx(difference.std(ddof=1) / 20)
-    (*_, error, how), = benchmarks.compare_results(entry(better.astype(float)), entry(base[:300].astype(float)))
-    assert how == 'unpaired' and error == pytest.approx(math.hypot(better.std(ddof=1), base[:300].std(ddof=1)) / 20, rel=0.01)
+    def entry(x):
+        metrics = {'acc': [x.mean(), x.std(ddof=1) / 20]}
+        return {'t': dict(version=1, shots=0, metrics=metrics, items={'acc': x.tolist()})}
+
+    [(*_, delta, error, how)] = benchmarks.compare_results(entry(better), entry(base))
+    assert how == 'paired'
+    assert delta == pytest.approx((better - base).mean())
+    assert error == pytest.approx((better - base).std(ddof=1) / 20)
+    [(*_, error, how)] = benchmarks.compare_results(entry(better), entry(base[:300]))
+    assert how == 'unpaired'
+    expected = math.hypot(better.std(ddof=1), base[:300].std(ddof=1)) / 20
+    assert error == pytest.approx(expected, rel=0.01)
 
 
 @pytest.mark.parametrize('arguments, message', [
-    (['--tasks=arc_eazy'], "unknown task 'arc_eazy'. Did you mean 'arc_easy'?"), ([], 'say which model and what'),
-    (['--tasks=core,-mmlux'], "'-mmlux' leaves out what is not there"), (['--tasks=choice', '--compare=nowhere.json'], 'no file of results'),
-    (['--tasks=choice', '--chat_template=llama3'], r'has no <\|start_header_id\|>'), (['--bpb=nowhere.txt'], 'matches no file'),
-    (['--tasks=continue', '--context=20'], 'generates up to 24 tokens')])
+    ('--tasks=arc_eazy', "unknown task 'arc_eazy'. Did you mean 'arc_easy'?"),
+    ('--limit=1', 'name a model and what to score'),
+    ('--tasks=core,-mmlux', "'-mmlux' leaves out what is not there"),
+    ('--tasks=DIR/choice.yaml --compare=nowhere.json', 'no file of results'),
+    ('--tasks=DIR/choice.yaml --chat_template=llama3', r'has no <\|start_header_id\|>'),
+    ('--bpb=nowhere.txt', 'matches no file'),
+    ('--tasks=DIR/continue.yaml --context=20', 'generates up to 24 tokens'),
+])
 def test_bad_input(model_folder, arguments, message):
-    arguments = [a.replace('=choice', f'={model_folder}/choice.yaml').replace('=continue', f'={model_folder}/continue.yaml') for a in arguments]
+    arguments = arguments.replace('DIR', str(model_folder)).split()
+    command = ['tools/evaluate.py', f'--ckpt={model_folder / "ours"}', '--device=cpu', *arguments]
     with pytest.raises(BadInput, match=message):
-        run_here(['tools/evaluate.py', f'--ckpt={model_folder / "ours"}', '--device=cpu', *arguments])
+        run_here(command)
 
 
-def test_tasks_that_cannot_be_loaded_or_run_code(model_folder):
-    missing = model_folder / 'missing.yaml'
-    missing.write_text((model_folder / 'roll.yaml').read_text().replace('rows.jsonl', 'nowhere.jsonl').replace('local_roll', 'local_missing'))
+def test_tasks_that_cannot_be_loaded_or_run_code(model_folder, tmp_path):
+    roll = (model_folder / 'roll.yaml').read_text().replace('rows.jsonl', 'nowhere.jsonl')
+    missing = tmp_path / 'missing.yaml'
+    missing.write_text(roll.replace('local_roll', 'local_missing'))
     with pytest.raises(RunFault, match='missing.yaml.*cannot be loaded'):
         benchmarks.load_tasks([str(missing)])
-    unsafe = model_folder / 'unsafe.yaml'
-    unsafe.write_text((model_folder / 'continue.yaml').read_text().replace('local_continue', 'local_unsafe') + 'unsafe_code: true\n')
+    generate = (model_folder / 'continue.yaml').read_text() + 'unsafe_code: true\n'
+    unsafe = tmp_path / 'unsafe.yaml'
+    unsafe.write_text(generate.replace('local_continue', 'local_unsafe'))
     with pytest.raises(BadInput, match='runs code that the model wrote.*--allow_code'):
         benchmarks.load_tasks([str(unsafe)])
-    assert benchmarks.run_tasks(scorer(model_folder), benchmarks.load_tasks([str(unsafe)], allow_code=True), limit=3, allow_code=True)['local_unsafe']['n'] == 3
+    results = run_ours(scorer(model_folder), unsafe, limit=3, allow_code=True)
+    assert results['local_unsafe']['n'] == 3
 
 
 def test_prompts_as_conversations(model_folder, monkeypatch):
-    """Through a chat template the prompt is one conversation with special tokens and one BOS."""
+    """Through a chat template, the prompt is one conversation with special tokens and one BOS."""
     seen = []
+
+    def score(pairs):
+        seen.extend(pairs)
+        return [(0.0, False)] * len(pairs)
+
     ours = scorer(model_folder, template='chatml')
-    monkeypatch.setattr(ours, 'score', lambda pairs: seen.extend(pairs) or [(0.0, False)] * len(pairs))
-    benchmarks.run_tasks(ours, benchmarks.load_tasks([str(model_folder / 'choice.yaml')], 0), limit=2)
+    monkeypatch.setattr(ours, 'score', score)
+    run_ours(ours, model_folder / 'choice.yaml', 0, limit=2)
     context = seen[0][0]
-    assert context[:2] == [0, 1] and context.count(0) == 1 and context.count(1) == 2 and context.count(2) == 1
+    assert context[:2] == [0, 1]
+    assert [context.count(i) for i in (0, 1, 2)] == [1, 2, 1]
     assert ours.tokens.decode(context).startswith('<|endoftext|><|im_start|>user\nQuestion: ')
-
-
-def test_benchmarks_while_training_leave_the_run_as_it_was(model_folder, trained, tmp_path):
-    """On one rank and, sharded, on two; the losses are those of a run without them."""
-    knobs = dict(vocab_size=265, sources={'a': 1.0}, max_steps=4, block_size=64, total_batch_tokens=512, batch_size=2, eval_interval=4)
-    tasks = dict(eval_tasks=f'{model_folder}/choice.yaml,{model_folder}/continue.yaml', eval_tasks_interval=2, eval_tasks_limit=5)
-    plain = train(tmp_path / 'plain', trained.parent / 'data', **knobs)
-    one = train(tmp_path / 'one', trained.parent / 'data', **knobs, **tasks)
-    two = train(tmp_path / 'two', trained.parent / 'data', ranks=2, **knobs, **tasks)
-    keys = [key for key in one[0] if key.startswith('eval/')]
-    assert keys == ['eval/local_choice_acc', 'eval/local_choice_acc_norm', 'eval/local_continue_exact_match']
-    for step in (0, 2, 4):
-        assert [one[step][key] for key in keys] == pytest.approx([two[step][key] for key in keys])
-    for step in range(4):
-        assert one[step]['train/loss'] == plain[step]['train/loss'] == pytest.approx(two[step]['train/loss'], rel=1e-5)
-    with pytest.raises(BadInput, match="unknown task 'choicee'"):
-        train(tmp_path / 'bad', trained.parent / 'data', **knobs, eval_tasks='choicee')
-
-
-def test_groups_of_groups_and_the_metrics_package(model_folder, monkeypatch):
-    """mmlu is a group of groups; tasks such as humaneval import the package `evaluate`, which is not our script."""
-    import evaluate
-    assert evaluate.load and 'site-packages' in evaluate.__file__
-    from datasets import Dataset, DatasetDict
-    rows = Dataset.from_list([dict(question='the river?', choices=['in', 'seven', 'the cat', 'x'], answer=2, subject='any')] * 5)
-    monkeypatch.setattr('lm_eval.api.task.ConfigurableTask.download',
-                        lambda self, *_, **__: setattr(self, 'dataset', DatasetDict(test=rows, dev=rows)))
-    results = benchmarks.run_tasks(scorer(model_folder), benchmarks.load_tasks(['mmlu'], 0), limit=2)
-    assert results['mmlu']['n'] == 114 and len(results['mmlu']['items']['acc']) == 114 and results['mmlu_stem']['n'] < 60
-    assert results['mmlu']['metrics']['acc'][0] == np.mean(results['mmlu']['items']['acc'])
-
-
-def test_results_of_several_evaluations_stand_in_one_file(model_folder, tmp_path):
-    def evaluate_now(*arguments):
-        assert run_here(['tools/evaluate.py', f'--ckpt={model_folder / "ours"}', '--device=cpu', f'--out={tmp_path}/x.json', *arguments]) == 0
-        return json.loads((tmp_path / 'x.json').read_text())['results']
-    (tmp_path / 'a.txt').write_text('the river in Zürich')
-    assert evaluate_now(f'--bpb={tmp_path}/a.txt').keys() == {f'bpb {tmp_path}/a.txt'}
-    found = evaluate_now(f'--tasks={model_folder}/choice.yaml', '--limit=2')
-    assert found.keys() == {f'bpb {tmp_path}/a.txt', 'local_choice'}
-    assert found['local_choice']['limit'] == 2 and found[f'bpb {tmp_path}/a.txt']['limit'] is None
-    (tmp_path / 'x.json').write_text('[1]')
-    with pytest.raises(BadInput, match='no file of results'):
-        evaluate_now(f'--bpb={tmp_path}/a.txt')
-    with pytest.raises(BadInput, match='there is no folder'):
-        evaluate_now(f'--bpb={tmp_path}/a.txt', f'--out={tmp_path}/nowhere/x.json')
 
 
 def test_a_begun_answer_is_not_closed(model_folder):
     ours = scorer(model_folder, template='chatml')
     history = [dict(role='user', content='Say it.'), dict(role='assistant', content='It is')]
-    assert ours.apply_chat_template(history, add_generation_prompt=False).endswith('<|im_start|>assistant\nIt is')
+    text = ours.apply_chat_template(history, add_generation_prompt=False)
+    assert text.endswith('<|im_start|>assistant\nIt is')
+
+
+def test_benchmarks_while_training_leave_the_run_as_it_was(model_folder, trained, tmp_path):
+    """On one rank and, sharded, on two. The losses are those of a run without benchmarks."""
+    data = trained.parent / 'data'
+    knobs = dict(vocab_size=265, sources={'a': 1.0}, max_steps=4, block_size=64, batch_size=2)
+    knobs |= dict(total_batch_tokens=512, eval_interval=4)
+    tasks = dict(eval_tasks=f'{model_folder}/choice.yaml,{model_folder}/continue.yaml')
+    tasks |= dict(eval_tasks_interval=2, eval_tasks_limit=5)
+    plain = train(tmp_path / 'plain', data, **knobs)
+    one = train(tmp_path / 'one', data, **knobs, **tasks)
+    two = train(tmp_path / 'two', data, ranks=2, **knobs, **tasks)
+    metrics = ['choice_acc', 'choice_acc_norm', 'continue_exact_match']
+    keys = [f'eval/local_{metric}' for metric in metrics]
+    assert [key for key in one[0] if key.startswith('eval/')] == keys
+    for step in (0, 2, 4):
+        assert [one[step][key] for key in keys] == pytest.approx([two[step][key] for key in keys])
+    for step in range(4):
+        loss = one[step]['train/loss']
+        assert loss == plain[step]['train/loss']
+        assert loss == pytest.approx(two[step]['train/loss'], rel=1e-5)
+    with pytest.raises(BadInput, match="unknown task 'choicee'"):
+        train(tmp_path / 'bad', data, **knobs, eval_tasks='choicee')
+
+
+def test_groups_of_groups_and_the_metrics_package(model_folder, monkeypatch):
+    """mmlu is a group of groups. Tasks such as humaneval import the package `evaluate`, which must
+    not be our script."""
+    import evaluate
+    from datasets import Dataset, DatasetDict
+
+    assert evaluate.load and 'site-packages' in evaluate.__file__
+    row = dict(question='the river?', choices=['in', 'seven', 'the cat', 'x'])
+    row |= dict(answer=2, subject='any')
+    rows = Dataset.from_list([row] * 5)
+
+    def download(self, *_, **__):
+        self.dataset = DatasetDict(test=rows, dev=rows)
+
+    monkeypatch.setattr('lm_eval.api.task.ConfigurableTask.download', download)
+    results = run_ours(scorer(model_folder), 'mmlu', 0, limit=2)
+    assert results['mmlu']['n'] == len(results['mmlu']['items']['acc']) == 114
+    assert results['mmlu_stem']['n'] < 60
+    assert results['mmlu']['metrics']['acc'][0] == np.mean(results['mmlu']['items']['acc'])
+
+
+def test_results_of_several_evaluations_stand_in_one_file(model_folder, tmp_path):
+    out = tmp_path / 'x.json'
+    bpb = f'--bpb={tmp_path}/a.txt'
+
+    def evaluate_now(*arguments):
+        command = ['tools/evaluate.py', f'--ckpt={model_folder / "ours"}', '--device=cpu']
+        assert run_here([*command, f'--out={out}', *arguments]) == 0
+        return json.loads(out.read_text())['results']
+
+    (tmp_path / 'a.txt').write_text('the river in Zürich')
+    name = f'bpb {tmp_path}/a.txt'
+    assert evaluate_now(bpb).keys() == {name}
+    found = evaluate_now(f'--tasks={model_folder}/choice.yaml', '--limit=2')
+    assert found.keys() == {name, 'local_choice'}
+    assert found['local_choice']['limit'] == 2
+    assert found[name]['limit'] is None
+    out.write_text('[1]')
+    with pytest.raises(BadInput, match='no file of results'):
+        evaluate_now(bpb)
+    with pytest.raises(BadInput, match='there is no folder'):
+        evaluate_now(bpb, f'--out={tmp_path}/nowhere/x.json')

@@ -1,4 +1,5 @@
-"""What a run will cost, on paper: against measured memory, counted FLOPs and bytes, and for every model and machine of the table."""
+"""Plans against measured memory, counted FLOPs and bytes, and for every row of the table."""
+
 import re
 import subprocess
 import sys
@@ -10,78 +11,105 @@ import torch
 from configurator import BadInput
 from model import ModelConfig, count_parameters
 from tests.conftest import ROOT, run_here
-from tests.test_model import load_model_config
 from tools import plan
 
-KNOBS = dict(batch_size=2, block_size=2048, total_batch_tokens=4_194_304, optimizer='adamw', activation_checkpointing='none', teacher=None,
-             reshard_after_forward=None, dp_replicate=1, dp_shard=-1, tp=1, ep=1, plan_mfu=0.4, plan_link=None)
+KNOBS = dict(batch_size=2, block_size=2048, total_batch_tokens=4_194_304, optimizer='adamw')
+KNOBS |= dict(activation_checkpointing='none', reshard_after_forward=None, dp_replicate=1)
+KNOBS |= dict(dp_shard=-1, tp=1, ep=1, plan_mfu=0.4, plan_link=None)
 
 
 def test_planned_memory_is_within_a_tenth_of_the_measured_peak():
-    case = 'few tokens'             # the other cases, and several ranks: python tools/bench_memory.py
-    done = subprocess.run([sys.executable, 'tools/bench_memory.py', f'--cases={case}'], cwd=ROOT, capture_output=True, text=True)
+    case = 'few tokens'  # the other cases, and several ranks: python tools/bench.py memory
+    command = [sys.executable, 'tools/bench.py', 'memory', f'--cases={case}']
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    line = next(line for line in done.stdout.splitlines() if line.startswith(case))
-    measured, planned = (float(x.replace(',', '')) for x in re.findall(r'[\d,]+\.\d', line)[:2])
-    assert measured > 300 and planned == pytest.approx(measured, rel=0.1)
+    [line] = [line for line in done.stdout.splitlines() if line.startswith(case)]
+    numbers = [float(x.replace(',', '')) for x in re.findall(r'[\d,]+\.\d', line)]
+    measured, planned = numbers[:2]
+    assert measured > 300
+    assert planned == pytest.approx(measured, rel=0.1)
 
 
-@pytest.mark.parametrize('name, billions', [('mobilellm_140m', 0.14), ('mobilellm_70b', 70), ('mobilellm_671b', 671)])
-def test_states_of_all_ranks_are_16_bytes_a_parameter(name, billions):
-    config = load_model_config(f'model/{name}')
-    sizes = dict(dp_replicate=1, dp_shard=4, ep=16 if config.n_expert else 1, tp=8 if billions > 1 else 1)
+@pytest.mark.parametrize('name', ['mobilellm_140m', 'mobilellm_70b', 'mobilellm_671b'])
+def test_states_of_all_ranks_are_16_bytes_per_parameter(name):
+    config = plan.load_model_config(name)
+    tp = 1 if name == 'mobilellm_140m' else 8
+    sizes = dict(dp_replicate=1, dp_shard=4, ep=16 if config.n_expert else 1, tp=tp)
     knobs = {**KNOBS, 'activation_checkpointing': 'full', 'reshard_after_forward': True}
     terms, _ = plan.memory_plan(config, knobs, sizes, 2, True)
-    ranks = 4 * sizes['ep'] * sizes['tp']
-    assert (terms['parameters (fp32)'] + terms['optimizer']) * ranks == pytest.approx(12 * count_parameters(config)['total'], rel=2e-3)
+    n_ranks = 4 * sizes['ep'] * sizes['tp']
+    states = (terms['parameters (fp32)'] + terms['optimizer']) * n_ranks
+    assert states == pytest.approx(12 * count_parameters(config)['total'], rel=2e-3)
 
 
 def test_traffic_is_what_rings_send():
-    c = ModelConfig(vocab_size=1000, n_layer=2, n_head=4, n_kv_head=4, n_embd=64, ffn_dim=128, tie_embeddings=False)
-    P = count_parameters(c)['total']
-    knobs = {**KNOBS, 'block_size': 512, 'total_batch_tokens': 2 * 512 * 8, 'reshard_after_forward': True}
+    sizes = dict(vocab_size=1000, n_layer=2, n_head=4, n_kv_head=4, n_embd=64, ffn_dim=128)
+    c = ModelConfig(**sizes, tie_embeddings=False)
+    n_parameters = count_parameters(c)['total']
+    knobs = {**KNOBS, 'block_size': 512, 'reshard_after_forward': True}
+    knobs['total_batch_tokens'] = 2 * 512 * 8
     sent = plan.traffic(c, knobs, dict(dp_replicate=1, dp_shard=8, ep=1, tp=1), 2)
-    assert sent['fsdp'] == pytest.approx(7 / 8 * P * (2 * 2 + 4)) and not sent['tp'] and not sent['replicas'] and not sent['experts']
-    sent = plan.traffic(c, {**knobs, 'total_batch_tokens': 2 * 512 * 4 * 3}, dict(dp_replicate=4, dp_shard=1, ep=1, tp=2), 2)
-    assert sent['fsdp'] == 0 and sent['replicas'] == pytest.approx(2 * 3 / 4 * 4 * (P - 5 * 64) / 2, rel=0.01)
-    # 3 micro-steps x 2 layers x (two gathers and two scatters, and their opposites), and those of the table and the final states
+    assert sent['fsdp'] == pytest.approx(7 / 8 * n_parameters * (2 * 2 + 4))
+    assert sent['tp'] == sent['replicas'] == sent['experts'] == 0
+    knobs['total_batch_tokens'] = 2 * 512 * 4 * 3
+    sent = plan.traffic(c, knobs, dict(dp_replicate=4, dp_shard=1, ep=1, tp=2), 2)
+    assert sent['fsdp'] == 0
+    split = (n_parameters - 5 * 64) / 2
+    assert sent['replicas'] == pytest.approx(2 * 3 / 4 * 4 * split, rel=0.01)
+    # 3 micro-steps x 2 layers x (two gathers and two scatters, and their opposites), and those of
+    # the table and the final states.
     assert sent['tp'] == 3 * (1 / 2) * 2 * 512 * 64 * 2 * (2 * 4 * 2 + 4)
 
 
-def test_more_gpus_and_less_recomputing_are_faster():
-    config = load_model_config('model/mobilellm_7b')
+def test_more_gpus_and_less_recomputation_are_faster():
+    config = plan.load_model_config('mobilellm_7b')
 
     def seconds(on, **changes):
-        return plan.plan(config, {**KNOBS, 'batch_size': 8, **changes}, plan.machine(on, 1, 'cuda'))['time']['total']
-    assert seconds('64xH100') < seconds('32xH100') < seconds('32xH100', activation_checkpointing='selective') < seconds('32xH100', activation_checkpointing='full')
-    assert seconds('32xH100', plan_mfu=0.5) < seconds('32xH100') < seconds('32xA100-80GB')
+        knobs = {**KNOBS, 'batch_size': 8, **changes}
+        return plan.plan(config, knobs, plan.machine(on, 1, 'cuda'))['time']['total']
+
+    plain = seconds('32xH100')
+    selective = seconds('32xH100', activation_checkpointing='selective')
+    full = seconds('32xH100', activation_checkpointing='full')
+    assert seconds('64xH100') < plain < selective < full
+    assert seconds('32xH100', plan_mfu=0.5) < plain < seconds('32xA100-80GB')
     assert seconds('64xH100', plan_link=5.0) > seconds('64xH100')
 
 
 def test_dry_run_answers_for_the_largest_model_in_seconds(tmp_path, capsys):
     start = time.process_time()
-    command = ['train.py', 'config/model/mobilellm_671b.py', 'config/stage1.py', '--dry_run=True', '--plan_on=256xH100', '--tp=8', '--ep=16', '--batch_size=2',
-               '--activation_checkpointing=full', '--total_batch_tokens=4_194_304', f'--out_dir={tmp_path}/x']
+    options = '--dry_run=True --plan_on=256xH100 --tp=8 --ep=16 --batch_size=2'.split()
+    options += ['--activation_checkpointing=full', '--total_batch_tokens=4_194_304']
+    command = ['train.py', 'config/model/mobilellm_671b.py', 'config/stage1.py', *options]
+    command.append(f'--out_dir={tmp_path}/x')
     assert run_here(command) == 0
     out = capsys.readouterr().out
-    for part in ('674,821.4M parameters', '41,', '256 x H100: dp_replicate 1 x dp_shard 2 x ep 16 x tp 8', 'fits into 80 GiB', 'GB for experts', 'GPU-hours, $'):
+    sizes = '256 x H100: dp_replicate 1 x dp_shard 2 x ep 16 x tp 8'
+    memory = ['41,', 'fits into 80 GiB']
+    for part in ('674,821.4M parameters', sizes, *memory, 'GB for experts', 'GPU-hours, $'):
         assert part in out, out
-    assert time.process_time() - start < 10 and not (tmp_path / 'x').exists()
+    assert time.process_time() - start < 10
+    assert not (tmp_path / 'x').exists()
     assert run_here([*command, '--activation_checkpointing=none', '--batch_size=16']) == 0
-    assert re.search(r'does not fit into 80 GiB, by [\d.]+ GiB. It fits with --batch_size=\d+ ', capsys.readouterr().out)
-    with pytest.raises(BadInput, match="plan_on = '8xH10' must be a number and a GPU, like 8xH100. Did you mean 'H100'"):
+    out = capsys.readouterr().out
+    assert re.search(r'not fit into 80 GiB, by [\d.]+ GiB. It fits with --batch_size=\d+ ', out)
+    message = "plan_on = '8xH10' must be a number and a GPU, like 8xH100. Did you mean 'H100'"
+    with pytest.raises(BadInput, match=message):
         run_here([*command, '--plan_on=8xH10'])
 
 
 def test_the_table_has_every_model_and_its_remedies_fit(capsys):
-    plan.print_table({**KNOBS}, 2e12)
+    plan.print_table(KNOBS, 2e12)
     lines = capsys.readouterr().out.splitlines()
     for name, *machines in plan.HARDWARE:
         assert sum(line.startswith(name) for line in lines) == len(machines)
     small = plan.machine('1xA100-40GB', 1, 'cuda')
-    config, knobs = load_model_config('model/mobilellm_950m'), {**KNOBS, 'batch_size': 16}
+    config = plan.load_model_config('mobilellm_950m')
+    knobs = {**KNOBS, 'batch_size': 16}
     assert not plan.plan(config, knobs, small)['fits']
-    said = plan.remedy(config, knobs, small, torch.bfloat16, None)
-    changes = dict(re.findall(r'--(\w+)=(\w+)', said))
-    changes = {k: int(v) if v.isdigit() else v for k, v in changes.items()}
-    assert said.startswith('It fits with') and plan.plan(config, {**knobs, **changes}, small)['fits']
+    remedy = plan.remedy(config, knobs, small, torch.bfloat16, None)
+    assert remedy.startswith('It fits with')
+    changes = {}
+    for name, value in re.findall(r'--(\w+)=(\w+)', remedy):
+        changes[name] = int(value) if value.isdigit() else value
+    assert plan.plan(config, {**knobs, **changes}, small)['fits']

@@ -1,188 +1,322 @@
-"""Training speed on one device, part by part, against its floor, and side by side with other codebases.
+"""Benchmarks: training steps beside other codebases, single parts, and peaks of memory.
 
-    python tools/bench.py                                                  # CPU: three shapes; GPU: four models that fit. About 15 minutes
-    python tools/bench.py --vs=transformers,nanogpt-shape                  # and peers, in turns with ours: ratios and their spread
-    python tools/bench.py --models="['360m']" --tokens=1024 --profile=True # one shape; where the time of a step goes
+    python tools/bench.py steps                                          # speed of training steps
+    python tools/bench.py steps --vs=transformers,litgpt,nanogpt-shape   # in turns with peers
+    python tools/bench.py parts --parts="['loss','attention']"           # single parts
+    python tools/bench.py memory --cases=plain,experts                   # against tools/plan.py
 
-A step is forward, backward, clipping and AdamW (fused) on random tokens, every side in a process of its own with the same memory settings. CPU
-figures are CPU time of one thread, since wall clocks of shared machines lie; GPU figures are wall time. Peers come from their PyPI packages:
+All sides of a comparison run in turns, and a table gives the median and the range of the ratios.
+On a CPU the time is CPU time of one thread, because the wall clock of a shared machine depends on
+its other users. On a GPU it is wall time. docs/BENCHMARKS.md explains the columns and keeps the
+results.
 
-    transformers   LlamaForCausalLM (Qwen3ForCausalLM where the shape has QK-norm)       liger   the same with Liger's kernels (GPU)
-    litgpt         GPT of LitGPT, its loss in one piece                                   nanogpt-shape   transformers' GPT-2, nanoGPT's network
+steps: forward, backward, clipping and fused AdamW on random tokens. Every side has a process of its
+own with the same memory settings. Peers come from their PyPI packages: Llama of transformers (Qwen3
+for shapes with QK-norm), the same with Liger's kernels (`liger`, GPU only), GPT of LitGPT with its
+loss in one piece, and GPT-2 of transformers, which has the shape of nanoGPT. MFU counts FLOPs as
+PaLM does, against the dense bf16 peak of the device.
 
-Columns: MFU in the PaLM count against the device's dense bf16 peak; `ceiling`, a large matrix product in the same run; `floor`, the share of the
-step that its matrix products and attention alone take, by the profiler; `start`, CPU-seconds until the first step is done, compiling included (little where it is cached); then milliseconds of a step, and what a micro-batch more costs
-when its influence is measured on the last block, when two micro-batches are weighed by PRESENCE, and when it is distilled from a cache of top 64.
-docs/BENCHMARKS.md keeps what it printed. tools/bench_parts.py measures single parts.
+parts: the functions `bench_...` below say what each of them measures.
 """
+import functools
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from json import dump, dumps, loads
+from types import SimpleNamespace
 
-import _path  # noqa: F401
+import _path  # noqa: F401  (puts the project's folder on the import path)
 
-from configurator import BadInput, configure
+import numpy as np
+import torch
+import torch.nn.functional as F
 
-SHAPES = {          # name -> model, rows x tokens on a CPU; a GPU takes 16 x 2048
-    's1': (dict(vocab_size=8192, n_layer=6, n_head=6, n_kv_head=2, n_embd=384, ffn_dim=1024), 8, 512),
-    'smollm2_135m': (dict(vocab_size=49152, n_layer=30, n_head=9, n_kv_head=3, n_embd=576, ffn_dim=1536), 4, 512),
-    '140m': (dict(vocab_size=128256, n_layer=15, n_head=9, n_kv_head=3, n_embd=576, ffn_dim=2048, qk_norm=True, qk_norm_weight=False), 2, 512),
-    '360m': (dict(vocab_size=128256, n_layer=15, n_head=16, n_kv_head=4, n_embd=1024, ffn_dim=4096, qk_norm=True, qk_norm_weight=False), 1, 512),
-    '950m': (dict(vocab_size=128256, n_layer=22, n_head=24, n_kv_head=6, n_embd=1536, ffn_dim=6144, qk_norm=True, qk_norm_weight=False), 1, 256)}
-PEERS = ('transformers', 'litgpt', 'liger', 'nanogpt-shape')
-PARTS = ('data', 'forward', 'backward', 'optimizer', 'influence', 'presence', 'kd')
+from configurator import BadInput, RunFault, configure
+from lib.device import device_name, leave_ranks, peak_flops, pick_dtype, start_ranks, tune_malloc
 
 # -- knobs --
-models: list | None = None       # names of SHAPES; None: s1, smollm2_135m and 140m on a CPU, all but s1 on a GPU
-vs = ''                          # peers, with commas
-dtypes = ['auto']                # auto (as train.py chooses) | float32 | bfloat16 (autocast over fp32 weights)
-compiled = [False, True]         # eager, blocks compiled, or both
+models: list | None = None       # names of SHAPES. None: what fits the device (steps), s1 (parts)
+dtypes = ['auto']                # auto, as train.py chooses | float32 | bfloat16 by autocast
 rounds = 5                       # turns of every side
-steps = 1                        # timed steps of a turn
-tokens: int | None = None        # of a row, None: the shape's
-rows: int | None = None          # of a step, None: the shape's
-kernels = 'auto'                 # as train.py's
-profile = False                  # also print where the time of a step goes
-json = ''                        # file for all figures
-side = ''                        # internal: one side in its own process
-config = configure(globals(), verbose=False)
+tokens: int | None = None        # tokens per row. None: those of the shape (steps), 256 (parts)
+vs = ''                          # steps: peers, separated by commas
+compiled = [False, True]         # steps: eager, compiled blocks, or both
+rows: int | None = None          # steps: rows of a step. None: those of the shape
+kernels = 'auto'                 # steps: as in train.py
+profile = False                  # steps: also print where the time goes
+json = ''                        # steps: file for all figures
+parts: list | None = None        # parts: what to measure. None: everything
+cases = ''                       # memory: names of CASES, separated by commas. '': all
+
+SMALL = dict(vocab_size=8192, n_layer=6, n_head=6, n_kv_head=2, n_embd=384, ffn_dim=1024)
+SMOLLM2 = dict(vocab_size=49152, n_layer=30, n_head=9, n_kv_head=3, n_embd=576, ffn_dim=1536)
+R1 = dict(vocab_size=128256, qk_norm=True, qk_norm_weight=False)
+# name -> (model, rows, tokens) of a step on a CPU. A GPU takes 16 rows of 2,048 tokens.
+SHAPES = {
+    's1': (SMALL, 8, 512),
+    'smollm2_135m': (SMOLLM2, 4, 512),
+    '140m': (dict(R1, n_layer=15, n_head=9, n_kv_head=3, n_embd=576, ffn_dim=2048), 2, 512),
+    '360m': (dict(R1, n_layer=15, n_head=16, n_kv_head=4, n_embd=1024, ffn_dim=4096), 1, 512),
+    '950m': (dict(R1, n_layer=22, n_head=24, n_kv_head=6, n_embd=1536, ffn_dim=6144), 1, 256),
+}
+# peer -> module that it needs
+PEERS = dict(transformers='transformers', litgpt='litgpt', liger='liger_kernel')
+PEERS['nanogpt-shape'] = 'transformers'
+PHASES = ('forward', 'backward', 'optimizer')
+# A profiled event belongs to the first kind that has a word in its name. Only attention by blocks
+# uses batched products.
+KINDS = {
+    'attention': ['attention', 'blockwise', 'flash', 'fmha', 'aten::bmm', 'aten::baddbmm'],
+    'adamw': ['adam'],
+    'products': ['aten::mm', 'aten::addmm', 'linear_pointwise', 'gemm', 'nvjet', 'cutlass', 'xmma'],
+}
+
+# -- measuring -------------------------------------------------------------------------------------
+# A function imports what it measures, so that `start` of a side contains no imports of another one.
 
 
-# -- one side, in its own process --------------------------------------------------------------------------------------
+def clock():
+    """Returns seconds: wall time after the queue of a GPU, or CPU time of this process."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()
 
-def build_ours(shape, compile_it, device):
+
+def seconds_of(job):
+    start = clock()
+    job()
+    return clock() - start
+
+
+def in_turns(jobs, n_rounds, warm_up=True):
+    """Runs jobs, name -> function, in turns.
+
+    Returns median seconds (name -> float) and ratios to the first job (name -> one per round).
+    """
+    # The jobs alternate, so that a change of the machine's speed affects all of them.
+    seconds = {name: [] for name in jobs}
+    # The round of warm-up compiles, allocates and fills caches, so it is not counted.
+    for i in range(n_rounds + warm_up):
+        for name, job in jobs.items():
+            spent = seconds_of(job)
+            if i >= warm_up:
+                seconds[name].append(spent)
+    first = seconds[next(iter(jobs))]
+    medians = {}
+    ratios = {}
+    for name, values in seconds.items():
+        medians[name] = statistics.median(values)
+        # Ratios are taken within a round, in which all jobs had the same machine.
+        ratios[name] = [value / base for value, base in zip(values, first, strict=True)]
+    return medians, ratios
+
+
+def spread(values, spec='.2f'):
+    """Returns the median and the range as text."""
+    middle = statistics.median(values)
+    return f'**{middle:{spec}}** ({min(values):{spec}} to {max(values):{spec}})'
+
+
+def print_row(*cells):
+    print('| ' + ' | '.join(str(cell) for cell in cells) + ' |', flush=True)
+
+
+def print_head(text, *names):
+    print('\n' + text + '\n')
+    print_row(*names)
+    print('|---' * len(names) + '|')
+
+
+def tensor_peak(work):
+    """Returns the bytes of tensors that work() holds at its peak beyond those that existed before.
+
+    They are counted by the allocator on a GPU and by the profiler on a CPU.
+    """
+    # The resident memory of the process would include what malloc keeps.
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        return torch.cuda.max_memory_allocated() - before
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as found:
+        work()
+    events = [e for e in found.profiler.kineto_results.events() if e.name() == '[memory]']
+    now = most = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
+
+
+def autocast(device, dtype):
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def make_model(shape, device):
     from model import GPT, ModelConfig, init_weights
-    from ops.kernels import use
-    use(kernels, device)
     model = GPT(ModelConfig(**shape)).to(device)
     init_weights(model, 0)
-    for block in model.blocks if compile_it else []:
-        block.compile()
-    return model, lambda inputs, targets: model.loss(inputs, targets)[0] / targets.numel()
+    return model
 
 
-def build_peer(who, shape, compile_it, device, length):
-    """(model, loss of a batch) of another codebase; the batch's targets are its inputs one on, as ours."""
-    import torch
-    s, qk_norm = shape, shape.get('qk_norm', False)
-    try:
-        if who == 'liger':
-            from liger_kernel.transformers import (
-                apply_liger_kernel_to_llama,
-                apply_liger_kernel_to_qwen3,
-            )
-            (apply_liger_kernel_to_qwen3 if qk_norm else apply_liger_kernel_to_llama)(fused_linear_cross_entropy=True, cross_entropy=False)
-        if who == 'litgpt':
-            from litgpt import GPT, Config
-            from litgpt.utils import chunked_cross_entropy
-            model = GPT(Config(n_layer=s['n_layer'], n_head=s['n_head'], n_query_groups=s['n_kv_head'], n_embd=s['n_embd'], block_size=length,
-                               intermediate_size=s['ffn_dim'], padded_vocab_size=s['vocab_size'], vocab_size=s['vocab_size'], norm_class_name='RMSNorm',
-                               mlp_class_name='LLaMAMLP', bias=False, parallel_residual=False, rotary_percentage=1.0, norm_qk=qk_norm)).to(device)
-            model.lm_head.weight = model.transformer.wte.weight
-            run = torch.compile(model) if compile_it else model
-            return model, lambda inputs, targets: chunked_cross_entropy(run(inputs), targets, chunk_size=0)
-        from transformers import (
-            GPT2Config,
-            GPT2LMHeadModel,
-            LlamaConfig,
-            LlamaForCausalLM,
-            Qwen3Config,
-            Qwen3ForCausalLM,
-        )
-    except ImportError as e:
-        raise BadInput(f'vs = {who} needs its package here ({e}). pip install {dict(liger="liger-kernel").get(who, who.split("-")[0])}.')
+def make_optimizer(model):
+    options = dict(lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    return torch.optim.AdamW(model.parameters(), **options)
+
+
+class Trainer:
+    """A model of a shape, its optimizer and random rows of n_tokens tokens."""
+
+    def __init__(self, shape, dtype, n_tokens, device):
+        self.model = make_model(shape, device)
+        self.optimizer = make_optimizer(self.model)
+        self.dtype = dtype
+        self.n_tokens = n_tokens
+        self.device = device
+
+    def rows(self, n, n_tokens=None):
+        """Returns inputs and targets, (n, T) int64 both, and None in place of document ids."""
+        size = (n, (n_tokens or self.n_tokens) + 1)
+        # The division makes some tokens frequent, so that the gradients of batches agree.
+        ids = torch.randint(self.model.config.vocab_size, size, device=self.device) // 7
+        return ids[:, :-1], ids[:, 1:].contiguous(), None
+
+    def backward(self, batch, n_batches, objective_of=None):
+        """objective_of makes the objective of GPT.loss from the inputs. None: cross-entropy."""
+        inputs, targets, _ = batch
+        with autocast(self.device, self.dtype):
+            objective = objective_of(inputs) if objective_of else None
+            loss = self.model.loss(inputs, targets, objective=objective)[0]
+        (loss / (targets.numel() * n_batches)).backward()
+
+    def step(self, batches, objective_of=None, taker=None):
+        """Takes a step, plain or with a gradient taker of methods/."""
+        if taker:
+            taker.begin(0, 1e-4, [batch[1].numel() for batch in batches])
+        for batch in batches:
+            self.backward(batch, len(batches), objective_of)
+            if taker:
+                taker.add(None, None)
+        if taker:
+            taker.finish()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+# -- steps: one side in its own process ------------------------------------------------------------
+
+
+@dataclass
+class Work:
+    """What every side of a comparison computes."""
+
+    model: str
+    dtype: str
+    compiled: bool
+    rows: int
+    tokens: int
+    kernels: str
+
+
+def build_litgpt(s, length):
+    from litgpt import GPT, Config
+    from litgpt.utils import chunked_cross_entropy
+    sizes = dict(n_layer=s['n_layer'], n_head=s['n_head'], n_query_groups=s['n_kv_head'])
+    sizes.update(n_embd=s['n_embd'], intermediate_size=s['ffn_dim'], block_size=length)
+    sizes.update(vocab_size=s['vocab_size'], padded_vocab_size=s['vocab_size'], bias=False)
+    kinds = dict(norm_class_name='RMSNorm', mlp_class_name='LLaMAMLP', parallel_residual=False)
+    kinds.update(rotary_percentage=1.0, norm_qk=s.get('qk_norm', False))
+    model = GPT(Config(**sizes, **kinds))
+    # All sides share the weight of the embedding and of the output layer.
+    model.lm_head.weight = model.transformer.wte.weight
+    return model, lambda run, x, y: chunked_cross_entropy(run(x), y, chunk_size=0)
+
+
+def build_transformers(who, s, length):
+    import transformers
+    qk_norm = s.get('qk_norm', False)
+    if who == 'liger':
+        from liger_kernel import transformers as liger
+
+        # The patch replaces functions and classes, so it comes before the model is made.
+        patch = liger.apply_liger_kernel_to_llama
+        if qk_norm:
+            patch = liger.apply_liger_kernel_to_qwen3
+        patch(fused_linear_cross_entropy=True, cross_entropy=False)
+    # In training, a KV cache would only take memory.
+    fields = dict(vocab_size=s['vocab_size'], use_cache=False, attn_implementation='sdpa')
     if who == 'nanogpt-shape':
-        model = GPT2LMHeadModel(GPT2Config(vocab_size=s['vocab_size'], n_positions=length, n_embd=s['n_embd'], n_layer=s['n_layer'], n_head=s['n_head'],
-                                           resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, use_cache=False, attn_implementation='sdpa'))
+        fields.update(n_layer=s['n_layer'], n_head=s['n_head'], n_embd=s['n_embd'])
+        # GPT-2 has dropout by default, which the other sides do not compute.
+        fields.update(n_positions=length, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**fields))
     else:
-        settings = dict(vocab_size=s['vocab_size'], hidden_size=s['n_embd'], intermediate_size=s['ffn_dim'], num_hidden_layers=s['n_layer'],
-                        num_attention_heads=s['n_head'], num_key_value_heads=s['n_kv_head'], tie_word_embeddings=True, use_cache=False,
-                        attn_implementation='sdpa', head_dim=s['n_embd'] // s['n_head'])
-        model = Qwen3ForCausalLM(Qwen3Config(**settings)) if qk_norm else LlamaForCausalLM(LlamaConfig(**settings))
-    model.to(device).train()
-    run = torch.compile(model) if compile_it else model
-    return model, lambda inputs, targets: run(input_ids=inputs, shift_labels=targets, labels=targets).loss
+        fields.update(hidden_size=s['n_embd'], intermediate_size=s['ffn_dim'])
+        fields.update(num_hidden_layers=s['n_layer'], num_attention_heads=s['n_head'])
+        fields.update(num_key_value_heads=s['n_kv_head'], head_dim=s['n_embd'] // s['n_head'])
+        fields.update(tie_word_embeddings=True)
+        if qk_norm:
+            model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**fields))
+        else:
+            model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**fields))
+    # The targets are shifted already. `labels` only turns the loss on.
+    return model.train(), lambda run, x, y: run(input_ids=x, shift_labels=y, labels=y).loss
 
 
-def extra_parts(model, batch, autocast):
-    """Seconds of a measurement of influence (a batch, last block), and of what PRESENCE adds to two micro-batches and a cached teacher to one."""
-    import torch
+def build_side(who, work, device):
+    """Returns a model and its mean loss as a function of inputs and targets, (B, T) int64."""
+    shape = SHAPES[work.model][0]
+    if who == 'ours':
+        from ops.kernels import use
 
-    from influence import Direction, select, source_products
-    from kd import distillation_loss
-    from methods.presence import MicroBatches
-    from tools.bench_common import clock, random_cache
-    inputs, targets = batch
-    direction = Direction({name: torch.ones_like(p) for name, p in select(model, 'last')[0].items()}, {}, {}, {}, 'last')
-    cached = random_cache(targets.numel(), model.config.vocab_size, device=targets.device)
-
-    def distil(h, weight, targets, token_weights):
-        total, found = distillation_loss(h, weight, targets, token_weights, teacher=cached)
-        return total, found[1], found[2].bool()
-
-    def passes(n, micro=None, objective=None):
-        if micro:
-            micro.begin(1.0)
-        for _ in range(n):
-            with autocast():
-                loss = model.loss(inputs, targets, objective=objective)[0]
-            (loss / (n * targets.numel())).backward()
-            if micro:
-                micro.add(1 / n)
-        if micro:
-            micro.finish()
-        model.zero_grad()
-
-    def influence():
-        with autocast():
-            source_products(model, [(inputs, targets, None)], [direction])
-    micro = MicroBatches(model, 'first', 'stream', 2)
-    jobs = dict(plain=lambda: passes(1), presence=lambda: passes(2, micro), kd=lambda: passes(1, objective=distil), influence=influence)
-    found = {name: [] for name in jobs}
-    for _ in range(2 if targets.numel() * model.config.n_layer > 40_000 else 4):
-        for name, job in jobs.items():
-            start = clock()
-            job()
-            found[name].append(clock() - start)
-    plain, presence, kd, influence = (statistics.median(found[name][1:]) for name in jobs)         # without the first, which warms up
-    return dict(influence=influence, presence=presence - 2 * plain, kd=kd - plain)
+        use(work.kernels, device)
+        model = make_model(shape, device)
+        if work.compiled:
+            # Blocks are alike, so they share one graph. Compiled by blocks, smollm2_135m started in
+            # 34 s, and transformers as a whole in 116 s (two-core Zen 3, docs/BENCHMARKS.md).
+            for block in model.blocks:
+                block.compile()
+        return model, lambda x, y: model.loss(x, y)[0] / y.numel()
+    if who == 'litgpt':
+        model, loss = build_litgpt(shape, work.tokens)
+    else:
+        model, loss = build_transformers(who, shape, work.tokens)
+    model.to(device)
+    return model, functools.partial(loss, torch.compile(model) if work.compiled else model)
 
 
-def run_side():
-    """Warms up, prints a line of JSON about itself, then answers every line on stdin with a line of JSON: seconds of a step and its parts, memory."""
-    import torch
+def run_side(who, work, device):
+    """Prints a line of JSON about the model after its first steps, then answers lines on stdin.
 
-    from lib.device import peak_flops, pick_dtype, tune_malloc
-    from tools.bench_common import clock
+    'step' is answered by the seconds of a step and the memory, 'profile' by the seconds by kind.
+    """
     tune_malloc()
-    who, name, dtype, compile_it = side.split(',')
-    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-    if who == 'liger' and device.type == 'cpu':
-        raise BadInput('vs = liger: its kernels need a GPU.')
-    dtype = pick_dtype(dtype, device)[0]
-    shape, B, T = SHAPES[name]
-    B, T = (16, 2048) if device.type == 'cuda' else (B, T)
-    B, T = rows or B, tokens or T
     torch.manual_seed(0)
-    stream = torch.randint(0, shape['vocab_size'], (B, T + 1), device=device)
-    batch = stream[:, :-1].contiguous(), stream[:, 1:].contiguous()
-    start = cpu_seconds()
-    model, loss = build_ours(shape, compile_it == 'True', device) if who == 'ours' else build_peer(who, shape, compile_it == 'True', device, T)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-
-    def autocast():
-        return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    dtype = pick_dtype(work.dtype, device)[0]
+    on_gpu = device.type == 'cuda'
+    size = (work.rows, work.tokens + 1)
+    ids = torch.randint(SHAPES[work.model][0]['vocab_size'], size, device=device)
+    inputs = ids[:, :-1].contiguous()
+    targets = ids[:, 1:].contiguous()
+    # CPU time of this process and of its children, which compile.
+    start = sum(os.times()[:4])
+    model, loss = build_side(who, work, device)
+    optimizer = make_optimizer(model)
 
     def step():
-        """Seconds of forward, backward, optimizer."""
+        """Returns the seconds of PHASES."""
         at = [clock()]
-        with autocast():
-            value = loss(*batch)
+        with autocast(device, dtype):
+            value = loss(inputs, targets)
         at.append(clock())
         value.backward()
         at.append(clock())
@@ -190,218 +324,733 @@ def run_side():
         optimizer.step()
         optimizer.zero_grad()
         at.append(clock())
-        return [b - a for a, b in zip(at, at[1:])]
+        return [at[i + 1] - at[i] for i in range(len(PHASES))]
+
     step()
-    about = dict(start_s=cpu_seconds() - start, tokens=B * T, parameters=sum(p.numel() for p in model.parameters()), dtype=str(dtype)[6:],
-                 peak=peak_flops(device))
+    about = dict(start_s=sum(os.times()[:4]) - start, tokens=targets.numel(), dtype=str(dtype)[6:])
+    about['parameters'] = sum(p.numel() for p in model.parameters())
+    # The first step allocates the states of AdamW, so that only the second has the full peak.
     step()
     if who == 'ours':
         from model import flops_per_token
-        about.update(flops=flops_per_token(model.config, T), causal=flops_per_token(model.config, T, causal=True))
-    if device.type == 'cuda':
-        torch.cuda.empty_cache()
-    print(dumps(about), flush=True)
+        about['flops'] = flops_per_token(model.config, work.tokens)
+        about['causal'] = flops_per_token(model.config, work.tokens, causal=True)
+    report(about, on_gpu)
     for line in sys.stdin:
-        if line.strip() == 'rest':
-            print(dumps(dict(**where_it_goes(step, device), **(extra_parts(model, batch, autocast) if who == 'ours' else {}))), flush=True)
+        if line.strip() == 'profile':
+            report(profile_step(step, on_gpu), on_gpu)
             continue
-        if device.type == 'cuda':
-            step()                                             # the memory that the turn before gave back
-        found = [step() for _ in range(steps)]
-        parts = [statistics.median(values) for values in zip(*found)]
-        print(dumps(dict(step=statistics.median(sum(f) for f in found), **dict(zip(('forward', 'backward', 'optimizer'), parts)), memory=peak_memory(device))),
-              flush=True)
-        if device.type == 'cuda':
-            torch.cuda.empty_cache()                           # the others need it
+        # The memory that the last turn gave back is allocated again outside the timed step.
+        if on_gpu:
+            step()
+        seconds = step()
+        answer = dict(zip(PHASES, seconds, strict=True), step=sum(seconds))
+        report(dict(answer, memory=peak_gib(on_gpu)), on_gpu)
 
 
-def cpu_seconds():
-    """Of this process and those that it waited for, compilers among them."""
-    usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(u.ru_utime + u.ru_stime for u in usage)
+def report(figures, on_gpu):
+    # All sides are alive at once, and the others need the memory.
+    if on_gpu:
+        torch.cuda.empty_cache()
+    print(dumps(figures), flush=True)
 
 
-def peak_memory(device):
-    """GiB: of the process on a CPU, of tensors on a GPU."""
-    import torch
-    if device.type == 'cuda':
+def peak_gib(on_gpu):
+    """Returns the peak of memory: of tensors on a GPU, of the process on a CPU."""
+    if on_gpu:
         return torch.cuda.max_memory_allocated() / 2**30
     with open('/proc/self/status', encoding='ascii') as f:
         return next(int(line.split()[1]) / 2**20 for line in f if line.startswith('VmHWM'))
 
 
-def where_it_goes(step, device):
-    """Seconds of a step by kind, from torch's profiler: matrix products, attention, the optimizer, and the ten costliest others by name."""
-    from torch.profiler import ProfilerActivity, profile
-    cuda = device.type == 'cuda'
-    with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as found:
+def profile_step(step, on_gpu):
+    """Returns the seconds of a step by kind, and of the ten longest events of no kind by name."""
+    activity = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[activity.CUDA if on_gpu else activity.CPU]) as found:
         step()
-    kinds, others = dict(products=0.0, attention=0.0, adamw=0.0, rest=0.0), {}
+    kinds = dict(products=0.0, attention=0.0, adamw=0.0, rest=0.0)
+    others = {}
     for event in found.key_averages():
-        seconds, name = (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e6, event.key
-        kind = next((kind for kind, words in (('attention', ('attention', 'blockwise', 'flash', 'fmha')), ('adamw', ('adam',)),
-                                              ('products', ('aten::mm', 'aten::addmm', 'linear_pointwise', 'gemm', 'nvjet', 'cutlass', 'xmma')))
-                     if any(word in name.lower() for word in words)), 'rest')
+        seconds = (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6
+        name = event.key.lower()
+        found_in = [kind for kind, words in KINDS.items() if any(word in name for word in words)]
+        kind = found_in[0] if found_in else 'rest'
         kinds[kind] += seconds
         if kind == 'rest':
-            others[name] = seconds
-    inside = ('aten::bmm', 'aten::baddbmm_')                   # of blockwise attention, which calls them (its exponentials stay in the rest)
-    for name in inside:
-        seconds = others.pop(name, 0.0)
-        kinds['attention'], kinds['rest'] = kinds['attention'] + seconds, kinds['rest'] - seconds
-    return dict(kinds=kinds, others=dict(sorted(others.items(), key=lambda item: -item[1])[:10]))
+            others[event.key] = seconds
+    longest = sorted(others.items(), key=lambda item: -item[1])[:10]
+    return dict(kinds=kinds, others=dict(longest))
 
 
-# -- the table ---------------------------------------------------------------------------------------------------------
-
-def start_side(*what):
-    overrides = [f'--{key}={config[key]}' for key in ('steps', 'tokens', 'rows', 'kernels')]
-    process = subprocess.Popen([sys.executable, __file__, f'--side={",".join(map(str, what))}', *overrides], text=True, stdin=subprocess.PIPE,
-                               stdout=subprocess.PIPE, env={**os.environ, 'OMP_NUM_THREADS': os.environ.get('OMP_NUM_THREADS', '1')})
-    line = process.stdout.readline()
-    if not line.startswith('{'):
-        raise BadInput(f'the benchmark of {what[0]} did not start; its message stands above.')
-    return process, loads(line)
+# -- steps: the table ------------------------------------------------------------------------------
 
 
-def ask(process, line='step'):
-    process.stdin.write(line + '\n')
-    process.stdin.flush()
-    answer = process.stdout.readline()
-    answer = loads(answer) if answer else {}
-    if not answer or 'error' in answer:
-        raise BadInput('one side of the benchmark ended before its time' + (f": {answer['error']}" if answer else '; its message stands above.'))
-    return answer
+class Side:
+    """A process that takes training steps of one codebase when it is asked to."""
+
+    def __init__(self, who, work):
+        options = dict(vs=who, models=[work.model], dtypes=[work.dtype], compiled=[work.compiled])
+        options.update(rows=work.rows, tokens=work.tokens, kernels=work.kernels)
+        command = [sys.executable, __file__, 'side', *(f'--{k}={v}' for k, v in options.items())]
+        # CPU times are comparable with one thread only. The caller's environment takes precedence.
+        env = {'OMP_NUM_THREADS': '1', **os.environ}
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, text=True, stdin=pipe, stdout=pipe, env=env)
+        self.turns = []
+        line = self.process.stdout.readline()
+        # A side that runs out of memory prints its message and leaves the others to go on.
+        self.about = loads(line) if line.startswith('{') else None
+
+    def ask(self, what):
+        self.process.stdin.write(what + '\n')
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        if not line.startswith('{'):
+            raise BadInput('one side of the benchmark ended early. Its message stands above.')
+        return loads(line)
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+    def median(self, key):
+        return statistics.median(turn[key] for turn in self.turns)
 
 
-def machine(dtype):
-    """(FLOP/s of a large matrix product in this dtype, bytes/s of a large copy), as now."""
-    import torch
-    cuda = torch.cuda.is_available()
-    device, n, size = ('cuda', 8192, 2**30) if cuda else ('cpu', 2048, 2**28)
-    a, big = torch.randn(n, n, device=device).to(getattr(torch, dtype)), torch.empty(size, dtype=torch.uint8, device=device).fill_(1)
-    other, found = torch.empty_like(big), []
-    for job in (lambda: a @ a, lambda: other.copy_(big)):
+def machine_speed(dtype, device):
+    """Returns FLOP/s of a large matrix product in a dtype, and bytes/s of a large copy."""
+    n, size = (8192, 2**30) if device.type == 'cuda' else (2048, 2**28)
+    a = torch.randn(n, n, device=device).to(getattr(torch, dtype))
+    # Pages that nobody has written share one page of zeros, so reading them would be too fast.
+    big = torch.empty(size, dtype=torch.uint8, device=device).fill_(1)
+    copy = torch.empty_like(big)
+    seconds = []
+    for job in (lambda: a @ a, lambda: copy.copy_(big)):
+        # The best of three is the ceiling, since other users of the machine only take time away.
         job()
-        best = float('inf')
-        for _ in range(3):
-            if cuda:
-                torch.cuda.synchronize()
-            start = time.perf_counter() if cuda else time.process_time()
-            job()
-            if cuda:
-                torch.cuda.synchronize()
-            best = min(best, (time.perf_counter() if cuda else time.process_time()) - start)
-        found.append(best)
-    return 2 * n**3 / found[0], 2 * size / found[1]
+        seconds.append(min(seconds_of(job) for _ in range(3)))
+    return 2 * n**3 / seconds[0], 2 * size / seconds[1]
 
 
-def floor_seconds(name, n_tokens, flops, parameters, ceiling, bandwidth, item):
-    """What a step must take: matrix FLOPs at the machine's ceiling, and the bytes that must move whatever is fused, at its bandwidth.
+def floor_seconds(s, about, ceiling, bandwidth):
+    """Returns the seconds that a step must take for its matrix FLOPs and for its memory traffic.
 
-    Bytes of an element in activations: item. Per token and block 17 C + 5 (H + K) D + 8 F elements (norms, rotation, residuals, SwiGLU, forward and
-    backward), 5 V of the logits, 28 bytes per parameter of AdamW.
+    The traffic is what remains when everything that can be fused is fused: 17 C + 5 (H + K) D + 8 F
+    elements per token and block (norms, rotation, residuals, SwiGLU, forward and backward), 5 V per
+    token for the logits, and 28 bytes per parameter for AdamW.
     """
-    s = SHAPES[name][0]
     heads = (s['n_head'] + s['n_kv_head']) * s['n_embd'] // s['n_head']
-    moved = n_tokens * item * (s['n_layer'] * (17 * s['n_embd'] + 5 * heads + 8 * s['ffn_dim']) + 5 * s['vocab_size']) + 28 * parameters
-    return n_tokens * flops / ceiling, moved / bandwidth
+    per_block = 17 * s['n_embd'] + 5 * heads + 8 * s['ffn_dim']
+    n_elements = about['tokens'] * (s['n_layer'] * per_block + 5 * s['vocab_size'])
+    item = 4 if about['dtype'] == 'float32' else 2
+    moved = n_elements * item + 28 * about['parameters']
+    return about['tokens'] * about['causal'] / ceiling, moved / bandwidth
 
 
-def data_seconds(n_tokens):
-    """CPU-seconds that train.py's loader takes for so many tokens."""
-    from tools.bench_common import loader_rate
-    return n_tokens / (statistics.median(loader_rate()[0]) * 1e6)
-
-
-def bench_model(name, dtype, compile_it, peers):
-    """A row of the table, and a row for every peer: prints them, returns the figures."""
-    sides = {who: start_side(who, name, dtype, compile_it) for who in ('ours', *peers)}
-    for who in [who for who, (_, about) in sides.items() if 'error' in about]:
-        print(f"| {name} | {dtype} {'compiled' if compile_it else 'eager'} | {who}: {sides.pop(who)[1]['error']} |" + ' |' * (8 + len(PARTS)), flush=True)
-    if 'ours' not in sides:
-        for process, _ in sides.values():
-            process.kill()
-        return None
-    about, peers = sides['ours'][1], [who for who in peers if who in sides]
-    found, ceilings = {who: [] for who in sides}, []
-    for _ in range(rounds):
-        ceilings.append(machine(about['dtype']))
-        for who, (process, _) in sides.items():
-            found[who].append(ask(process))
-    rest = {who: ask(process, 'rest') for who, (process, _) in sides.items()}
-    for process, _ in sides.values():
-        process.stdin.close()
-        process.wait()
-    seconds = {who: statistics.median(f['step'] for f in values) for who, values in found.items()}
-    ceiling, bandwidth = (statistics.median(values) for values in zip(*ceilings))
-    mine, kinds = seconds['ours'], rest['ours']['kinds']
-    ms = dict(data=data_seconds(about['tokens']), **{part: statistics.median(f[part] for f in found['ours']) for part in ('forward', 'backward', 'optimizer')},
-              **{part: rest['ours'][part] for part in ('influence', 'presence', 'kd')})
-    products, moved = floor_seconds(name, about['tokens'], about['causal'], about['parameters'], ceiling, bandwidth, 4 if about['dtype'] == 'float32' else 2)
-    record = dict(model=name, dtype=about['dtype'], compiled=compile_it, tokens=about['tokens'], tokens_per_second=about['tokens'] / mine,
-                  mfu=about['tokens'] / mine * about['flops'] / about['peak'] if about['peak'] else None, flops_per_second=about['tokens'] * about['causal'] / mine,
-                  ceiling=ceiling, bandwidth=bandwidth, memory=found['ours'][-1]['memory'], floor_share=(kinds['products'] + kinds['attention']) / sum(kinds.values()),
-                  roofline_s=dict(products=products, moved=moved), start_s=about['start_s'], seconds=ms, step_s=mine, kinds=kinds, others=rest['ours']['others'], peers={})
-    mode = 'compiled' if compile_it else 'eager'
-    mfu = f"{record['mfu']:.1%}" if record['mfu'] is not None else 'n/a'
-    print(f"| {name} | {about['dtype']} {mode} | ours | {about['start_s']:.0f} | {record['tokens_per_second']:,.0f} | | {mfu} | {record['flops_per_second'] / 1e9:,.0f} of "
-          f"{ceiling / 1e9:,.0f} | {(products + moved) / mine:.0%} | {record['floor_share']:.0%} | {record['memory']:.2f} | "
-          + ' | '.join(f'{ms[part] * 1e3:,.0f}' for part in PARTS) + ' |', flush=True)
+def bench_model(work, peers, n_rounds, device):
+    """Prints a row for us and for every peer. Returns the figures as a dict."""
+    mode = 'compiled' if work.compiled else 'eager'
+    sides = {who: Side(who, work) for who in ('ours', *peers)}
+    running = {who: side for who, side in sides.items() if side.about}
     for who in peers:
-        ratios = [theirs['step'] / ours['step'] for ours, theirs in zip(found['ours'], found[who])]
-        record['peers'][who] = dict(tokens_per_second=about['tokens'] / seconds[who], ratio=statistics.median(ratios), ratios=ratios, memory=found[who][-1]['memory'],
-                                    kinds=rest[who]['kinds'])
-        parts = [statistics.median(f[part] for f in found[who]) * 1e3 for part in ('forward', 'backward', 'optimizer')]
-        print(f"| {name} | {about['dtype']} {mode} | {who} | {sides[who][1]['start_s']:.0f} | {about['tokens'] / seconds[who]:,.0f} | **{statistics.median(ratios):.2f}** ({min(ratios):.2f} to "
-              f"{max(ratios):.2f}) | | | | | {found[who][-1]['memory']:.2f} | | {parts[0]:,.0f} | {parts[1]:,.0f} | {parts[2]:,.0f} | | | |", flush=True)
+        if who not in running:
+            print_row(work.model, f'{work.dtype} {mode}', f'{who} did not start', *[''] * 11)
+    if 'ours' not in running:
+        raise BadInput('our side of the benchmark did not start. Its message stands above.')
+    ours = running['ours']
+    about = ours.about
+    # The ceiling is measured in every round, because clock rates change under load.
+    speeds = []
+    for _ in range(n_rounds):
+        speeds.append(machine_speed(about['dtype'], device))
+        for side in running.values():
+            side.turns.append(side.ask('step'))
+    # A profiled step is slower, so profiles follow the timed turns.
+    profiles = {who: side.ask('profile') for who, side in running.items()}
+    for side in running.values():
+        side.close()
+
+    n_tokens = about['tokens']
+    step_s = ours.median('step')
+    ceiling = statistics.median(speed[0] for speed in speeds)
+    bandwidth = statistics.median(speed[1] for speed in speeds)
+    products, moved = floor_seconds(SHAPES[work.model][0], about, ceiling, bandwidth)
+    kinds = profiles['ours']['kinds']
+    # The ceiling is compared with the FLOPs that causal attention needs. MFU counts like PaLM.
+    rate = n_tokens * about['causal'] / step_s
+    floor_share = (kinds['products'] + kinds['attention']) / sum(kinds.values())
+    peak = peak_flops(device)
+    mfu = n_tokens * about['flops'] / step_s / peak if peak else None
+    record = dict(model=work.model, dtype=about['dtype'], compiled=work.compiled, tokens=n_tokens)
+    record.update(tokens_per_second=n_tokens / step_s, mfu=mfu, flops_per_second=rate)
+    record.update(ceiling=ceiling, bandwidth=bandwidth, memory=ours.turns[-1]['memory'])
+    record.update(floor_share=floor_share, roofline_s=dict(products=products, moved=moved))
+    record.update(start_s=about['start_s'], step_s=step_s, **profiles['ours'], peers={})
+    record['seconds'] = {phase: ours.median(phase) for phase in PHASES}
+    for who, side in running.items():
+        theirs = side.median('step')
+        memory = side.turns[-1]['memory']
+        ratio = ''
+        floors = [''] * 4
+        if who == 'ours':
+            floors = ['n/a' if mfu is None else f'{mfu:.1%}']
+            floors.append(f'{rate / 1e9:,.0f} of {ceiling / 1e9:,.0f}')
+            floors += [f'{(products + moved) / step_s:.0%}', f'{floor_share:.0%}']
+        else:
+            pairs = zip(side.turns, ours.turns, strict=True)
+            ratios = [turn['step'] / mine['step'] for turn, mine in pairs]
+            ratio = spread(ratios)
+            figures = dict(tokens_per_second=n_tokens / theirs, ratio=statistics.median(ratios))
+            figures.update(ratios=ratios, memory=memory, kinds=profiles[who]['kinds'])
+            record['peers'][who] = figures
+        cells = [f"{about['dtype']} {mode}", who, f"{side.about['start_s']:.0f}"]
+        times = [f'{side.median(phase) * 1e3:,.0f}' for phase in PHASES]
+        speed = f'{n_tokens / theirs:,.0f}'
+        print_row(work.model, *cells, speed, ratio, *floors, f'{memory:.2f}', *times)
     return record
 
 
+def bench_steps(works, peers, n_rounds, device):
+    """Prints the table. Returns the figures of all works."""
+    names = 'model; dtype, mode; side; start, s; tok/s; ours / theirs; MFU; GFLOP/s of ceiling'
+    names += '; roofline / step; products + attention / step; peak GiB'
+    phases = [f'{phase}, ms' for phase in PHASES]
+    text = f'{n_rounds} rounds. auto is {pick_dtype("auto", device)[0]}.'
+    print_head(text, *names.split('; '), *phases)
+    return [bench_model(work, peers, n_rounds, device) for work in works]
+
+
 def print_profile(records):
-    """Where the time of our steps goes, against what it must take."""
-    print('\n| model | step, ms | must: products and attention at the ceiling, ms | must: bytes moved, ms | products | attention | AdamW | rest, ms | the costliest of the rest |'
-          '\n|---|---|---|---|---|---|---|---|---|')
+    """Prints where the time of our steps goes, beside the time that they must take."""
+    must = ['must: products and attention at the ceiling, ms', 'must: bytes moved, ms']
+    kinds = ['products', 'attention', 'AdamW', 'rest, ms']
+    print_head('Our steps', 'model', 'step, ms', *must, *kinds, 'the costliest of the rest')
     for r in records:
-        must, k = r['roofline_s'], r['kinds']
-        worst = ', '.join(f'{name} {s * 1e3:,.0f}' for name, s in list(r['others'].items())[:4])
-        print(f"| {r['model']} {r['dtype']} {'compiled' if r['compiled'] else 'eager'} | {r['step_s'] * 1e3:,.0f} | {must['products'] * 1e3:,.0f} | {must['moved'] * 1e3:,.0f} | "
-              + ' | '.join(f'{k[kind] * 1e3:,.0f}' for kind in ('products', 'attention', 'adamw', 'rest')) + f' | {worst} |')
+        mode = 'compiled' if r['compiled'] else 'eager'
+        seconds = [r['step_s'], *r['roofline_s'].values(), *r['kinds'].values()]
+        longest = [f'{name} {s * 1e3:,.0f}' for name, s in list(r['others'].items())[:4]]
+        times = [f'{s * 1e3:,.0f}' for s in seconds]
+        print_row(f"{r['model']} {r['dtype']} {mode}", *times, ', '.join(longest))
 
 
-def main():
-    import torch
+# -- parts that take a model of SHAPES -------------------------------------------------------------
 
-    from lib.device import device_name, pick_dtype
-    cuda = torch.cuda.is_available()
-    device = torch.device('cuda' if cuda else 'cpu')
-    chosen = models or (['smollm2_135m', '140m', '360m', '950m'] if cuda else ['s1', 'smollm2_135m', '140m'])
-    peers = [who.strip() for who in vs.split(',') if who.strip()]
-    for given, known in ((chosen, SHAPES), (peers, PEERS)):
-        for name in given:
-            if name not in known:
-                raise BadInput(f"'{name}' must be one of {', '.join(known)}.")
-    if not cuda:
+
+def bench_influence(trainer, n_rounds):
+    """Measurements of influence against steps, work on single rows, and the memory of both."""
+    from influence import ghost_sqnorm, probe_direction, row_influence, source_products
+    model = trainer.model
+    batches = [trainer.rows(16), trainer.rows(16)]
+    # Random batches agree on no direction. The same batch several times gives the probe one.
+    agreeing = [trainer.rows(16)] * 4
+    probe = {domain: [*agreeing, trainer.rows(n)] for domain, n in (('a', 2), ('b', 3), ('c', 3))}
+    sources = [[trainer.rows(4) for _ in range(8)] for _ in range(5)]
+
+    def measure(layers):
+        # As in methods/reweight.py: one direction per domain, but not where each takes a gradient.
+        groups = [{domain: probe[domain]} for domain in probe]
+        if layers == 'all':
+            groups = [probe]
+        with autocast(trainer.device, trainer.dtype):
+            directions = [probe_direction(model, group, layers) for group in groups]
+            for source in sources:
+                source_products(model, source, directions)
+
+    jobs = {'step': functools.partial(trainer.step, batches)}
+    jobs.update({layers: functools.partial(measure, layers) for layers in ('all', 'last')})
+    # A measurement takes minutes on a CPU. On a GPU the first one compiles kernels.
+    medians, ratios = in_turns(jobs, n_rounds, warm_up=trainer.device.type == 'cuda')
+    text = '200 rows of three probe sets and 5 x 32 rows of sources, against 250 steps of 32 rows'
+    print_head(text, 'layers', 'a step, s', 'a measurement, s', 'share of 250 steps')
+    for layers in ('all', 'last'):
+        shares = [ratio / 250 for ratio in ratios[layers]]
+        times = [f"{medians['step']:.2f}", f'{medians[layers]:.1f}']
+        print_row(layers, *times, spread(shares, '.2%'))
+
+    def direction_of(batch, n_domains=1):
+        return probe_direction(model, {i: [batch] * 4 for i in range(n_domains)}, 'all')
+
+    def backward():
+        trainer.backward(batches[0], 1)
+        model.zero_grad()
+
+    batch = batches[0]
+    direction = direction_of(batch)
+    jobs = {
+        'forward and backward': backward,
+        'influence of the rows on a direction': lambda: row_influence(model, batch, direction),
+        'their squared norms': lambda: ghost_sqnorm(model, batch, 'all'),
+    }
+    with autocast(trainer.device, trainer.dtype):
+        _, ratios = in_turns(jobs, n_rounds)
+    print_head('Work on 16 rows in units of their forward and backward', 'job', 'units')
+    for name, values in ratios.items():
+        print_row(name, spread(values))
+
+    # With so few tokens the activations take little beside the parameters.
+    small = trainer.rows(2, 8)
+    gradient = sum(p.nbytes for p in model.parameters())
+    jobs = {
+        'accumulation of two micro-batches': lambda: trainer.step([small, small]),
+        'a direction of one domain': lambda: direction_of(small),
+        'a direction of three domains': lambda: direction_of(small, 3),
+        'sources': lambda: source_products(model, [small] * 4, [direction_of(small)]),
+    }
+    print_head(f'Memory beyond parameters, in gradients of {gradient / 2**20:.0f} MiB', 'job', '')
+    for name, job in jobs.items():
+        print_row(name, f'{tensor_peak(job) / gradient:.2f}')
+
+
+def bench_presence(trainer, n_rounds):
+    """A step of 8 micro-batches of 4 rows that PRESENCE weighs, against a plain step."""
+    from methods.presence import Presence, PresenceConfig
+    batches = [trainer.rows(4) for _ in range(8)]
+    jobs = {'plain': functools.partial(trainer.step, batches)}
+    for mode in ('stream', 'store'):
+        config = asdict(PresenceConfig(presence=mode))
+        training = SimpleNamespace(config=config, model=trainer.model, n_steps=100)
+        taker = Presence(training, len(batches))
+        jobs[mode] = functools.partial(trainer.step, batches, taker=taker)
+    medians, ratios = in_turns(jobs, n_rounds)
+    print_head('8 micro-batches of 4 rows', 'mode', 's per step', 'against plain')
+    for mode, values in ratios.items():
+        print_row(mode, f'{medians[mode]:.2f}', spread(values, '.3f'))
+
+
+def random_cache(n, vocab_size, device, k=64, draws=16):
+    """Returns a random kd.Cached of n tokens."""
+    from kd import Cached
+    logq = torch.log_softmax(torch.randn(n, k + 1) * 3, 1)
+    part = vocab_size // k
+    # Every id comes from a part of its own, because a cache names no id of a token twice.
+    ids = torch.randint(part, (n, k)) + torch.arange(k) * part
+    drawn = torch.randint(vocab_size, (n, draws))
+    zeros = torch.zeros(n)
+    tensors = [ids, logq[:, :k].contiguous(), logq[:, k].contiguous(), drawn, zeros]
+    tensors += [ids[:, 0].contiguous(), logq[:, 0].contiguous(), zeros.long()]
+    return Cached(*(t.to(device) for t in tensors), None)
+
+
+def distil(h, weight, targets, token_weights=None, *, teacher, kind='forward'):
+    """The objective of GPT.loss for distillation. teacher: as in kd.distillation_loss."""
+    from kd import distillation_loss
+    total, found = distillation_loss(h, weight, targets, token_weights, teacher=teacher, kind=kind)
+    return total, found[1], found[2].bool()
+
+
+def bench_kd(trainer, n_rounds):
+    """A step of distillation, from a cache and from teachers that run, against a plain step."""
+    from model import count_parameters, flops_per_token
+    config = trainer.model.config
+    batches = [trainer.rows(8), trainer.rows(8)]
+    cached = random_cache(8 * trainer.n_tokens, config.vocab_size, trainer.device)
+
+    def from_cache(inputs):
+        return functools.partial(distil, teacher=cached)
+
+    def from_teacher(teacher, inputs):
+        # As in kd.py: the teacher's weights have the dtype already.
+        with torch.no_grad(), torch.autocast(trainer.device.type, enabled=False):
+            hidden = teacher(inputs).flatten(0, 1)
+        return functools.partial(distil, teacher=(hidden, teacher.output_weight))
+
+    jobs = {'plain': functools.partial(trainer.step, batches)}
+    jobs['cache of top 64'] = functools.partial(trainer.step, batches, from_cache)
+    floors = dict.fromkeys(jobs, 1.0)
+    larger = dict(n_layer=12, n_head=12, n_kv_head=4, n_embd=640, ffn_dim=1728, head_dim=64)
+    for changes in ({}, larger):
+        teacher = make_model({**asdict(config), **changes}, trainer.device)
+        teacher = teacher.frozen(trainer.dtype).eval()
+        name = f"a teacher of {count_parameters(teacher.config)['total'] / 1e6:.0f}M"
+        objective_of = functools.partial(from_teacher, teacher)
+        jobs[name] = functools.partial(trainer.step, batches, objective_of)
+        # A forward pass is a third of the FLOPs of a step.
+        work = flops_per_token(teacher.config, trainer.n_tokens) / 3
+        floors[name] = 1 + work / flops_per_token(config, trainer.n_tokens)
+    _, ratios = in_turns(jobs, n_rounds)
+    print_head('2 micro-batches of 8 rows', 'teacher', 'floor by FLOPs', 'against plain')
+    for name, values in ratios.items():
+        print_row(name, f'{floors[name]:.2f}', spread(values, '.3f'))
+
+
+# -- parts with sizes of their own -----------------------------------------------------------------
+
+
+def bench_loader(n_rounds, device):
+    """Rows from 200 MB of shards in the page cache, 16 of 2,048 tokens at a time."""
+    from data import MixtureLoader, Source, shard_bytes
+    shares = {'a': 0.4, 'b': 0.3, 'c': 0.2, 'd': 0.1}
+    rng = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        for name in shares:
+            os.makedirs(f'{folder}/{name}/train')
+            ids = rng.integers(0, 49152, 25_000_000)
+            with open(f'{folder}/{name}/train/000000.bin', 'wb') as f:
+                f.writelines(shard_bytes(ids, 49152))
+        sources = [Source(folder, name, 'train', 2048, 0, 49152) for name in shares]
+        loader = MixtureLoader(sources, shares)
+        row = np.zeros(2049, dtype=np.int32)
+        shard = np.memmap(f'{folder}/a/train/000000.bin', dtype='<u2', mode='r', offset=1024)
+
+        # The floor is one copy of every row from uint16 to int32.
+        def copy():
+            for i in range(16_000):
+                start = i % 2000 * 2048
+                row[:] = shard[start : start + 2049]
+
+        def read():
+            for _ in range(1000):
+                loader.read(*loader.next_batch(16))
+
+        medians, ratios = in_turns({'a bare copy to int32': copy, 'MixtureLoader': read}, n_rounds)
+    print_head('loader', 'side', 'million tokens/s', 'time against the copy')
+    for name, seconds in medians.items():
+        print_row(name, f'{16_000 * 2048 / seconds / 1e6:.0f}', spread(ratios[name]))
+
+
+def bench_loss(n_rounds, device):
+    """The output layer and its loss, forward and backward: ours, distillation and others."""
+    from ops.loss import linear_cross_entropy
+    on_gpu = device.type == 'cuda'
+    n = 32768 if on_gpu else 2048
+    V = R1['vocab_size']
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+
+    def jobs_of(n, width):
+        """Returns name -> function that computes the mean loss and both gradients."""
+
+        def some(n_rows, scale):
+            return (torch.randn(n_rows, width, device=device) * scale).to(dtype)
+
+        h = some(n, 1.0).requires_grad_()
+        weight = some(V, 0.03).requires_grad_()
+        targets = torch.randint(V, (n,), device=device)
+        teacher = (some(n, 1.0), some(V, 0.03))
+        cached = random_cache(n, V, device)
+        losses = {'ours': lambda: linear_cross_entropy(h, weight, targets)[0] / n}
+        # On a GPU the full logits of 32,768 tokens would take 67 GB.
+        if not on_gpu:
+            losses['full logits'] = lambda: F.cross_entropy(h @ weight.T, targets)
+        if find_spec('torch.nn.modules.linear_cross_entropy_options'):
+            from torch.nn.modules.linear_cross_entropy_options import LinearCrossEntropyOptions
+
+            for n_rows in (512, 1024):
+                options = LinearCrossEntropyOptions(batch_chunk_size=n_rows)
+                loss = functools.partial(F.linear_cross_entropy, h, weight, targets)
+                name = f'F.linear_cross_entropy, chunks of {n_rows}'
+                losses[name] = functools.partial(loss, options=options)
+        if on_gpu and find_spec('liger_kernel'):
+            from liger_kernel.ops import fused_linear_cross_entropy as liger
+
+            apply = liger.LigerFusedLinearCrossEntropyFunction.apply
+            losses['Liger'] = lambda: apply(h, weight, targets)[0]
+        losses['distillation, top 64 of a cache'] = lambda: (
+            distil(h, weight, targets, teacher=cached)[0] / n
+        )
+        for kind in ('forward', 'reverse', 'js'):
+            losses[f'distillation, {kind}'] = lambda kind=kind: (
+                distil(h, weight, targets, teacher=teacher, kind=kind)[0] / n
+            )
+
+        def run(loss):
+            # Adding to old gradients would cost every job another pass over the weight.
+            h.grad = weight.grad = None
+            loss().backward()
+
+        return {name: functools.partial(run, loss) for name, loss in losses.items()}
+
+    # The width does not change the memory beyond the gradient of the weight.
+    memory = {}
+    logits = 4096 * V * 4
+    for name, job in jobs_of(4096, 64).items():
+        memory[name] = (tensor_peak(job) - 64 * V * dtype.itemsize) / logits
+    text = f'loss: {n:,} tokens, vocabulary {V:,}, {str(dtype)[6:]}. TFLOP/s: 6 C V per token. '
+    text += "Memory: 4,096 tokens, share of their fp32 logits beyond the weight's gradient"
+    print_head(text, 'width', 'side', 'seconds', 'TFLOP/s', 'side / ours', 'memory')
+    for width in (576, 1024, 1536) if on_gpu else (576,):
+        medians, ratios = in_turns(jobs_of(n, width), n_rounds)
+        for name, seconds in medians.items():
+            rate = f'{6 * n * width * V / seconds / 1e12:.3f}'
+            cells = [f'{seconds:.3f}', rate, spread(ratios[name]), f'{memory[name]:.1%}']
+            print_row(width, name, *cells)
+
+
+def bench_attention(n_rounds, device):
+    """Causal attention on the CPU, forward and backward, in float32: ours by blocks and torch's."""
+    from ops.attention import blockwise
+
+    def by_blocks(q, k, v):
+        return blockwise(q, k, v)[0]
+
+    def by_torch(q, k, v):
+        heads = [t.transpose(1, 2) for t in (q, k, v)]  # (B, H or K, T, D)
+        return F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True)
+
+    def run(attention, inputs):
+        y = attention(*inputs)
+        torch.autograd.grad(y, inputs, torch.ones_like(y))
+
+    text = 'attention: head_dim 64, float32, milliseconds of forward and backward'
+    sizes = 'rows, heads, key heads, tokens'
+    print_head(text, sizes, 'by blocks', 'torch', 'torch / by blocks')
+    # These lie around the range of 257 to 1,024 tokens, where our blocks are used in float32.
+    shapes = ((16, 6, 2, 256), (8, 6, 2, 512), (4, 9, 3, 512), (4, 9, 3, 1024), (2, 9, 3, 2048))
+    for B, H, K, T in shapes:
+        inputs = [torch.randn(B, T, heads, 64, requires_grad=True) for heads in (H, K, K)]
+        jobs = {f.__name__: functools.partial(run, f, inputs) for f in (by_blocks, by_torch)}
+        medians, ratios = in_turns(jobs, n_rounds)
+        times = [f'{seconds * 1e3:.0f}' for seconds in medians.values()]
+        print_row(f'{B}, {H}, {K}, {T}', *times, spread(ratios['by_torch']))
+
+
+def bench_kernels(n_rounds, device):
+    """On a GPU: Triton kernels of layers and rows against their references under torch.compile."""
+    from ops import kernels as k
+    if device.type != 'cuda':
+        print('\nkernels: not measured, because there is no GPU here')
+        return
+    text = 'kernels: 32,768 tokens, bfloat16, milliseconds of forward and backward'
+    print_head(text, 'width', 'kernel', 'Triton', 'compiled reference', 'reference / Triton')
+    angles = torch.randn(2048, 32, device=device)
+    cos = torch.cat((angles.cos(), angles.cos()), 1).bfloat16()
+    sin = torch.cat((-angles.sin(), angles.sin()), 1).bfloat16()
+
+    def some(*shape):
+        options = dict(device=device, dtype=torch.bfloat16, requires_grad=True)
+        return torch.randn(16, 2048, *shape, **options)
+
+    def run(mode, function, inputs):
+        k.use(mode, device)
+        # One launch is too short for the clock.
+        for _ in range(20):
+            out = function(*inputs)
+            out = out if isinstance(out, tuple) else (out,)
+            if out[0].requires_grad:
+                torch.autograd.grad(out, inputs, [torch.ones_like(o) for o in out])
+
+    for C, H, K, n_hidden in ((576, 9, 3, 2048), (1024, 16, 4, 4096), (1536, 24, 6, 6144)):
+        x = some(C)
+        residual = some(C)
+        weight = torch.ones(C, device=device, requires_grad=True)
+        heads = (some(H, 64), some(K, 64))
+        norm = functools.partial(k.rotate_heads, cos=cos, sin=sin, norm=True, eps=1e-5)
+        fixed = (x.detach(), residual.detach())
+        cases = {
+            'rms_norm': (functools.partial(k.rms_norm, eps=1e-5), (x, weight)),
+            'add_rms_norm': (functools.partial(k.add_rms_norm, eps=1e-5), (x, residual, weight)),
+            'rotate_heads, normed': (norm, heads),
+            'rotate_heads': (functools.partial(k.rotate_heads, cos=cos, sin=sin), heads),
+            'swiglu': (k.swiglu, (some(n_hidden), some(n_hidden))),
+            'row_sqnorms': (k.row_sqnorms, fixed),
+            'bilinear': (k.bilinear, (*fixed, torch.ones(C, C, device=device))),
+        }
+        for name, (function, inputs) in cases.items():
+            jobs = {'Triton': functools.partial(run, 'triton', function, inputs)}
+            # Without dynamic=False the second width compiles for all widths, which is slower.
+            compiled_function = torch.compile(function, dynamic=False)
+            jobs['torch'] = functools.partial(run, 'torch', compiled_function, inputs)
+            medians, ratios = in_turns(jobs, n_rounds)
+            times = [f'{seconds / 20 * 1e3:.3f}' for seconds in medians.values()]
+            print_row(C, name, *times, spread(ratios['torch']))
+    # The choice of kernels is a module global, which other parts read.
+    k.use('auto', device)
+
+
+# -- memory against the plan -----------------------------------------------------------------------
+
+SHORT_R1 = dict(R1, n_layer=3, n_head=9, n_kv_head=3, n_embd=576, ffn_dim=2048)
+WIDE = dict(SMALL, n_head=8, head_dim=48)
+EXPERTS = dict(SMALL, n_layer=4, n_expert=8, n_expert_active=2, expert_ffn_dim=512)
+EXPERTS.update(n_shared_expert=1, n_dense_layer=1)
+SELECTIVE = dict(activation_checkpointing='selective')
+FSDP = dict(dp_shard=2, reshard_after_forward=True)
+# Knobs of train.py that the plan and the optimizer read.
+KNOBS = dict(batch_size=4, block_size=512, activation_checkpointing='none', optimizer='adamw')
+KNOBS.update(reshard_after_forward=False, dtype='float32', grad_accum=1)
+KNOBS.update(dp_replicate=1, dp_shard=1, tp=1, ep=1)
+KNOBS.update(learning_rate=1e-3, weight_decay=0.1, beta1=0.9, beta2=0.95, adam_eps=1e-8)
+# name -> (ranks, model, changes of KNOBS). The sizes are small enough for a CPU with 8 GB.
+CASES = {
+    'plain': (1, SMALL, dict(batch_size=8)),
+    'accumulated': (1, SMALL, dict(batch_size=8, grad_accum=2)),
+    'selective': (1, SMALL, dict(SELECTIVE, batch_size=8)),
+    'full': (1, SMALL, dict(batch_size=8, activation_checkpointing='full')),
+    'bf16': (1, SMALL, dict(dtype='bfloat16')),
+    'vocabulary': (1, SHORT_R1, dict(batch_size=2)),
+    'long': (1, SHORT_R1, dict(batch_size=1, block_size=2048)),
+    'few tokens': (1, SHORT_R1, dict(batch_size=1, block_size=128)),
+    'experts': (1, EXPERTS, {}),
+    'fsdp 2': (2, SMALL, FSDP),
+    'fsdp 2 whole': (2, SMALL, dict(dp_shard=2, grad_accum=2)),
+    'fsdp 2 few tokens': (2, SHORT_R1, dict(FSDP, batch_size=1, block_size=128)),
+    'tp 2': (2, WIDE, dict(tp=2)),
+    'tp 2 selective': (2, WIDE, dict(SELECTIVE, tp=2)),
+    'ep 2': (2, EXPERTS, dict(ep=2)),
+    'fsdp 2 x tp 2': (4, WIDE, dict(dp_shard=2, tp=2)),
+}
+
+
+def measure_case(name):
+    """Takes two steps of a case on the ranks that there are. Rank 0 prints the row of the table."""
+    from lib import parallel
+    from model import GPT, ModelConfig, init_weights
+    from ops.ranks import make_layout, resolve_sizes
+    from tools.plan import memory_plan
+    rank, world_size, device = start_ranks('auto')
+    config = ModelConfig(**CASES[name][1])
+    k = {**KNOBS, **CASES[name][2]}
+    sizes = resolve_sizes(world_size, k['dp_replicate'], k['dp_shard'], k['tp'], k['ep'])
+    layout = make_layout(device.type, rank, world_size, sizes)
+    dtype = getattr(torch, k['dtype'])
+    reshards = k['reshard_after_forward']
+    # As in train.py: memory is taken after sharding, so no rank ever holds the full model.
+    with torch.device('meta'):
+        model = GPT(config)
+    checkpointing = k['activation_checkpointing']
+    parallel.apply_parallelism(model, layout, dtype, False, checkpointing, reshards)
+    model.to_empty(device=device)
+    init_weights(model, 0)
+    optimizers = parallel.make_optimizers(model, k)
+
+    def step():
+        for micro_step in range(k['grad_accum']):
+            size = (k['batch_size'], k['block_size'] + 1)
+            ids = torch.randint(0, config.vocab_size, size, device=device)
+            # As in train.py: gradients are reduced once a step where parameters stay gathered.
+            if layout is not None:
+                is_last = micro_step == k['grad_accum'] - 1
+                model.set_requires_gradient_sync(reshards or is_last)
+            with autocast(device, dtype):
+                loss, _, _ = model.loss(ids[:, :-1].int(), ids[:, 1:].contiguous())
+            (loss / ids.numel()).backward()
+        parallel.clip_gradients(model, 1.0, parallel.gradient_norm(model))
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    # The states of AdamW exist from the second step on.
+    step()
+    held = list(model.parameters())
+    for optimizer in optimizers:
+        for state in optimizer.state.values():
+            held += state.values()
+    measured = sum(parallel.local_tensor(t).nbytes for t in held)
+    if device.type == 'cuda':
+        # The counter also has buffers and the workspaces of libraries.
+        measured = torch.cuda.memory_allocated()
+    measured += tensor_peak(step)
+    if rank == 0:
+        n_rows = k['batch_size'] * (world_size // k['tp']) * k['grad_accum']
+        k['total_batch_tokens'] = n_rows * k['block_size']
+        terms, moment = memory_plan(config, k, sizes, dtype.itemsize, device.type == 'cuda')
+        planned = sum(terms.values())
+        listed = [f'{term} {n / 2**20:,.0f}' for term, n in terms.items() if n]
+        figures = f'{measured / 2**20:>12,.1f}{planned / 2**20:>10,.1f}   {planned / measured:.2f}'
+        print(f'{name:<20}{figures}, {moment}: ' + ', '.join(listed), flush=True)
+    leave_ranks(0)
+
+
+def bench_memory(names):
+    """The peak of tensors in a step, measured and planned. Ranks are processes of torchrun."""
+    print(f"{'case':<20}{'measured':>12}{'planned':>10}   MiB; ratio; moment of the planned peak")
+    for name in names:
+        launch = [sys.executable]
+        n_ranks = CASES[name][0]
+        if n_ranks > 1:
+            launch += ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n_ranks}']
+        command = [*launch, __file__, 'case', f'--cases={name}']
+        env = {**os.environ, 'OMP_NUM_THREADS': '1'}
+        done = subprocess.run(command, text=True, capture_output=True, env=env)
+        if done.returncode:
+            print(done.stderr, file=sys.stderr)
+            raise RunFault(f"the case '{name}' failed. Its message stands above.")
+        print(done.stdout, end='', flush=True)
+
+
+# -- the command line ------------------------------------------------------------------------------
+
+OF_MODELS = dict(influence=bench_influence, presence=bench_presence, kd=bench_kd)
+OTHERS = dict(loader=bench_loader, loss=bench_loss)
+OTHERS.update(attention=bench_attention, kernels=bench_kernels)
+
+
+def check_names(names, known):
+    for name in names:
+        if name not in known:
+            raise BadInput(f"'{name}' must be one of {', '.join(known)}.")
+
+
+def check_peers(names, device):
+    check_names(names, PEERS)
+    for name in names:
+        # An import would take seconds, and this process does not use the package.
+        if find_spec(PEERS[name]) is None:
+            raise BadInput(f'vs = {name} needs a package. pip install {PEERS[name]}.')
+    if 'liger' in names and device.type == 'cpu':
+        raise BadInput('vs = liger: its kernels need a GPU.')
+
+
+if __name__ == '__main__':
+    command = sys.argv[1] if len(sys.argv) > 1 else '--help'
+    commands = ('steps', 'parts', 'memory', 'side', 'case')
+    configure(globals(), sys.argv[2:] if command in commands else ['--help'], verbose=False)
+    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    if device.type == 'cpu':
+        # Threads that wait for others spin, and CPU time would count that as work.
         torch.set_num_threads(1)
-    print(f'{time.strftime("%Y-%m-%d")}, Python {platform.python_version()}, torch {torch.__version__}, {device_name(device)}'
-          + ('' if cuda else ', one thread, CPU time') + f', {rounds} rounds of {steps} step(s); auto is {pick_dtype("auto", device)[0]}\n\n'
-          '| model | dtype, mode | side | start, s | tok/s | ours / theirs | MFU | GFLOP/s of ceiling | roofline / step | products + attention / step | peak GiB | '
-          + ' | '.join(f'{part}, ms' for part in PARTS) + ' |\n' + '|---' * (11 + len(PARTS)) + '|')
-    records = [bench_model(name, dtype, compile_it, peers) for name in chosen for dtype in dtypes for compile_it in compiled]
-    records = [record for record in records if record is not None]
-    if profile:
-        print_profile(records)
-    if json:
-        about = dict(date=time.strftime('%Y-%m-%d'), python=platform.python_version(), torch=torch.__version__, device=device_name(device), records=records)
-        with open(json, 'w', encoding='utf-8') as f:
-            dump(about, f, indent=1)
+    chosen = models or list(SHAPES)[:3]
+    if device.type == 'cuda':
+        chosen = models or list(SHAPES)[1:]
+    if command == 'parts':
+        chosen = models or ['s1']
+    check_names(chosen, SHAPES)
+    chosen_cases = cases.split(',') if cases else list(CASES)
+    check_names(chosen_cases, CASES)
+    works = []
+    for name in chosen:
+        _, n_rows, n_tokens = SHAPES[name]
+        if device.type == 'cuda':
+            n_rows, n_tokens = 16, 2048
+        for dtype in dtypes:
+            for mode in compiled:
+                work = Work(name, dtype, mode, rows or n_rows, tokens or n_tokens, kernels)
+                works.append(work)
+    peers = vs.split(',') if vs else []
+    known = [*OTHERS, *OF_MODELS, 'memory']
+    check_names(parts or [], known)
+    if command == 'steps':
+        check_peers(peers, device)
+    about = dict(date=time.strftime('%Y-%m-%d'), python=platform.python_version())
+    about.update(torch=torch.__version__, device=device_name(device))
+    if command in ('steps', 'parts'):
+        print(', '.join(f'{key} {value}' for key, value in about.items()))
 
-
-if side:
-    import torch
-    try:
-        run_side()
-    except torch.OutOfMemoryError as e:
-        print(dumps(dict(error=str(e).split('. ')[0])), flush=True)
-else:
-    main()
+    # `side` and `case` run in the processes that `steps` and `memory` start.
+    if command == 'side':
+        run_side(vs, works[0], device)
+    elif command == 'case':
+        measure_case(chosen_cases[0])
+    elif command == 'memory':
+        bench_memory(chosen_cases)
+    elif command == 'steps':
+        records = bench_steps(works, peers, rounds, device)
+        if profile:
+            print_profile(records)
+        if json:
+            with open(json, 'w', encoding='utf-8') as f:
+                dump(dict(about, records=records), f, indent=1)
+    else:
+        tune_malloc()
+        for part in parts or known:
+            if part == 'memory':
+                bench_memory(chosen_cases)
+            elif part in OTHERS:
+                OTHERS[part](rounds, device)
+            else:
+                for name in chosen:
+                    for dtype in dtypes:
+                        precision = pick_dtype(dtype, device)[0]
+                        trainer = Trainer(SHAPES[name][0], precision, tokens or 256, device)
+                        setting = f'{str(precision)[6:]}, {trainer.n_tokens} tokens per row'
+                        print(f'\n{part}: {name}, {setting}')
+                        OF_MODELS[part](trainer, rounds)

@@ -1,10 +1,13 @@
-"""Our models in lm-eval, bits per byte, and files of results: what tools/evaluate.py and train.py's eval_tasks run.
+"""Benchmarks with lm-eval, bits per byte, and files of results.
 
-`Scorer` is the model class, `run_tasks` runs benchmarks with it, `bits_per_byte` scores any text.
+tools/evaluate.py uses them, and train.py for eval_tasks. `Scorer` is one of our models as lm-eval
+sees it, `run_tasks` runs benchmarks with it, and `bits_per_byte` scores any text.
 """
+
 import contextlib
 import functools
 import glob
+import itertools
 import json
 import logging
 import math
@@ -26,93 +29,138 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from configurator import BadInput, RunFault, did_you_mean
+from configurator import BadInput, RunFault, did_you_mean, read_json
 from data import open_shard
 from lib.chat import JINJA, render
-from lib.device import all_reduce_sum
-from lib.tokenizer import stop_ids
+from lib.parallel import sum_numbers
+from lib.reading import local_files, read_batches, records_of
 
-# task -> shots (None: the task's own number)
+# Set -> task -> shots. None: the task's own number.
+ZERO_SHOT = 'arc_easy arc_challenge hellaswag winogrande piqa boolq openbookqa social_iqa'.split()
+FEW_SHOT = dict(mmlu=5, gsm8k=8, minerva_math500=4, humaneval=0, mbpp=3)
 TASK_SETS = {
-    'core': dict(arc_easy=0, arc_challenge=0, hellaswag=0, winogrande=0, piqa=0, boolq=0, openbookqa=0, social_iqa=0, mmlu=5, gsm8k=8,
-                 minerva_math500=4, humaneval=0, mbpp=3),
-    'bitdistill': dict(mnli=None, qnli=None, sst2=None, cnn_dailymail_abisee=None)}
+    'core': dict.fromkeys(ZERO_SHOT, 0) | FEW_SHOT,
+    'bitdistill': dict.fromkeys(('mnli', 'qnli', 'sst2', 'cnn_dailymail_abisee')),
+}
 
 
 class Scorer(TemplateLM):
-    """One of our models as lm-eval sees it. Every rank is given all requests, does its share and ends up with all answers."""
+    """One of our models as lm-eval sees it.
 
-    def __init__(self, model, tokenizer, add_bos, prefix_id, context, device, batch_tokens, autocast=contextlib.nullcontext,
-                 template=None, quiet=False):
-        """add_bos: whether text begins with BOS; prefix_id: what comes before a text without context (both from hf.find_model).
+    Every rank is given all requests, processes its share, and returns all answers.
+    """
 
-        context: tokens that the model may see; batch_tokens: padded tokens of a forward pass, or of a generating batch's cache.
-
-        A model that is sharded over the ranks needs all of them in every forward pass; so it is done whenever there are several.
+    def __init__(
+        self,
+        model,
+        tokenizer,
+        context,
+        batch_tokens,
+        autocast=contextlib.nullcontext,
+        template=None,
+        quiet=False,
+    ):
+        """
+        context       tokens that the model may see
+        batch_tokens  padded tokens of a forward pass, and of a cache during generation
+        autocast      makes the context manager of every forward pass
+        template      chat template for the prompts, as of chat.find_template. None: plain text
+        quiet         no progress bars
         """
         super().__init__()
-        self.model, self.tokens, self.add_bos, self.prefix_id, self.context = model, tokenizer, add_bos, prefix_id, context
-        self.on, self.batch_tokens, self.autocast, self.template, self.quiet = device, batch_tokens, autocast, template, quiet
-        layout = model.layout                   # ranks of a tensor-parallel group do the same batches
-        self.my_rank, self.ranks = (layout.data_rank, layout.n_data) if layout else (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        self.n_scored = self.n_cut = 0          # tokens that went through the model; requests that had to be cut
-        self.text_of_special = {i: name for name, i in tokenizer.encoding._special_tokens.items()}
+        self.model = model
+        # TemplateLM has attributes named `tokenizer`, `device`, `rank` and `world_size`.
+        self.tokens = tokenizer
+        self.context = context
+        self.batch_tokens = batch_tokens
+        self.autocast = autocast
+        self.template = template
+        self.quiet = quiet
+        self.input_device = next(model.parameters()).device
+        self.share_index = 0            # which share of the batches is this rank's
+        self.n_shares = 1
+        # The ranks of a tensor-parallel group process the same batches.
+        if model.layout:
+            self.share_index = model.layout.data_rank
+            self.n_shares = model.layout.n_data
+        elif dist.is_initialized():
+            self.share_index = dist.get_rank()
+            self.n_shares = dist.get_world_size()
+        self.n_scored = 0               # padded tokens that went through the model
+        self.n_cut = 0                  # requests that lost their beginning
 
     # -- text --
 
     @property
     def eot_token_id(self):
-        return stop_ids(self.tokens)[0]
+        return self.tokens.stop_ids[0]
 
     @property
     def prefix_token_id(self):
-        return self.prefix_id
+        return self.tokens.prefix_id
 
     @property
     def tokenizer_name(self):
         return f'{self.tokens.fingerprint}-{self.template}'.replace('/', '_')
 
     def tok_encode(self, string, add_special_tokens=None, **_):
-        """As transformers does it: special tokens in the text count, BOS comes first where the model's tokenizer puts it."""
-        begins = string.startswith(self.text_of_special[self.tokens.bos_id])
-        add = self.add_bos and not begins if add_special_tokens is None else add_special_tokens and self.add_bos
-        return [self.tokens.bos_id] * add + self.tokens.encode_marked(string)
+        # As transformers does: special tokens in the text count, and BOS comes first if the model's
+        # tokenizer adds it.
+        add_bos = self.tokens.add_bos
+        if add_special_tokens is not None:
+            add_bos = add_bos and add_special_tokens
+        elif string.startswith(self.tokens.names[self.tokens.bos_id]):
+            add_bos = False
+        ids = self.tokens.encode_marked(string)
+        return [self.tokens.bos_id, *ids] if add_bos else ids
 
     def apply_chat_template(self, chat_history, add_generation_prompt=True):
-        text = render(self.tokens, chat_history, JINJA.get(self.template, self.template), add_generation_prompt)
+        template = self.chat_template()
+        text = render(self.tokens, chat_history, template, add_generation_prompt)
         if add_generation_prompt:
             return text
-        said = chat_history[-1]['content'].strip()              # the last message is to be continued: its turn is not closed
-        return text[:text.rindex(said) + len(said)]
+        # The model continues the last message, so its turn must not be closed.
+        last = chat_history[-1]['content'].strip()
+        return text[: text.rindex(last) + len(last)]
 
     def chat_template(self, chat_template=False):
         return JINJA.get(self.template, self.template)
 
     # -- work over ranks --
 
-    def share(self, batches, work, what):
-        """work(batch) -> {request: answer}. Every rank does each so-many-th batch, all take part in every one; answers of all."""
-        answers = {}
-        for start in tqdm(range(0, len(batches), self.ranks), desc=what, disable=self.quiet or self.my_rank > 0, dynamic_ncols=True):
-            at = start + self.my_rank
-            done = work(batches[min(at, len(batches) - 1)])
-            if at < len(batches):
-                answers |= done
-        if self.ranks > 1:
-            parts = [None] * dist.get_world_size()
-            dist.all_gather_object(parts, answers)
-            answers = {key: value for part in parts for key, value in part.items()}
-        return answers
+    def batches(self, items, extra=0):
+        """Splits [(ids, ...)], longest first, into batches of at most batch_tokens padded tokens.
 
-    def batches(self, items, length, extra=0):
-        """Cuts items, longest first, into batches of at most batch_tokens padded tokens (`extra` more per row)."""
-        batches, longest = [], 0
+        extra: tokens that every row needs besides its ids.
+        """
+        batches = []
+        width = 0
         for item in items:
-            if not batches or (len(batches[-1]) + 1) * (longest + extra) > self.batch_tokens:
+            if not batches or (len(batches[-1]) + 1) * width > self.batch_tokens:
                 batches.append([])
-                longest = length(item)
+                # Items come longest first, so the first one sets the padded width of its batch.
+                width = len(item[0]) + extra
             batches[-1].append(item)
         return batches
+
+    def share(self, batches, work, what):
+        """Runs work(batch) -> {request: answer} on this rank's batches. Returns all answers."""
+        answers = {}
+        is_silent = self.quiet or self.share_index > 0
+        starts = range(0, len(batches), self.n_shares)
+        for start in tqdm(starts, desc=what, disable=is_silent, dynamic_ncols=True):
+            at = start + self.share_index
+            # A sharded model needs all ranks in every forward pass. A rank without a batch repeats
+            # the last one.
+            found = work(batches[min(at, len(batches) - 1)])
+            if at < len(batches):
+                answers |= found
+        if self.n_shares > 1:
+            parts = [None] * dist.get_world_size()
+            dist.all_gather_object(parts, answers)
+            for part in parts:
+                answers |= part
+        return answers
 
     # -- log-likelihoods --
 
@@ -120,46 +168,57 @@ class Scorer(TemplateLM):
         return self.score([(context, continuation) for _, context, continuation in requests])
 
     def score(self, pairs):
-        """[(context ids, continuation ids)] -> [(sum of the continuation's log-probabilities, whether greedy decoding gives it)].
+        """Scores [(context ids, continuation ids)]. A long pair loses its beginning.
 
-        Requests with the same input (choices of one token) go through the model once. A pair longer than the context loses its
-        beginning.
+        Returns [(log-probability in nats of the continuation, whether it is the greedy one)].
         """
+        # Ids that the model reads -> [(request, continuation)]. Requests with the same input, such
+        # as choices of one token, go through the model once.
         inputs = {}
         for request, (context, continuation) in enumerate(pairs):
             if len(continuation) > self.context:
-                raise BadInput(f'a continuation has {len(continuation):,} tokens, the context of the model {self.context:,}.')
-            self.n_cut += len(context) + len(continuation) > self.context + 1
-            tokens = (*context, *continuation)[-(self.context + 1):][:-1]
-            inputs.setdefault(tokens, []).append((request, continuation))
-
-        def work(batch):
-            width = len(batch[0][0])
-            idx = torch.zeros(len(batch), width, dtype=torch.int64)
-            places = []                                               # (request, row, position, target) of every token asked for
-            for row, (tokens, asked) in enumerate(batch):
-                idx[row, :len(tokens)] = torch.tensor(tokens)
-                places += [(request, row, len(tokens) - len(continuation) + k, target)
-                           for request, continuation in asked for k, target in enumerate(continuation)]
-            request, row, position, target = torch.tensor(places, device=self.on).T
-            with self.autocast():
-                losses, hits = self.model.score(idx.to(self.on), row, position, target)
-            self.n_scored += idx.numel()
-            numbers, which = request.unique(return_inverse=True)
-            total = torch.zeros(len(numbers), dtype=torch.float64, device=self.on).index_add_(0, which, -losses.double())
-            misses = torch.zeros(len(numbers), dtype=torch.int64, device=self.on).index_add_(0, which, (~hits).long())
-            return dict(zip(numbers.tolist(), zip(total.tolist(), (misses == 0).tolist())))
-
+                raise BadInput(f'a continuation has {len(continuation):,} tokens: raise --context.')
+            ids = (*context, *continuation)
+            if len(ids) > self.context + 1:
+                self.n_cut += 1
+            # The last token is only predicted.
+            ids = ids[-(self.context + 1) : -1]
+            inputs.setdefault(ids, []).append((request, continuation))
         ordered = sorted(inputs.items(), key=lambda item: (-len(item[0]), item[0]))
-        answers = self.share(self.batches(ordered, lambda item: len(item[0])), work, 'log-likelihoods')
+        answers = self.share(self.batches(ordered), self._score_batch, 'log-likelihoods')
         return [answers[request] for request in range(len(pairs))]
 
+    def _score_batch(self, batch):
+        width = len(batch[0][0])
+        # Padding on the right needs no mask, because causal attention never looks at it.
+        idx = torch.zeros(len(batch), width, dtype=torch.int64)     # padded on the right
+        places = []         # (request, row, position, target) of every token that is scored
+        for row, (ids, asked) in enumerate(batch):
+            idx[row, : len(ids)] = torch.tensor(ids)
+            for request, continuation in asked:
+                first = len(ids) - len(continuation)
+                for k, target in enumerate(continuation):
+                    places.append((request, row, first + k, target))
+        _, row, position, target = torch.tensor(places, device=self.input_device).T
+        with self.autocast():
+            losses, hits = self.model.score(idx.to(self.input_device), row, position, target)
+        self.n_scored += idx.numel()
+        answers = {}
+        for place, loss, hit in zip(places, losses.tolist(), hits.tolist(), strict=True):
+            total, is_greedy = answers.get(place[0], (0.0, True))
+            answers[place[0]] = (total - loss, is_greedy and hit)
+        return answers
+
     def rolling(self, documents):
-        """Log-likelihoods of whole documents (lists of ids), the first token after BOS, long ones in windows of the context."""
-        windows = [(i, *make_disjoint_window(window)) for i, ids in enumerate(documents) for window in get_rolling_token_windows(
-            ids, self.prefix_token_id, self.context, 1)]
+        """Log-likelihoods of whole documents (lists of ids), in windows of the context."""
+        pairs = []
+        owners = []         # index of the document that a pair is from
+        for i, ids in enumerate(documents):
+            for window in get_rolling_token_windows(ids, self.prefix_token_id, self.context, 1):
+                pairs.append(make_disjoint_window(window))
+                owners.append(i)
         totals = [0.0] * len(documents)
-        for (i, _, _), (value, _) in zip(windows, self.score([pair for _, *pair in windows])):
+        for i, (value, _) in zip(owners, self.score(pairs), strict=True):
             totals[i] += value
         return totals
 
@@ -169,120 +228,169 @@ class Scorer(TemplateLM):
     # -- generation --
 
     def generate_until(self, requests, disable_tqdm=False):
+        # A batch has one set of options. Options as JSON -> [(ids of the prompt, request)].
         groups = {}
         for request, (context, options) in enumerate(r.args for r in requests):
             options = normalize_gen_kwargs(options, 256)
             new_tokens = options['max_gen_toks']
             if new_tokens >= self.context:
-                raise BadInput(f'a task generates up to {new_tokens:,} tokens, more than the context of the model ({self.context:,}). Raise '
-                               '--context (quality is not assured beyond what the model was trained on), or leave the task out.')
+                raise BadInput(
+                    f'a task generates up to {new_tokens:,} tokens, but the context has '
+                    f'{self.context:,}. Raise --context, or leave the task out.'
+                )
             ids = self.tok_encode(context)
-            self.n_cut += len(ids) > self.context - new_tokens
-            groups.setdefault(json.dumps(options, sort_keys=True), []).append((request, ids[-(self.context - new_tokens):]))
+            room = self.context - new_tokens
+            if len(ids) > room:
+                self.n_cut += 1
+            key = json.dumps(options, sort_keys=True)
+            groups.setdefault(key, []).append((ids[-room:], request))
         batches = []
-        for options, items in groups.items():
-            items.sort(key=lambda item: -len(item[1]))
-            extra = json.loads(options)['max_gen_toks']
-            batches += [(json.loads(options), batch) for batch in self.batches(items, lambda item: len(item[1]), extra)]
-        answers = self.share(batches, lambda batch: self.generate(*batch), 'generation')
+        for key, items in groups.items():
+            options = json.loads(key)
+            items.sort(key=lambda item: -len(item[0]))
+            for batch in self.batches(items, options['max_gen_toks']):
+                batches.append((options, batch))
+        answers = self.share(batches, self._generate_batch, 'generation')
         return [answers[request] for request in range(len(requests))]
 
-    def generate(self, options, batch):
-        """One batch of (request, prompt ids) -> {request: text}."""
-        until = handle_stop_sequences(options.get('until'), eos=self.text_of_special[self.eot_token_id])
-        new_tokens, stops = options['max_gen_toks'], set(stop_ids(self.tokens))
-        tail = max(len(stop.encode()) for stop in until) + 1          # a token has at least one byte
-        width = max(len(ids) for _, ids in batch)
-        idx = torch.tensor([[0] * (width - len(ids)) + ids for _, ids in batch], device=self.on)
-        first = torch.tensor([width - len(ids) for _, ids in batch], device=self.on)
-        out, done, n_new = [[] for _ in batch], [False] * len(batch), 0
-        steps = new_tokens                  # of the longest on all ranks: a sharded model needs every rank in every step
-        if self.ranks > 1:
-            longest = torch.tensor(new_tokens, device=self.on)
-            dist.all_reduce(longest, op=dist.ReduceOp.MAX)
-            steps = int(longest)
-        sampling = dict(temperature=options.get('temperature') or 0.0, top_k=options.get('top_k'), top_p=options.get('top_p'),
-                        seed=1234 + min(request for request, _ in batch))
+    def _generate_batch(self, work):
+        options, batch = work
+        eos = self.tokens.names[self.eot_token_id]
+        until = handle_stop_sequences(options.get('until'), eos=eos)
+        # A token has at least one byte, so this many tokens contain every stop sequence.
+        tail = max(len(stop.encode()) for stop in until) + 1
+        width = max(len(ids) for ids, _ in batch)
+        padding = [width - len(ids) for ids, _ in batch]
+        # Padding on the left lets all rows continue at the same position of the cache.
+        rows = [[0] * n + ids for n, (ids, _) in zip(padding, batch, strict=True)]
+        max_new_tokens = options['max_gen_toks']
+        steps = torch.tensor(max_new_tokens, device=self.input_device)
+        # A sharded model needs every rank in every step.
+        if self.n_shares > 1:
+            dist.all_reduce(steps, op=dist.ReduceOp.MAX)
+        stream = self.model.stream(
+            torch.tensor(rows, device=self.input_device),
+            int(steps),
+            temperature=options.get('temperature') or 0.0,
+            top_k=options.get('top_k'),
+            top_p=options.get('top_p'),
+            seed=1234 + min(request for _, request in batch),
+            first=torch.tensor(padding, device=self.input_device) if any(padding) else None,
+        )
+        out = [[] for _ in batch]
+        done = [False] * len(batch)
         with self.autocast():
-            for token in self.model.stream(idx, steps, **sampling, first=first if first.any() else None):
-                n_new += 1
+            for n_new, token in enumerate(stream, 1):
                 for row, new in enumerate(token[:, 0].tolist()):
                     if done[row]:
                         continue
                     if new not in self.tokens.control_ids:
                         out[row].append(new)
+                    # Decoding the full answer at every token would take quadratic time.
                     text = self.tokens.decode(out[row][-tail:])
-                    done[row] = new in stops or n_new >= new_tokens or any(stop in text for stop in until)
-                if all_reduce_sum([not all(done)])[0] == 0:
+                    is_last = new in self.tokens.stop_ids or n_new >= max_new_tokens
+                    done[row] = is_last or any(stop in text for stop in until)
+                # A rank that stopped alone would leave the others waiting in the next step.
+                if sum_numbers([not all(done)], self.model.layout)[0] == 0:
                     break
-        return {request: postprocess_generated_text(self.tokens.decode(ids), until, None) for (request, _), ids in zip(batch, out)}
+        answers = {}
+        for ids, (_, request) in zip(out, batch, strict=True):
+            answers[request] = postprocess_generated_text(self.tokens.decode(ids), until, None)
+        return answers
 
 
-# -- tasks -------------------------------------------------------------------------------------------------------------
+# -- tasks -----------------------------------------------------------------------------------------
+
 
 @functools.cache
 def task_manager():
-    return TaskManager()                        # reads thousands of YAML files: seconds
+    return TaskManager()        # takes seconds, because it reads thousands of YAML files
 
 
 def expand_tasks(names, shots, manager):
-    """['core', '-mmlu', 'x.yaml'] -> {task: shots}. BadInput for a name that lm-eval does not know."""
+    """Expands names such as ['core', '-mmlu', 'x.yaml'] to {task: shots}.
+
+    shots: for all tasks; None: each set's or task's own. Raises BadInput for an unknown name.
+    """
     tasks = {}
     for name in names:
         if name.startswith('-'):
-            if tasks.pop(name[1:], name) is name:
+            if name[1:] not in tasks:
                 raise BadInput(f"tasks: '{name}' leaves out what is not there.")
+            del tasks[name[1:]]
         elif name in TASK_SETS:
             tasks |= TASK_SETS[name]
         elif os.path.isfile(name) or name in manager.all_tasks:
             tasks[name] = None
         else:
-            raise BadInput(f"unknown task '{name}'." + did_you_mean(name, [*TASK_SETS, *manager.all_tasks])
-                           + ' Tasks are those of lm-eval (`lm-eval ls tasks`), paths of YAML files, and ' + ', '.join(TASK_SETS) + '.')
-    return {name: count if shots is None else shots for name, count in tasks.items()}
+            raise BadInput(
+                f"unknown task '{name}'.{did_you_mean(name, [*TASK_SETS, *manager.all_tasks])} "
+                'Tasks are those of lm-eval (`lm-eval ls tasks`), paths of YAML files, and the '
+                f'sets {", ".join(TASK_SETS)}.'
+            )
+    return tasks if shots is None else dict.fromkeys(tasks, shots)
 
 
 def load_tasks(names, shots=None, allow_code=False):
-    """{task: (shots, lm-eval's task objects)} of names as in `expand_tasks`, with their data.
+    """Loads tasks with their data: {task: (shots, lm-eval's task objects)}.
 
-    BadInput for an unknown task, and for one that runs code which the model wrote unless allow_code; RunFault when its data
-    cannot be loaded.
+    names and shots as in `expand_tasks`. Raises BadInput for an unknown task, and for a task that
+    runs code written by the model unless allow_code. Raises RunFault if its data cannot be loaded.
     """
     logging.getLogger('lm_eval').setLevel(logging.ERROR)
-    manager, found = task_manager(), {}
+    manager = task_manager()
+    found = {}
     for name, count in expand_tasks(names, shots, manager).items():
-        random.seed(0)                          # as lm-eval: some tasks shuffle their documents while they load
+        # Some tasks shuffle their documents while they load. lm-eval sets the same seeds.
+        random.seed(0)
         np.random.seed(1234)
         torch.manual_seed(1234)
         try:
             loaded = manager.load([name])
-        except Exception as error:              # lm-eval, datasets and the hub raise what they like; the reason is passed on
+        except Exception as error:
+            # lm-eval, datasets and the hub raise errors of any type.
             reason = (str(error).strip().splitlines() or [''])[0]
-            raise RunFault(f"task '{name}' or its data cannot be loaded ({type(error).__name__}: {reason}). Check the network or the "
-                           'YAML, or leave it out.') from error
-        if not allow_code and any(getattr(task, 'UNSAFE_CODE', False) for task in loaded['tasks'].values()):
-            raise BadInput(f"task '{name}' runs code that the model wrote. Allow it in a sandbox (tools/evaluate.py --allow_code=True), or leave "
-                           f'it out: -{name} after the name of the set.')
-        inner = {child for children in loaded['group_map'].values() for child in children}
+            raise RunFault(
+                f"task '{name}' or its data cannot be loaded ({type(error).__name__}: {reason}). "
+                'Check the network or the YAML, or leave it out.'
+            ) from error
+        runs_code = any(getattr(t, 'UNSAFE_CODE', False) for t in loaded['tasks'].values())
+        if runs_code and not allow_code:
+            raise BadInput(
+                f"task '{name}' runs code that the model wrote. Set --allow_code=True in a "
+                f'sandbox, or leave it out: -{name} after the name of the set.'
+            )
+        # A group includes its tasks and groups, so only the outermost ones are run.
+        inner = set().union(*loaded['group_map'].values())
         groups = [group for label, group in loaded['groups'].items() if label not in inner]
-        found[name] = count, groups or [*loaded['tasks'].values()]
+        found[name] = (count, groups or list(loaded['tasks'].values()))
     return found
 
 
 def run_tasks(scorer, tasks, limit=None, allow_code=False, done=lambda results: None):
-    """Runs what load_tasks returned. Returns {task: dict(version, shots, n, seconds, metrics, items)} on every rank.
+    """Runs the tasks that load_tasks returned.
 
-    metrics: {metric: [value, standard error or None]}; items: {metric: value of every document}, where there are such.
-    done(results) is called after every task with what there is so far.
+    limit: documents per task; None: all. done(results) is called after every task.
+    Returns {task: dict(version, shots, seconds, n, metrics, items)} on every rank.
+    metrics: {metric: [value, standard error or None]}
+    items: {metric: value of every document}, where the metric has such values
     """
     results = {}
     for count, loaded in tasks.values():
         start = time.perf_counter()
-        found = simple_evaluate(scorer, tasks=loaded, num_fewshot=count, limit=limit, apply_chat_template=scorer.template is not None,
-                                confirm_run_unsafe_code=allow_code, random_seed=0, numpy_random_seed=1234, torch_random_seed=1234,
-                                task_manager=task_manager(), bootstrap_iters=1000)
+        found = simple_evaluate(
+            scorer,
+            tasks=loaded,
+            num_fewshot=count,
+            limit=limit,
+            apply_chat_template=scorer.template is not None,
+            confirm_run_unsafe_code=allow_code,
+            task_manager=task_manager(),
+            bootstrap_iters=1000,
+        )
         box = [found and summarize(found, time.perf_counter() - start)]
-        if dist.is_initialized():               # lm-eval gives its results to rank 0 alone
+        # lm-eval returns its results on rank 0 only.
+        if dist.is_initialized():
             dist.broadcast_object_list(box, 0)
         results |= box[0]
         done(results)
@@ -290,121 +398,184 @@ def run_tasks(scorer, tasks, limit=None, allow_code=False, done=lambda results: 
 
 
 def summarize(found, seconds):
-    """What run_tasks returns, of lm-eval's result for one task or group (a group's tasks stand below it)."""
-    results, samples = {}, found['samples']
-    below = {name: [leaf for leaf in samples if leaf in reach(name, found['group_subtasks'])] for name in found['results']}
+    """Converts lm-eval's result for one task or group, tasks of the group included."""
+    results = {}
     for name, values in found['results'].items():
-        leaves = below[name] or [name]
-        metrics, items = {}, {}
+        inner = descendants(name, found['group_subtasks'])
+        leaves = [leaf for leaf in found['samples'] if leaf in inner] or [name]
+        metrics = {}
+        items = {}
         for key, value in values.items():
             metric, _, kind = key.partition(',')
             if not kind or metric.endswith('_stderr') or not isinstance(value, (int, float)):
                 continue
-            error = values.get(f'{metric}_stderr,{kind}')
             label = metric if kind == 'none' else f'{metric} ({kind})'
-            metrics[label] = [value, error if isinstance(error, float) and math.isfinite(error) else None]
-            single = [s.get(metric) for leaf in leaves for s in samples[leaf] if s['filter'] == kind]
+            error = values.get(f'{metric}_stderr,{kind}')
+            # lm-eval writes 'N/A' where it has no standard error.
+            if not isinstance(error, float) or not math.isfinite(error):
+                error = None
+            metrics[label] = [value, error]
+            single = []
+            for leaf in leaves:
+                samples = [s for s in found['samples'][leaf] if s['filter'] == kind]
+                single += [sample.get(metric) for sample in samples]
             if single and all(isinstance(x, (int, float)) for x in single):
                 items[label] = [float(x) for x in single]
-        results[name] = dict(version=found['versions'].get(name), shots=found['n-shot'].get(leaves[0]), seconds=round(seconds, 1),
-                             n=sum(found['n-samples'][leaf]['effective'] for leaf in leaves), metrics=metrics, items=items)
+        results[name] = dict(
+            version=found['versions'].get(name),
+            shots=found['n-shot'].get(leaves[0]),
+            seconds=round(seconds, 1),
+            n=sum(found['n-samples'][leaf]['effective'] for leaf in leaves),
+            metrics=metrics,
+            items=items,
+        )
     return results
 
 
-def reach(name, children):
-    """All names below a group."""
-    return {below for child in children.get(name, []) for below in (child, *reach(child, children))}
+def descendants(name, children):
+    """The set of all names below a group. children: group -> names."""
+    found = set(children.get(name, []))
+    for child in children.get(name, []):
+        found |= descendants(child, children)
+    return found
 
 
-# -- bits per byte -----------------------------------------------------------------------------------------------------
+# -- bits per byte ---------------------------------------------------------------------------------
+
 
 def read_documents(path, tokenizer, column, limit):
-    """[(ids without BOS, bytes of text)] of a text file, or of the validation shards of a source's folder."""
+    """Reads [(ids without BOS, bytes of text)] from text files, or a source's validation shards.
+
+    column: field of a record that holds its text; limit: number of documents. None: all.
+    """
     if os.path.isfile(os.path.join(path, 'meta.json')):
-        with open(os.path.join(path, 'meta.json'), encoding='utf-8') as f:
-            about = json.load(f)['tokenizer']
-        if about['fingerprint'] != tokenizer.fingerprint:
-            raise BadInput(f"{path} was prepared with another tokenizer ({about['fingerprint']}) than the model's ({tokenizer.fingerprint}).")
-        sizes, documents = tokenizer.token_bytes(), []
-        for shard in sorted(glob.glob(os.path.join(path, 'val', '*.bin'))):
-            tokens = open_shard(shard).astype('int64')
-            starts = [*(tokens == tokenizer.bos_id).nonzero()[0].tolist(), len(tokens)]
-            documents += [tokens[a + 1:b].tolist() for a, b in zip(starts, starts[1:])]
-            if limit is not None and len(documents) >= limit:
-                break
-        return [(ids, sum(sizes[i] for i in ids)) for ids in documents[:limit] if ids]
-    from lib.reading import local_files, read_batches, records_of
+        return read_shards(path, tokenizer, limit)
     documents = []
     for file in local_files(path):
         for batch in read_batches(file, [column]):
             for number, record in records_of(batch):
-                text = record if isinstance(record, str) else record.get(column) if isinstance(record, dict) else None
+                text = record.get(column) if isinstance(record, dict) else record
                 if not isinstance(text, str):
-                    raise BadInput(f"{file.path}: record {number + 1} has no text in '{column}'. --column says which field it is.")
+                    where = f'{file.path}: record {number + 1}'
+                    raise BadInput(f"{where} has no text in '{column}'. Set --column.")
                 if text:
-                    documents.append((tokenizer.encode_document(text).tolist(), len(text.encode())))
+                    ids = tokenizer.encode_document(text).tolist()
+                    documents.append((ids, len(text.encode())))
                 if limit is not None and len(documents) >= limit:
                     return documents
     return documents
 
 
+def read_shards(path, tokenizer, limit):
+    """`read_documents` of a source's folder. Raises BadInput for shards of another tokenizer."""
+    theirs = read_json(os.path.join(path, 'meta.json'))['tokenizer']['fingerprint']
+    if theirs != tokenizer.fingerprint:
+        raise BadInput(f'{path} has another tokenizer than the model ({theirs}).')
+    sizes = tokenizer.token_bytes()
+    documents = []
+    for shard in sorted(glob.glob(os.path.join(path, 'val', '*.bin'))):
+        tokens = open_shard(shard).astype('int64')
+        starts = (tokens == tokenizer.bos_id).nonzero()[0].tolist()
+        for start, stop in itertools.pairwise([*starts, len(tokens)]):
+            documents.append(tokens[start + 1 : stop].tolist())
+        if limit is not None and len(documents) >= limit:
+            break
+    return [(ids, sum(sizes[i] for i in ids)) for ids in documents[:limit] if ids]
+
+
 def bits_per_byte(scorer, documents):
-    """The entry for results of `read_documents`: bits per byte and loss per token; the error is that of a ratio of sums."""
+    """Bits per byte and loss per token of `read_documents`' documents, as an entry of results."""
     start = time.perf_counter()
     if not documents:
         raise BadInput('bpb: there is no text to score.')
     bits = [-value / math.log(2) for value in scorer.rolling([ids for ids, _ in documents])]
-    n, n_bytes, n_tokens = len(documents), sum(size for _, size in documents), sum(len(ids) for ids, _ in documents)
+    sizes = [size for _, size in documents]
+    n = len(documents)
+    n_bytes = sum(sizes)
+    n_tokens = sum(len(ids) for ids, _ in documents)
     bpb = sum(bits) / n_bytes
-    error = math.sqrt(sum((b - bpb * size) ** 2 for b, (_, size) in zip(bits, documents)) * n / max(1, n - 1)) / n_bytes
-    return dict(version=1, shots=None, n=n, seconds=round(time.perf_counter() - start, 1), tokens=n_tokens, bytes=n_bytes,
-                metrics={'bpb': [bpb, error if n > 1 else None], 'loss': [sum(bits) * math.log(2) / n_tokens, None]},
-                items={'bpb': [b * n / n_bytes for b in bits]})          # their mean is bpb
+    # The standard error is that of a ratio of sums.
+    error = None
+    if n > 1:
+        squares = sum((b - bpb * size) ** 2 for b, size in zip(bits, sizes, strict=True))
+        error = math.sqrt(squares * n / (n - 1)) / n_bytes
+    loss = sum(bits) * math.log(2) / n_tokens
+    entry = dict(version=1, shots=None, n=n, seconds=round(time.perf_counter() - start, 1))
+    entry |= dict(tokens=n_tokens, bytes=n_bytes)
+    entry['metrics'] = {'bpb': [bpb, error], 'loss': [loss, None]}
+    # Scaled so that their mean is the bits per byte.
+    entry['items'] = {'bpb': [b * n / n_bytes for b in bits]}
+    return entry
 
 
-# -- results -----------------------------------------------------------------------------------------------------------
+# -- results ---------------------------------------------------------------------------------------
+
 
 def print_results(results):
-    print(f'\n{"task":<28}{"version":>8}{"shots":>6}  {"metric":<28}{"value":>9}{"stderr":>9}{"n":>8}{"seconds":>9}')
+    print(
+        f'\n{"task":<28}{"version":>8}{"shots":>6}  {"metric":<28}{"value":>9}{"stderr":>9}'
+        f'{"n":>8}{"seconds":>9}'
+    )
     for name, r in results.items():
+        head = f'{name:<28.28}{str(r["version"]):>8}{str(r["shots"]):>6}'
+        tail = f'{r["n"]:>8,}{r["seconds"]:>9.1f}'
         for metric, (value, error) in r['metrics'].items():
-            print(f'{name:<28.28}{str(r["version"]):>8}{str(r["shots"]):>6}  {metric:<28.28}{value:>9.4f}'
-                  + (f'{error:>9.4f}' if error is not None else f'{"":>9}') + f'{r["n"]:>8,}{r["seconds"]:>9.1f}')
+            shown = '' if error is None else f'{error:.4f}'
+            print(f'{head}  {metric:<28.28}{value:>9.4f}{shown:>9}{tail}')
 
 
 def compare_results(results, others):
-    """Rows (task, metric, ours, theirs, difference, its standard error or None, how) of what both have.
+    """Compares what two dicts of results have in common.
 
-    Of the same documents in the same number and version the differences are paired, document by document.
+    Returns rows (task, metric, ours, theirs, difference, its standard error or None, how).
     """
     rows = []
     for name in [n for n in results if n in others]:
-        a, b = results[name], others[name]
+        a = results[name]
+        b = others[name]
         for metric in [m for m in a['metrics'] if m in b['metrics']]:
-            (x, x_error), (y, y_error) = a['metrics'][metric], b['metrics'][metric]
-            ours, theirs = a['items'].get(metric, []), b['items'].get(metric, [])
-            same = len(ours) == len(theirs) > 1 and all(a.get(key) == b.get(key) for key in ('version', 'shots', 'bytes'))
-            error, how = None, ''
-            if same:
-                deltas = torch.tensor(ours, dtype=torch.float64) - torch.tensor(theirs, dtype=torch.float64)
-                error, how = deltas.std().item() / math.sqrt(len(ours)), 'paired'
+            x, x_error = a['metrics'][metric]
+            y, y_error = b['metrics'][metric]
+            ours = torch.tensor(a['items'].get(metric, []), dtype=torch.float64)
+            theirs = torch.tensor(b['items'].get(metric, []), dtype=torch.float64)
+            same = all(a.get(key) == b.get(key) for key in ('version', 'shots', 'bytes'))
+            # Differences of the same documents are paired, which is far more precise.
+            error = None
+            how = ''
+            if same and len(ours) == len(theirs) > 1:
+                error = (ours - theirs).std().item() / math.sqrt(len(ours))
+                how = 'paired'
             elif x_error is not None and y_error is not None:
-                error, how = math.hypot(x_error, y_error), 'unpaired'
+                error = math.hypot(x_error, y_error)
+                how = 'unpaired'
             rows.append((name, metric, x, y, x - y, error, how))
     return rows
 
 
+def print_differences(rows):
+    """Prints the rows of `compare_results`."""
+    print(
+        f'\n{"task":<28}{"metric":<24}{"here":>9}{"there":>9}{"difference":>12}{"stderr":>9}'
+    )
+    for name, metric, x, y, delta, error, how in rows:
+        shown = '' if error is None else f'{error:>9.4f}  {how}'
+        print(f'{name:<28.28}{metric:<24.24}{x:>9.4f}{y:>9.4f}{delta:>+12.4f}{shown}')
+
+
 def results_path(ckpt, out):
-    """Where results go: --out, or eval.json in the run's folder, or <name>_eval.json here for a model of the hub. BadInput when
-    they cannot go there.
+    """The file of results. Raises BadInput if it cannot be written there.
+
+    It is --out, or else eval.json in the run's folder, or <hub name>_eval.json here.
     """
-    if out is None and not os.path.isdir(ckpt):
-        out = ckpt.replace('/', '_') + '_eval.json'
-    if out is None:
+    if out is None and os.path.isdir(ckpt):
         folder = os.path.normpath(ckpt)
-        is_step = os.path.basename(os.path.dirname(folder)) == 'ckpt'
-        out = os.path.join(os.path.dirname(os.path.dirname(folder)) if is_step else folder,
-                           f'eval_{os.path.basename(folder)}.json' if is_step else 'eval.json')
+        parent, name = os.path.split(folder)
+        if os.path.basename(parent) == 'ckpt':      # one checkpoint of a run
+            out = os.path.join(os.path.dirname(parent), f'eval_{name}.json')
+        else:
+            out = os.path.join(folder, 'eval.json')
+    elif out is None:
+        out = ckpt.replace('/', '_') + '_eval.json'
     if not os.path.isdir(os.path.dirname(out) or '.'):
         raise BadInput(f"out = '{out}': there is no folder {os.path.dirname(out)}.")
     if os.path.exists(out):
@@ -413,18 +584,20 @@ def results_path(ckpt, out):
 
 
 def read_results(path):
-    """{task: entry} of a file that tools/evaluate.py wrote, or of the one in a run's folder. BadInput when it is none."""
+    """Reads {task: entry} from a file of results or a run's folder. Raises BadInput."""
     path = os.path.join(path, 'eval.json') if os.path.isdir(path) else path
     try:
         with open(path, encoding='utf-8') as f:
             return json.load(f)['results']
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BadInput(f'{path} is no file of results ({type(error).__name__}: {error}). Evaluate that model first.') from None
+        raise BadInput(f'{path} is no file of results: {error!r}.') from None
 
 
 def write_results(path, results, about):
-    """Adds results to the file, every entry with `about` (dict: model, limit, ...); tasks that stand in it already are replaced."""
+    """Adds results to the file, each with the fields of `about` (dict: model, limit and so on)."""
     kept = read_results(path) if os.path.exists(path) else {}
+    kept |= {name: {**entry, **about} for name, entry in results.items()}
+    # A process that is killed here must not destroy the results of earlier tasks.
     with open(path + '.tmp', 'w', encoding='utf-8') as f:
-        json.dump(dict(results=kept | {name: {**entry, **about} for name, entry in results.items()}), f)
+        json.dump(dict(results=kept), f)
     os.replace(path + '.tmp', path)

@@ -1,39 +1,43 @@
-"""Loss curves of many runs in one table: which architecture is best at equal steps, tokens or FLOPs, and what depth, heads and narrow inner widths do.
+"""Loss curves of many runs in one table: which architecture is best for its size, and why.
 
-`python tools/sweep.py collect` calls this. It reads runs of train.py, trainer_state.json files of Hugging Face, and tables that somebody else made. Runs
-are compared at the same point of their schedule, never each at its own end: those that had not come so far take no part, and their number is told.
+`python tools/sweep.py collect FOLDER` calls `collect`. It reads runs of train.py, files
+trainer_state.json of Hugging Face, and tables of curves (.csv, .json).
+
+All runs are compared at the same step, tokens or FLOPs, never each at its own end. Runs that did
+not get that far are left out, and the table says how many they are.
 """
 import csv
 import glob
 import json
 import os
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from scipy import stats
 
-from configurator import BadInput
-from lib.device import read_metrics
-from model import ModelConfig, count_parameters, flops_per_token
-from tools.runs import tokenizer_of
+from configurator import BadInput, pick, read_json
+from model import ModelConfig, count_parameters
+from tools.plots import draw_curves
+from tools.runs import read_run, token_flops
 
-SHAPE = ('n_head', 'n_layer', 'n_embd', 'ffn_dim')      # in a name: 10_22_160_240
+# A name has the numbers of a shape in this order: 10_22_160_240.
+SHAPE = ('n_head', 'n_layer', 'n_embd', 'ffn_dim')
 UNITS = ('step', 'tokens', 'flops')
 
 
 @dataclass
 class Curve:
-    """One run. A point is at x['step'][i] steps (x['tokens'], x['flops']: None when not known)."""
+    """The loss of one run over its course."""
     name: str
-    shape: tuple                         # as SHAPE
-    params: int
-    loss: np.ndarray                     # nats per token; what is not finite is left out
-    x: dict
+    source: str                     # file or folder that it was read from
+    shape: tuple                    # the values of SHAPE
+    params: int                     # parameters of the model, embeddings included
+    loss: np.ndarray                # (points,) nats per token, may hold nan
+    x: dict                         # unit -> (points,) where the losses were taken. None: unknown
     seed: int = 0
     tokenizer: str | None = None
-    source: str = ''                     # where it was read
-    last: float = field(default=0.0)     # step of its last record
 
     @property
     def label(self):
@@ -42,290 +46,491 @@ class Curve:
 
     @property
     def deep(self):
-        """The published sweep's `high_layers`: many layers for so few heads."""
+        """Whether the model has many layers for its heads: `high_layers` of the published sweep."""
         n_head, n_layer = self.shape[:2]
         return n_head > 4 and n_layer >= n_head + (8 if n_head <= 10 else 10)
 
     @property
     def compressed(self):
+        """Whether the feed-forward layers are no wider than the residual stream."""
         return self.shape[3] <= self.shape[2]
 
 
-# -- reading -----------------------------------------------------------------------------------------------------------
+# -- reading ---------------------------------------------------------------------------------------
 
-def shape_of(text, where):
-    found = re.search(r'(?<!\d)(\d+)_(\d+)_(\d+)_(\d+)(?!\d)', text)
+
+def shape_of(name, source):
+    """The four numbers in a name. source: named in the error if there are none."""
+    found = re.search(r'(?<!\d)(\d+)_(\d+)_(\d+)_(\d+)(?!\d)', name)
     if found is None:
-        raise BadInput(f"{where}: '{text}' does not name a shape as n_head_n_layer_n_embd_ffn_dim, such as 10_22_160_240.")
+        form = '_'.join(SHAPE)
+        raise BadInput(f"{source}: '{name}' does not name a shape as {form}: 10_22_160_240.")
     return tuple(int(n) for n in found.groups())
 
 
-def read_run(folder, loss):
-    """A run of train.py. loss: val (at its evaluations) or train (as logged)."""
-    with open(os.path.join(folder, 'config.json'), encoding='utf-8') as f:
-        config = json.load(f)
-    records, key = read_metrics(folder), f'{loss}/loss'
-    points = [(r['step'] + (loss == 'train'), r[key]) for r in records if r.get(key) is not None and (r['step'] > 0 or loss == 'train')]
-    model = ModelConfig(**{f.name: config[f.name] for f in fields(ModelConfig)})
-    steps = np.array([step for step, _ in points], dtype=np.float64)
-    tokens = steps * config['total_batch_tokens']
-    return Curve(os.path.basename(os.path.normpath(folder)), tuple(config[k] for k in SHAPE), count_parameters(model)['total'],
-                 np.array([y for _, y in points], dtype=np.float64), dict(step=steps, tokens=tokens, flops=tokens * flops_per_token(model, config['block_size'])),
-                 config['seed'], tokenizer_of(folder), folder, records[-1]['step'] if records else 0)
+def make_curve(name, source, shape, params, points, seed=0, tokenizer=None):
+    """A Curve from its points: dicts with loss, step and perhaps tokens and flops."""
+    x = {}
+    for unit in UNITS:
+        values = [point.get(unit) for point in points]
+        # An empty cell of a CSV is unknown as well.
+        is_known = not any(value in (None, '') for value in values)
+        x[unit] = np.array(values, dtype=np.float64) if is_known else None
+    loss = np.array([point['loss'] for point in points], dtype=np.float64)
+    return Curve(name, source, shape, params, loss, x, seed, tokenizer)
 
 
-def read_trainer_state(path, loss, params):
-    """A trainer_state.json; its shape is in the name of its folder (that of a run of several checkpoints: the one above), params: shape -> parameters."""
-    with open(path, encoding='utf-8') as f:
-        state = json.load(f)
-    folder = os.path.dirname(path)
-    name = os.path.basename(os.path.dirname(folder) if re.fullmatch(r'checkpoint-\d+', os.path.basename(folder)) else folder)
-    shape, key = shape_of(name, path), dict(val='eval_loss', train='loss')[loss]
-    if shape not in params:
-        raise BadInput(f'{path}: ablation_params.tsv does not say how many parameters {name} has. It stands in the folder that is collected: five columns, '
-                       'n_head, n_layer, n_embd, ffn_dim and parameters, separated by tabs.')
-    points = [entry for entry in state['log_history'] if entry.get(key) is not None]
-    steps = np.array([entry['step'] for entry in points], dtype=np.float64)
-    tokens = np.array([entry.get('num_input_tokens_seen') or np.nan for entry in points], dtype=np.float64)
-    flops = steps / state['global_step'] * state['total_flos'] if state.get('total_flos') else None
-    return Curve(name, shape, params[shape], np.array([entry[key] for entry in points], dtype=np.float64),
-                 dict(step=steps, tokens=tokens if np.isfinite(tokens).all() and len(tokens) else None, flops=flops), source=path, last=state['global_step'])
+def read_train_run(folder, loss):
+    """The Curve of a run of train.py. loss: val (its evaluations) or train (every logged step)."""
+    run = read_run(folder)
+    config = run.config
+    flops_per_step = token_flops(config) * config['total_batch_tokens']
+    points = []
+    for record in run.records:
+        y = record.get(f'{loss}/loss')
+        # A training loss is logged at the index of its step, an evaluation at the steps done. The
+        # evaluation before training is left out.
+        step = record['step'] + 1 if loss == 'train' else record['step']
+        if y is not None and step > 0:
+            tokens = step * config['total_batch_tokens']
+            points.append(dict(step=step, loss=y, tokens=tokens, flops=step * flops_per_step))
+    shape = tuple(config[name] for name in SHAPE)
+    params = count_parameters(pick(ModelConfig, config))['total']
+    return make_curve(run.name, folder, shape, params, points, run.seed, run.tokenizer)
+
+
+def read_trainer_states(folder, paths, loss):
+    """Curves from trainer_state.json files of Hugging Face. The name of their folder is the shape.
+
+    ablation_params.tsv in `folder` has the parameters of every shape, as `sweep.py arch` writes it.
+    """
+    counts = {}             # shape -> parameters
+    counts_path = os.path.join(folder, 'ablation_params.tsv')
+    if os.path.isfile(counts_path):
+        with open(counts_path, encoding='utf-8') as f:
+            for row in csv.reader(f, delimiter='\t'):
+                *shape, params = (int(cell) for cell in row)
+                counts[tuple(shape)] = params
+    # A run may have a state in every checkpoint. The latest one holds the full history.
+    latest = {}             # name of the run -> (path, state)
+    for path in paths:
+        state = read_json(path)
+        run_folder = os.path.dirname(path)
+        if re.fullmatch(r'checkpoint-\d+', os.path.basename(run_folder)):
+            run_folder = os.path.dirname(run_folder)
+        name = os.path.basename(run_folder)
+        if name not in latest or state['global_step'] > latest[name][1]['global_step']:
+            latest[name] = (path, state)
+    key = dict(val='eval_loss', train='loss')[loss]
+    curves = []
+    for name, (path, state) in latest.items():
+        shape = shape_of(name, path)
+        if shape not in counts:
+            raise BadInput(
+                f'{counts_path} does not say how many parameters {name} has. It needs five columns '
+                f'separated by tabs: {", ".join(SHAPE)}, parameters.')
+        points = []
+        for entry in state['log_history']:
+            if entry.get(key) is not None:
+                point = dict(step=entry['step'], loss=entry[key])
+                # 0 means that the Trainer did not count tokens.
+                point['tokens'] = entry.get('num_input_tokens_seen') or None
+                if state.get('total_flos'):
+                    point['flops'] = entry['step'] / state['global_step'] * state['total_flos']
+                points.append(point)
+        curves.append(make_curve(name, path, shape, counts[shape], points))
+    return curves
 
 
 def read_csv(path):
-    """A table with the columns step, loss, params, config (as this file writes it, with or without the rest)."""
+    """Curves from a table with the columns step, loss, params, config, as `write_csv` makes it.
+
+    The columns seed, tokens and flops are optional.
+    """
     with open(path, encoding='utf-8', newline='') as f:
         rows = list(csv.DictReader(f))
     missing = {'step', 'loss', 'params', 'config'} - set(rows[0] if rows else ())
     if missing:
-        raise BadInput(f"{path} has no column {', '.join(sorted(missing))}. A table of curves has step, loss, params and config in its first line.")
-    by_run = {}
-    for row in rows:                                           # a step that stands there twice counts once
-        by_run.setdefault((row['config'], row.get('seed') or 0), {})[float(row['step'])] = row
+        raise BadInput(
+            f"{path} has no column {', '.join(sorted(missing))}. The first line of a table of "
+            'curves names step, loss, params and config.')
+    by_run = {}             # (name, seed) -> step -> row. Published tables repeat some steps
+    for row in rows:
+        points = by_run.setdefault((row['config'], int(row.get('seed') or 0)), {})
+        # Two rows of one step would give np.interp two losses at the same point.
+        points[float(row['step'])] = row
     curves = []
     for (name, seed), points in by_run.items():
-        points = [points[step] for step in sorted(points)]
-        more = {unit: np.array([float(row[unit]) for row in points]) if points[0].get(unit) else None for unit in ('tokens', 'flops')}
-        curves.append(Curve(name, shape_of(name, path), int(points[0]['params']), np.array([float(row['loss']) for row in points]),
-                            dict(step=np.array([float(row['step']) for row in points]), **more), int(seed), source=path, last=float(points[-1]['step'])))
+        ordered = [points[step] for step in sorted(points)]
+        params = int(ordered[0]['params'])
+        curves.append(make_curve(name, path, shape_of(name, path), params, ordered, seed))
     return curves
 
 
 def read_compact(path, loss):
-    """JSON: {"meta": {"first_step", "step_stride"}, "runs": {shape: {"params", "train_loss": [...], "eval_loss": [...]}}}."""
-    with open(path, encoding='utf-8') as f:
-        found = json.load(f)
+    """Curves from JSON: {"meta": {"first_step", "step_stride"}, "runs": {shape: {"params", ...}}}.
+
+    A run has "train_loss" and "eval_loss", lists of one loss per stride.
+    """
+    found = read_json(path)
+    key = dict(val='eval_loss', train='train_loss')[loss]
+    curves = []
     try:
-        first, stride, key = found['meta']['first_step'], found['meta']['step_stride'], dict(val='eval_loss', train='train_loss')[loss]
-        return [Curve(name, shape_of(name, path), run['params'], np.array(run[key], dtype=np.float64), dict(
-            step=first + stride * np.arange(len(run[key]), dtype=np.float64), tokens=None, flops=None), source=path, last=run['last_step'])
-            for name, run in found['runs'].items() if run['params'] is not None and run[key]]
+        first = found['meta']['first_step']
+        stride = found['meta']['step_stride']
+        for name, run in found['runs'].items():
+            # A run without parameters or without this loss has no place in a band.
+            if run['params'] is not None and run[key]:
+                points = [dict(step=first + stride * i, loss=y) for i, y in enumerate(run[key])]
+                shape = shape_of(name, path)
+                curves.append(make_curve(name, path, shape, run['params'], points))
     except (KeyError, TypeError) as error:
         raise BadInput(f'{path} is no table of curves ({type(error).__name__}: {error}).') from None
-
-
-def read_curves(path, loss):
-    """All curves of a path. BadInput when there are none, or when they are of different tokenizers."""
-    if loss not in ('val', 'train'):
-        raise BadInput(f"loss = '{loss}' must be val or train.")
-    if not os.path.exists(path):
-        raise BadInput(f"'{path}' does not exist. Say `tools/sweep.py collect FOLDER`: of runs, or of trainer_state.json files; or a table, .csv or .json.")
-    if os.path.isfile(path):
-        curves = read_csv(path) if path.endswith('.csv') else read_compact(path, loss)
-    elif folders := sorted(os.path.dirname(p) for p in glob.glob(os.path.join(glob.escape(path), '**', 'metrics.jsonl'), recursive=True)):
-        curves = [read_run(folder, loss) for folder in folders]
-    elif states := sorted(glob.glob(os.path.join(glob.escape(path), '**', '*trainer_state.json'), recursive=True)):
-        params = {}
-        if os.path.isfile(os.path.join(path, 'ablation_params.tsv')):
-            with open(os.path.join(path, 'ablation_params.tsv'), encoding='utf-8') as f:
-                params = {tuple(int(n) for n in row[:4]): int(row[4]) for row in csv.reader(f, delimiter='\t')}
-        curves = [read_trainer_state(state, loss, params) for state in states]
-    elif os.path.isfile(os.path.join(path, 'loss_curves.json')):
-        curves = read_compact(os.path.join(path, 'loss_curves.json'), loss)
-    else:
-        raise BadInput(f"'{path}' has neither a metrics.jsonl nor a trainer_state.json in it.")
-    longest = {}
-    for curve in curves:                                       # of two states of one run the later
-        key = curve.source if os.path.isdir(curve.source) else (curve.name, curve.seed)
-        if key not in longest or curve.last > longest[key].last:
-            longest[key] = curve
-    curves = [curve for curve in longest.values() if np.isfinite(curve.loss).any()]
-    tokenizers = {curve.tokenizer: curve.name for curve in curves if curve.tokenizer}
-    if len(tokenizers) > 1:
-        a, b = list(tokenizers.values())[:2]
-        raise BadInput(f"runs '{a}' and '{b}' have different tokenizers: their losses per token are not comparable. Collect them apart.")
-    if not curves:
-        raise BadInput(f"no run in '{path}' has a {loss} loss yet.")
     return curves
 
 
-# -- picks -------------------------------------------------------------------------------------------------------------
+def read_curves(path, loss):
+    """All curves of a file or a folder. loss: val or train.
+
+    Raises BadInput if there are none, or if the runs have different tokenizers.
+    """
+    if not os.path.exists(path):
+        raise BadInput(
+            f"'{path}' does not exist. Name a folder of runs or of trainer_state.json files, or a "
+            'table, .csv or .json.')
+    # Sweeps have runs at any depth, for example in parents/ and children/.
+    below = os.path.join(glob.escape(path), '**')
+    metrics = sorted(glob.glob(os.path.join(below, 'metrics.jsonl'), recursive=True))
+    states = sorted(glob.glob(os.path.join(below, '*trainer_state.json'), recursive=True))
+    compact = os.path.join(path, 'loss_curves.json')
+    if path.endswith('.csv'):
+        curves = read_csv(path)
+    elif os.path.isfile(path):
+        curves = read_compact(path, loss)
+    elif metrics:
+        curves = [read_train_run(os.path.dirname(p), loss) for p in metrics]
+    elif states:
+        curves = read_trainer_states(path, states, loss)
+    elif os.path.isfile(compact):
+        curves = read_compact(compact, loss)
+    else:
+        raise BadInput(f"'{path}' has neither a metrics.jsonl nor a trainer_state.json in it.")
+    # A sweep may be collected while it trains, when some runs have no loss of this kind yet.
+    curves = [curve for curve in curves if np.isfinite(curve.loss).any()]
+    if not curves:
+        raise BadInput(f"no run in '{path}' has a {loss} loss yet.")
+    tokenizers = {curve.tokenizer: curve.name for curve in curves if curve.tokenizer}
+    if len(tokenizers) > 1:
+        a, b = list(tokenizers.values())[:2]
+        raise BadInput(
+            f"runs '{a}' and '{b}' have different tokenizers: their losses are not comparable. "
+            'Collect them separately.')
+    return curves
+
+
+# -- picks -----------------------------------------------------------------------------------------
+
+
+class Mean(NamedTuple):
+    """The loss of one architecture at one point, over its seeds."""
+    label: str
+    curve: Curve                # of one seed, for its shape and size
+    loss: float                 # mean, nats per token
+    seeds: int
+    sd: float | None            # standard deviation over the seeds. None: one seed
+
 
 def loss_at(curve, unit, at):
-    """The loss at the point `at` of the unit, between two points by straight line; nan when the run did not come so far, or began to log after it."""
+    """The loss at a point, linear between two neighbours. nan if the curve does not reach it."""
     x = curve.x[unit]
     if x is None:
         raise BadInput(f"'{curve.name}' ({curve.source}) does not say its {unit}. Compare by step.")
+    # A diverged run logs losses that are not finite.
     keep = np.isfinite(curve.loss)
-    x, y = x[keep], curve.loss[keep]
-    return float(np.interp(at, x, y)) if len(x) and x[0] <= at * (1 + 1e-9) and at <= x[-1] * (1 + 1e-9) else np.nan
+    x = x[keep]
+    # The tolerance is for FLOPs, whose products differ in the last bits.
+    if not len(x) or x[0] > at * (1 + 1e-9) or at > x[-1] * (1 + 1e-9):
+        return np.nan
+    return float(np.interp(at, x, curve.loss[keep]))
 
 
 def common_point(curves, unit):
-    """The last point that at least half of the runs have come to."""
-    ends = sorted((float(curve.x[unit][-1]) for curve in curves if curve.x[unit] is not None and len(curve.x[unit])), reverse=True)
+    """The last point that at least half of the runs have reached."""
+    reached = [curve.x[unit] for curve in curves]
+    ends = sorted((float(x[-1]) for x in reached if x is not None and len(x)), reverse=True)
     if not ends:
         raise BadInput(f'none of these runs says its {unit}. Compare by step.')
+    # Half of the runs and not all: one run that stopped early must not decide for the others.
     return ends[(len(ends) + 1) // 2 - 1]
 
 
 def by_label(curves, unit, at):
-    """Mean loss at a point over the seeds of everything that came so far: list of (label, a Curve of it, mean, seeds, sd or None), lowest first."""
+    """The architectures that reached a point: list of Mean over their seeds, lowest first."""
     found = {}
     for curve in curves:
         y = loss_at(curve, unit, at)
         if np.isfinite(y):
             found.setdefault((curve.label, curve.params), []).append((curve, y))
-    rows = [(name, runs[0][0], float(np.mean([y for _, y in runs])), len(runs), float(np.std([y for _, y in runs], ddof=1)) if len(runs) > 1 else None)
-            for (name, _), runs in found.items()]
-    return sorted(rows, key=lambda row: row[2])
+    # Runs of one name may have different vocabularies, hence parameters. Those are kept apart.
+    means = []
+    for (label, _), runs in found.items():
+        losses = [y for _, y in runs]
+        sd = float(np.std(losses, ddof=1)) if len(runs) > 1 else None
+        means.append(Mean(label, runs[0][0], float(np.mean(losses)), len(runs), sd))
+    return sorted(means, key=lambda mean: mean.loss)
 
 
-def pick(curves, low, high, unit, at):
-    """The band's table at one point. Two picks: the lowest loss of all, and the lowest of those that are deep and not compressed."""
-    band = [curve for curve in curves if low <= curve.params <= high]
-    if not band:
+def pick_architectures(curves, band, unit, at):
+    """The table of a band of sizes at one point (None: the last that half of its runs reached).
+
+    band    (low, high) parameters
+    Returns plain data. `lowest` is the architecture of the lowest loss. `pick` is the lowest of
+    those that are deep and not compressed, the rule that gives the published picks.
+    """
+    low, high = band
+    inside = [curve for curve in curves if low <= curve.params <= high]
+    if not inside:
         raise BadInput(f'no run has {low:,.0f} to {high:,.0f} parameters.')
-    at = common_point(band, unit) if at is None else at
-    rows = by_label(band, unit, at)
-    if not rows:
-        raise BadInput(f'none of the {len(band)} runs of {low:,.0f} to {high:,.0f} parameters came to {unit} {at:,.0f}. The last that half of them reached: '
-                       f'{common_point(band, unit):,.0f}.')
-    chosen = next((i for i, (_, curve, *_) in enumerate(rows) if curve.deep and not curve.compressed), None)
-    return dict(low=low, high=high, unit=unit, at=at, n_band=len({curve.label for curve in band}), n_reached=len(rows),
-                lowest=rows[0][0], lowest_loss=rows[0][2], pick=rows[chosen][0] if chosen is not None else None,
-                pick_loss=rows[chosen][2] if chosen is not None else None, pick_rank=chosen + 1 if chosen is not None else None,
-                next_loss=rows[1][2] if len(rows) > 1 else None,
-                rows=[dict(shape=name, params=curve.params, loss=mean, seeds=n, sd=sd, deep=curve.deep, compressed=curve.compressed)
-                      for name, curve, mean, n, sd in rows])
+    at = common_point(inside, unit) if at is None else at
+    means = by_label(inside, unit, at)
+    if not means:
+        raise BadInput(
+            f'none of the {len(inside)} runs of {low:,.0f} to {high:,.0f} parameters came to '
+            f'{unit} {at:,.0f}. The last that half of them reached: '
+            f'{common_point(inside, unit):,.0f}.')
+    # A rank beside the pick tells how much the rule gives up against the lowest loss.
+    table = dict(
+        low=low, high=high, unit=unit, at=at, n_band=len({curve.label for curve in inside}),
+        n_reached=len(means), lowest=means[0].label, lowest_loss=means[0].loss, pick=None,
+        pick_loss=None, pick_rank=None, next_loss=means[1].loss if len(means) > 1 else None,
+        rows=[])
+    for rank, mean in enumerate(means, 1):
+        curve = mean.curve
+        table['rows'].append(dict(
+            shape=mean.label, params=curve.params, loss=mean.loss, seeds=mean.seeds, sd=mean.sd,
+            deep=curve.deep, compressed=curve.compressed))
+        if table['pick'] is None and curve.deep and not curve.compressed:
+            table.update(pick=mean.label, pick_loss=mean.loss, pick_rank=rank)
+    return table
 
 
-# -- what matters ------------------------------------------------------------------------------------------------------
+# -- what matters ----------------------------------------------------------------------------------
+
 
 def least_squares(X, y):
-    """(coefficients, standard errors, residuals, R2); coefficients are None when the columns cannot be told apart."""
+    """Ordinary least squares. X (n, d), y (n,).
+
+    Returns coefficients (d,), their standard errors (d,), residuals (n,) and R2. The coefficients
+    are None if the columns are not linearly independent.
+    """
+    # Columns of a similar size keep the rank decision independent of units.
     scale = np.abs(X).max(0)
     b, _, rank, _ = np.linalg.lstsq(X / scale, y, rcond=1e-8)
     b = b / scale
     r = y - X @ b
     freedom = max(len(y) - rank, 1)
-    return b if rank == X.shape[1] else None, np.sqrt(np.maximum(np.diag(np.linalg.pinv(X.T @ X)), 0) * (r @ r) / freedom), r, 1 - (r @ r) / ((y - y.mean()) @ (y - y.mean()))
+    # pinv also works for dependent columns, where callers still need the residuals and R2.
+    variance = np.maximum(np.diag(np.linalg.pinv(X.T @ X)), 0) * (r @ r) / freedom
+    r2 = 1 - (r @ r) / ((y - y.mean()) @ (y - y.mean()))
+    return b if rank == X.shape[1] else None, np.sqrt(variance), r, r2
+
+
+def group_means(left, shape, deep):
+    """Means of what size leaves unexplained, by inner width and by depth: name -> n, mean, se.
+
+    left (n,) nats, shape (n, 4), deep (n,) bool
+    """
+    ratio = shape[:, 3] / shape[:, 2]
+    # Widths are whole numbers, so shapes of the same design differ slightly in their ratio.
+    rounded = np.round(ratio, 2)
+    groups = {}
+    for value, count in zip(*np.unique(rounded, return_counts=True), strict=True):
+        # Fewer than three shapes give no usable standard error.
+        if count >= 3:
+            groups[f'ffn_dim / n_embd = {value:g}'] = rounded == value
+    groups['compressed (ffn_dim <= n_embd)'] = ratio <= 1
+    groups['not compressed'] = ratio > 1
+    groups['deep for the heads'] = deep
+    groups['not deep'] = ~deep
+    found = {}
+    for name, keep in groups.items():
+        n = int(keep.sum())
+        mean = float(left[keep].mean()) if n else None
+        se = float(left[keep].std(ddof=1) / n**0.5) if n > 1 else None
+        found[name] = dict(n=n, mean=mean, se=se)
+    return found
 
 
 def effects(curves, unit, at, least=0):
-    """Loss at one point against size and shape, over the runs above `least` parameters that came so far. None when fewer than 12 shapes did.
+    """Loss at one point against size and shape, over the models of at least `least` parameters.
 
-    size: rank correlation of loss with parameters, and R2 of a quadratic in log parameters. groups: mean of what that leaves, by inner width over
-    width and by depth, with standard errors. slopes: nats per doubling, all at equal parameters and together in one regression; None when the shapes
-    do not tell them apart (a width that follows from the heads).
+    Returns None if fewer than 12 shapes reached the point, else plain data:
+    spearman        rank correlation of loss and parameters
+    r2_size         R2 of a quadratic in log parameters
+    groups          means of its residuals (`group_means`)
+    slopes          nats per doubling of depth, heads and relative inner width at equal parameters,
+                    in one regression with 95 % intervals. None if the shapes do not separate them,
+                    for example when the width follows from the heads
     """
     rows = by_label([curve for curve in curves if curve.params >= least], unit, at)
+    # The regression below has up to six coefficients.
     if len(rows) < 12:
         return None
-    y = np.array([mean for _, _, mean, _, _ in rows])
-    params = np.array([curve.params for _, curve, *_ in rows], dtype=np.float64)
-    shape = np.array([curve.shape for _, curve, *_ in rows], dtype=np.float64)
+    y = np.array([row.loss for row in rows])
+    params = np.array([row.curve.params for row in rows], dtype=np.float64)
+    shape = np.array([row.curve.shape for row in rows], dtype=np.float64)       # (n, 4)
+    deep = np.array([row.curve.deep for row in rows])
+    # Centred, because powers of log parameters themselves are almost collinear.
     log_size = np.log(params) - np.log(params).mean()
     size = np.column_stack((np.ones(len(y)), log_size, log_size ** 2))
     _, _, left, r2 = least_squares(size, y)
 
-    def group(keep):
-        n = int(keep.sum())
-        return dict(n=n, mean=float(left[keep].mean()) if n else None, se=float(left[keep].std(ddof=1) / n**0.5) if n > 1 else None)
-    ratio, deep = shape[:, 3] / shape[:, 2], np.array([curve.deep for _, curve, *_ in rows])
-    rounded = np.round(ratio, 2)
-    values, counts = np.unique(rounded, return_counts=True)
-    tables = {f'ffn_dim / n_embd = {value:g}': group(rounded == value) for value, count in zip(values, counts) if count >= 3}
-    tables |= {'compressed (ffn_dim <= n_embd)': group(ratio <= 1), 'not compressed': group(ratio > 1), 'deep for the heads': group(deep), 'not deep': group(~deep)}
     names = ['doubling n_layer', 'doubling n_head', 'doubling ffn_dim / n_embd']
-    more = np.log2(np.column_stack((shape[:, 1], shape[:, 0], ratio)))
-    moving = [i for i in range(3) if np.ptp(more[:, i]) > 0]
-    b, se, _, r2_all = least_squares(np.column_stack((size, more[:, moving])), y)
+    # In log2, a coefficient is the effect of a doubling.
+    doublings = np.log2(np.column_stack((shape[:, 1], shape[:, 0], shape[:, 3] / shape[:, 2])))
+    # A dimension in which all shapes agree has no slope.
+    moving = [i for i in range(3) if np.ptp(doublings[:, i]) > 0]
+    b, se, _, r2_all = least_squares(np.column_stack((size, doublings[:, moving])), y)
     q = stats.t.ppf(0.975, max(len(y) - 3 - len(moving), 1))
-    slopes = None if b is None else {
-        names[i]: dict(nats=float(b[3 + k]), low=float(b[3 + k] - q * se[3 + k]), high=float(b[3 + k] + q * se[3 + k])) for k, i in enumerate(moving)}
-    return dict(unit=unit, at=at, n=len(y), least=least, spearman=float(stats.spearmanr(params, y).statistic), r2_size=float(r2), r2_with_shape=float(r2_all),
-                groups=tables, slopes=slopes)
+    slopes = None
+    if b is not None:
+        slopes = {}
+        for k, i in enumerate(moving, start=3):
+            slopes[names[i]] = dict(
+                nats=float(b[k]), low=float(b[k] - q * se[k]), high=float(b[k] + q * se[k]))
+    return dict(
+        unit=unit, at=at, n=len(y), least=least,
+        spearman=float(stats.spearmanr(params, y).statistic), r2_size=float(r2),
+        r2_with_shape=float(r2_all), groups=group_means(left, shape, deep), slopes=slopes)
 
 
-# -- the report --------------------------------------------------------------------------------------------------------
+# -- the report ------------------------------------------------------------------------------------
+
 
 def parse_band(text):
-    """'3e6-5e6', '3M-5M' or '5M' (10 % to either side) -> (low, high)."""
-    found = re.fullmatch(r'([\d.]+(?:e\d+)?)([kKMB]?)(?:-([\d.]+(?:e\d+)?)([kKMB]?))?', text)
+    """A band of sizes as (low, high): '3e6-5e6', '3M-5M', or '5M' for 10 % to either side."""
+    number = r'([\d.]+(?:e\d+)?)([kKMB]?)'
+    found = re.fullmatch(f'{number}(?:-{number})?', text)
     if found is None:
-        raise BadInput(f"bands: '{text}' must be such as 5M (10 % to either side), 3M-5M or 3e6-5e6.")
+        raise BadInput(
+            f"bands: '{text}' must be such as 5M (10 % to either side), 3M-5M or 3e6-5e6.")
     scale = {'': 1, 'k': 1e3, 'K': 1e3, 'M': 1e6, 'B': 1e9}
     first = float(found[1]) * scale[found[2]]
-    return (first, float(found[3]) * scale[found[4]]) if found[3] else (0.9 * first, 1.1 * first)
+    if found[3]:
+        return first, float(found[3]) * scale[found[4]]
+    return 0.9 * first, 1.1 * first
 
 
-def doublings(curves):
-    """Bands from the smallest model on, each to twice as many parameters."""
-    low, bands = min(curve.params for curve in curves), {}
+def doubling_bands(curves):
+    """Names of bands from the smallest model on, each up to twice as many parameters."""
+    # Bands without a model are left out.
+    low = min(curve.params for curve in curves)
+    bands = []
     while low <= max(curve.params for curve in curves):
         if any(low <= curve.params <= 2 * low for curve in curves):
-            bands[f'{low / 1e6:g}M-{2 * low / 1e6:g}M'] = None
+            bands.append(f'{low / 1e6:g}M-{2 * low / 1e6:g}M')
+        # The bounds are inclusive. The 1 keeps a model of exactly twice the size in one band.
         low = 2 * low + 1
     return bands
 
 
-def collect(path, out, bands, unit, at, loss, least):
-    """Prints the tables and writes curves.csv, collect.json and figures to out. Returns what collect.json holds."""
-    from tools.plots import draw_curves
-    if unit not in UNITS:
-        raise BadInput(f"unit = '{unit}' must be one of {', '.join(UNITS)}.")
-    curves = read_curves(path, loss)
-    os.makedirs(out, exist_ok=True)
-    with open(os.path.join(out, 'curves.csv'), 'w', encoding='utf-8', newline='') as f:
+def write_csv(path, curves):
+    with open(path, 'w', encoding='utf-8', newline='') as f:
         table = csv.writer(f)
-        table.writerow(['config', *SHAPE, 'params', 'seed', 'step', 'tokens', 'flops', 'loss'])
+        table.writerow(['config', *SHAPE, 'params', 'seed', *UNITS, 'loss'])
         for curve in curves:
-            xs = [curve.x[u] if curve.x[u] is not None else [''] * len(curve.loss) for u in UNITS]
-            table.writerows([curve.name, *curve.shape, curve.params, curve.seed, *(f'{x:.0f}' if x != '' else '' for x in point), y]
-                            for *point, y in zip(*xs, curve.loss) if np.isfinite(y))
-    shapes = len({(c.shape, c.params) for c in curves})
-    print(f'{len(curves)} runs of {shapes} shapes, {min(c.params for c in curves):,} to {max(c.params for c in curves):,} parameters; {loss} loss. Compared at the same '
-          f'{unit}; runs that had not come so far take no part.')
-    picks = {name: pick(curves, *parse_band(name), unit, at if point is None else point) for name, point in (bands or doublings(curves)).items()}
-    print(f'\n{"band":<16}{unit:>14}{"there":>7}{"of":>6}   {"lowest loss of all":<30}{"next":>8}   deep (n_layer >= n_head + 8, from 12 heads on + 10), not compressed')
+            for i, loss in enumerate(curve.loss):
+                if not np.isfinite(loss):
+                    continue
+                xs = ['' if curve.x[u] is None else f'{curve.x[u][i]:.0f}' for u in UNITS]
+                table.writerow([curve.name, *curve.shape, curve.params, curve.seed, *xs, loss])
+
+
+def or_na(value, form):
+    """A formatted number, or 'n/a' for None."""
+    return 'n/a' if value is None else format(value, form)
+
+
+def print_picks(picks, unit):
+    print(
+        f'\n{"band":<16}{unit:>14}{"there":>7}{"of":>6}   {"lowest loss of all":<30}{"next":>8}   '
+        'deep (n_layer >= n_head + 8, from 12 heads on + 10), not compressed')
     for name, p in picks.items():
-        chosen = f'{p["pick"]} {p["pick_loss"]:.4f}, rank {p["pick_rank"]}' if p['pick'] else 'none'
-        beside = f'{p["next_loss"]:.4f}' if p['next_loss'] is not None else 'n/a'
-        print(f'{name:<16}{p["at"]:>14,.0f}{p["n_reached"]:>7}{p["n_band"]:>6}   {p["lowest"] + " " + format(p["lowest_loss"], ".4f"):<30}{beside:>8}   {chosen}')
-    print(f'\n{"band":<16}{"the lowest of it":<22}{"parameters":>12}{"loss":>9}{"sd":>9}  seeds')
+        chosen = 'none'
+        if p['pick']:
+            chosen = f'{p["pick"]} {p["pick_loss"]:.4f}, rank {p["pick_rank"]}'
+        lowest = f'{p["lowest"]} {p["lowest_loss"]:.4f}'
+        print(
+            f'{name:<16}{p["at"]:>14,.0f}{p["n_reached"]:>7}{p["n_band"]:>6}   {lowest:<30}'
+            f'{or_na(p["next_loss"], ".4f"):>8}   {chosen}')
+    print(f'\n{"band":<16}{"lowest losses":<22}{"parameters":>12}{"loss":>9}{"sd":>9}  seeds')
     for name, p in picks.items():
         for r in p['rows'][:6]:
-            print(f'{name:<16}{r["shape"]:<22}{r["params"]:>12,}{r["loss"]:>9.4f}' + (f'{r["sd"]:>9.4f}' if r['sd'] is not None else f'{"n/a":>9}') + f'{r["seeds"]:>7}')
-    found = effects(curves, unit, common_point(curves, unit) if at is None else at, least)
-    if found is None:
-        print('\nfewer than 12 shapes came so far: what depth, heads and inner width do cannot be told')
-    else:
-        print_effects(found)
-    paths = draw_curves(out, curves, picks, unit, found['at'] if found else common_point(curves, unit))
-    result = dict(path=path, loss=loss, picks=picks, effects=found)
-    with open(os.path.join(out, 'collect.json'), 'w', encoding='utf-8') as f:
-        json.dump(result, f, indent=1)
-    print(f'\nwritten: {", ".join(os.path.join(out, n) for n in ("curves.csv", "collect.json"))}, {", ".join(paths)}')
-    return result
+            print(
+                f'{name:<16}{r["shape"]:<22}{r["params"]:>12,}{r["loss"]:>9.4f}'
+                f'{or_na(r["sd"], ".4f"):>9}{r["seeds"]:>7}')
 
 
 def print_effects(found):
-    print(f'\n{found["n"]} shapes of {found["least"]:,.0f} parameters or more at {found["unit"]} {found["at"]:,.0f}: rank correlation of loss with parameters '
-          f'{found["spearman"]:.4f}; a quadratic in log parameters explains {found["r2_size"]:.2%} of the variance, with depth, heads and inner width {found["r2_with_shape"]:.2%}')
-    print(f'{"beside the quadratic (nats; below 0: better than its size)":<62}{"shapes":>8}{"mean":>10}{"se":>9}')
+    if found is None:
+        print(
+            '\nFewer than 12 shapes reached this point, too few for the effects of depth, heads '
+            'and inner width.')
+        return
+    print(
+        f'\n{found["n"]} shapes of {found["least"]:,.0f} parameters or more at {found["unit"]} '
+        f'{found["at"]:,.0f}: rank correlation of loss and parameters {found["spearman"]:.4f}. '
+        f'A quadratic in log parameters explains {found["r2_size"]:.2%} of the variance, and '
+        f'{found["r2_with_shape"]:.2%} together with depth, heads and inner width.')
+    title = 'difference from the quadratic (nats; below 0: better than its size)'
+    print(f'{title:<70}{"shapes":>8}{"mean":>10}{"se":>9}')
     for name, g in found['groups'].items():
         if g['n']:
-            print(f'{name:<62}{g["n"]:>8}{g["mean"]:>+10.4f}' + (f'{g["se"]:>9.4f}' if g['se'] is not None else f'{"n/a":>9}'))
-    print('depth, heads and inner width cannot be told apart: they follow from each other and the size' if found['slopes'] is None else
-          'at equal parameters, in one regression (nats, 95 %): ' + '; '.join(f'{name} {s["nats"]:+.4f} ({s["low"]:+.4f} to {s["high"]:+.4f})' for name, s in found['slopes'].items()))
+            print(f'{name:<70}{g["n"]:>8}{g["mean"]:>+10.4f}{or_na(g["se"], ".4f"):>9}')
+    if found['slopes'] is None:
+        print(
+            'The shapes do not separate the effects of depth, heads and inner width: one follows '
+            'from the others and the size.')
+        return
+    slopes = []
+    for name, s in found['slopes'].items():
+        slopes.append(f'{name} {s["nats"]:+.4f} ({s["low"]:+.4f} to {s["high"]:+.4f})')
+    print('at equal parameters, in one regression (nats, 95 %):', '; '.join(slopes))
+
+
+def collect(path, out, bands, unit, at, loss, least):
+    """Prints the tables and writes curves.csv, collect.json and figures to the folder `out`.
+
+    path    a folder or a file (`read_curves`)
+    bands   dict band -> point to compare at (None: `at`). {}: doublings of the smallest model
+    unit    what is equal when runs are compared: step | tokens | flops
+    at      point in that unit. None: the last that half of the runs reached
+    loss    val | train
+    least   parameters that a model must have to count for the effects of shape
+    Returns what collect.json holds.
+    """
+    curves = read_curves(path, loss)
+    os.makedirs(out, exist_ok=True)
+    write_csv(os.path.join(out, 'curves.csv'), curves)
+    sizes = [curve.params for curve in curves]
+    n_shapes = len({(curve.shape, curve.params) for curve in curves})
+    print(
+        f'{len(curves)} runs of {n_shapes} shapes, {min(sizes):,} to {max(sizes):,} parameters; '
+        f'{loss} loss. Compared at the same {unit}; runs that did not get that far are left out.')
+    picks = {}
+    for name, point in (bands or dict.fromkeys(doubling_bands(curves))).items():
+        picks[name] = pick_architectures(
+            curves, parse_band(name), unit, at if point is None else point)
+    print_picks(picks, unit)
+    # The effects compare all sizes, so unlike the bands they need one common point.
+    everywhere = common_point(curves, unit) if at is None else at
+    found = effects(curves, unit, everywhere, least)
+    print_effects(found)
+    rows = by_label(curves, unit, everywhere)
+    figures = draw_curves(out, rows, curves, picks, unit, everywhere)
+    result = dict(path=path, loss=loss, picks=picks, effects=found)
+    json_path = os.path.join(out, 'collect.json')
+    with open(json_path, 'w', encoding='utf-8') as f:
+        json.dump(result, f, indent=1)
+    print('\nwritten:', ', '.join([os.path.join(out, 'curves.csv'), json_path, *figures]))
+    return result

@@ -1,191 +1,296 @@
-"""What `python tools/influence_tables.py table | loo | score` does: influence as tables and figures, and scores of rows, for any checkpoint.
+"""Influence as tables and figures, and scores of rows, for any checkpoint.
 
-config is that of influence.py's command line, name -> value, in every function.
+    python tools/influence_tables.py table --ckpt=out/run --sources=code,books --probe="{'math': 1}"
+    python tools/influence_tables.py loo --ckpt=out/all --without="{'code': 'out/no_code'}" \\
+        --probe="{'math': 1}"
+    python tools/influence_tables.py score --ckpt=out/run --sources=code --probe="{'math': 1}"
+
+`table` prints the influence of every source on every probe domain with its standard error. `loo`
+compares runs that each left a source out. `score` scores every row of the sources for train.py
+--select=scores.
 """
-import contextlib
 import glob
 import json
 import os
 import sys
+from dataclasses import asdict
 
 import numpy as np
 import torch
 
 if __name__ == '__main__':
-    import _path  # noqa: F401
+    import _path  # noqa: F401  (the import path)
 
-from configurator import BadInput, configure
-from data import Source, batch_of, common_tokenizer
-from influence import check_layers, mean_and_error
-from lib.device import pick_dtype, start_ranks, tune_malloc
+from configurator import BadInput, at_least, configure, one_of
+from data import Feeder, Source, common_tokenizer, open_probe
+from influence import mean_and_error
+from lib.device import Run, pick_dtype, start_ranks, tune_malloc
 from lib.hf import open_model
 from lib.validate import row_losses
 from methods import reweight, rules, selection
 from ops.attention import check_documents
 from tools import plots
 
-# -- knobs of the command line --
-ckpt = ''                               # run, checkpoint, imported folder, hub name; table: several with commas, or a glob
+# -- knobs --
+ckpt = ''                               # run, checkpoint, imported folder or hub name. table:
+                                        # several with commas, or a glob
 sources = ''                            # names of sources in data_dir, with commas
 probe: dict[str, float] = {}            # domain -> weight: probe sets (data_dir/probe/<domain>)
 without: dict[str, str] = {}            # loo: source -> run that was trained without it
 data_dir = 'data'                       # folder of the sources
-block_size: int | None = None           # tokens of a row; None: the model's context
-rows = 64                               # of every source
-probe_rows = 128                        # of every probe set
-layers = 'last'                         # parameters that influence is measured on: last | all | first | embedding+head
-scaling = 'none'                        # none | datainf
-batch_size = 8                          # rows at a time
-seed = 0                                # of the choice of rows
+block_size: int | None = None           # tokens of a row. None: the model's context
+rows = 64                               # rows of every source
+probe_rows = 128                        # rows of every probe set
+layers: one_of('last', 'all', 'first', 'embedding+head') = 'last'       # parameters that
+                                        # influence is measured on
+scaling: one_of('none', 'datainf') = 'none'     # adam needs the optimizer of a run: train.py has it
+batch_size: at_least(1) = 8             # rows at a time
+seed: at_least(0) = 0                   # of the choice of rows
 out = 'out/influence'                   # folder for tables and figures
 scores = 'scores'                       # score: folder in every source's
-device = 'auto'                         # auto | cpu | cuda
-dtype = 'auto'                          # auto | float32 | bfloat16 (autocast over fp32 weights)
+device: one_of('auto', 'cpu', 'cuda') = 'auto'
+dtype: one_of('auto', 'float32', 'bfloat16') = 'auto'       # of matrix products; weights are fp32
 
 
-def open_all(path, config, device, source_names):
-    """(model with gradients, find_model's dict, sources, probe sets, function that puts rows on the device)."""
-    model, _, about = open_model(path, device, torch.float32, needs_tokenizer=False)
+def open_all(path, config, run, source_names):
+    """Opens a model with gradients and the data for it.
+
+    Returns (model, what hf.find_model says of it, sources, probe sets, Feeder). Raises BadInput
+    when the data was made with another tokenizer, or has too few rows.
+    """
+    # --dtype only concerns autocast. Gradients of bf16 weights would keep 8 bits.
+    model, _, about = open_model(path, run.device, torch.float32, needs_tokenizer=False)
     model.requires_grad_(True)
-    length, data_dir = config['block_size'] or about['context'], config['data_dir']
+    data_dir = config['data_dir']
+    length = config['block_size'] or about['context']
+    vocab_size = about['model'].vocab_size
     if not config['probe']:
         raise BadInput("--probe is missing: --probe=\"{'math': 1.0}\" with data_dir/probe/math.")
     reweight.check_probe(config['probe'])
-    of_run = about['state']['config'] if about['checkpoint'] else None          # None for an imported model
-    packing = ('document', of_run['overlong']) if of_run and of_run.get('packing') == 'document' else ('window', 'truncate')     # as it was trained
-    sources = [Source(data_dir, name.strip(), 'train', length, 0, about['model'].vocab_size, *packing) for name in source_names]
-    probes = [reweight.open_probe(data_dir, domain, length, about['model'].vocab_size, *packing) for domain in config['probe']]
-    made_with = common_tokenizer(sources + probes)
-    if made_with and about['fingerprint'] not in (None, made_with['fingerprint']):
-        raise BadInput(f"the tokenizer of '{path}' ({about['fingerprint']}) is not that of the shards in {data_dir} ({made_with['fingerprint']}).")
-    for source, what in [(s, 'rows') for s in sources] + [(p, 'probe_rows') for p in probes]:
-        if not 4 <= config[what] <= source.n_windows:
-            raise BadInput(f"{what} = {config[what]} must be at least 4 and at most what '{source.name}' has, {source.n_windows} windows of "
-                           f'{length} tokens.')
+    # The rows are packed as the model was trained. An imported model has no config.
+    trained = about['state']['config'] if about['checkpoint'] else None
+    packing = 'window'
+    overlong = 'truncate'
+    if trained and trained.get('packing') == 'document':
+        packing = 'document'
+        overlong = trained['overlong']
+    opened = []
+    for name in source_names:
+        opened.append(Source(
+            data_dir, name.strip(), 'train', length, 0, vocab_size, packing, overlong))
+    probes = []
+    for domain in config['probe']:
+        probes.append(open_probe(data_dir, domain, length, vocab_size, packing, overlong))
+    tokenizer = common_tokenizer(opened + probes)
+    if tokenizer and about['fingerprint'] not in (None, tokenizer['fingerprint']):
+        raise BadInput(
+            f"the tokenizer of '{path}' ({about['fingerprint']}) is not that of the shards in "
+            f"{data_dir} ({tokenizer['fingerprint']}).")
+    needed = [(s, 'rows') for s in opened] + [(p, 'probe_rows') for p in probes]
+    for source, knob in needed:
+        # With fewer rows there are too few batches to separate an influence from its noise.
+        if not 4 <= config[knob] <= source.n_windows:
+            raise BadInput(
+                f"{knob} = {config[knob]} must be at least 4 and at most what '{source.name}' has, "
+                f'{source.n_windows} windows of {length} tokens.')
+    bos_id = None
+    # Attention is masked as in training, because the gradients depend on what a token can see.
+    if trained and (trained['document_mask'] or packing == 'document') and tokenizer:
+        bos_id = tokenizer['bos_id']
+        check_documents(run.device, run.dtype)
+    if opened:
+        reweight.check_texts(probes, opened, [], tokenizer and tokenizer['bos_id'], run)
+    return model, about, opened, probes, Feeder(run.device, config['batch_size'], bos_id=bos_id)
 
-    bos_id = made_with['bos_id'] if of_run and (of_run['document_mask'] or packing[0] == 'document') else None
-    if bos_id is not None:
-        check_documents(device, pick_dtype(config['dtype'], device)[0])
 
-    def to_device(ids):
-        return batch_of(torch.from_numpy(ids).to(device), bos_id)
-    if sources:
-        reweight.check_texts(probes, sources, [], made_with and made_with['bos_id'])
-    return model, about, sources, probes, to_device
+def measurement_of(model, feeder, probes, config, apart):
+    """The Measurement that the knobs ask for."""
+    # 0 takes the place of the step, so that all checkpoints are measured on the same rows.
+    return reweight.Measurement(
+        model, feeder, probes, config['probe'], config['probe_rows'], config['rows'],
+        (config['seed'], 0), config['layers'], config['scaling'], apart=apart)
 
 
-def print_rows(heading, names, columns, values, errors):
-    print(f'\n{heading}\n{"":<20}' + ''.join(f'{column:>20}' for column in columns))
-    for name in names:
-        print(f'{name:<20}' + ''.join(f'{x:>12.3f} +-{e:>5.3f}' for x, e in zip(values[name], errors[name])))
+def print_rows(title, r, columns, se):
+    """Prints a table of r +- se, dicts source -> list by column."""
+    print(f'\n{title}\n{"":<20}' + ''.join(f'{column:>20}' for column in columns))
+    for name in r:
+        pairs = zip(r[name], se[name], strict=True)
+        print(f'{name:<20}' + ''.join(f'{x:>12.3f} +-{error:>5.3f}' for x, error in pairs))
 
 
 def write_result(config, name, result, figure):
+    """Writes a result as JSON into the folder `out` and prints the paths."""
     path = os.path.join(config['out'], f'{name}.json')
     with open(path, 'w', encoding='utf-8') as f:
         json.dump(result, f, indent=1)
     print(f'{path}, {figure}')
 
 
-def make_table(paths, config, device, autocast):
-    """Influence of every source on every probe domain at every checkpoint, with standard errors; the weights of Eq. 5-6 at the end."""
-    tables, state, columns = [], {}, [*config['probe'], 'mean']
+def make_table(paths, config, run):
+    """Influence of every source on every probe domain at every checkpoint.
+
+    The weights at the end are those of MobileLLM-R1 (arXiv:2509.24945), equations 5 and 6.
+    """
+    columns = [*config['probe'], 'mean']
+    tables = []
+    state = {}
+    # The order matters: the t-th checkpoint counts t in the weights.
     for path in paths:
-        model, _, sources, probes, to_device = open_all(path, config, device, config['sources'].split(','))
-        options = dict(batch_size=config['batch_size'], key=(config['seed'], 0), to_device=to_device)
-        with autocast:
-            directions, shares = reweight.measure_directions(model, probes, sources, config['layers'], config['probe'], config['probe_rows'],
-                                                             config['rows'], scaling=config['scaling'], apart=True, **options)
-            r, se = reweight.measure_sources(model, sources, directions, shares, config['rows'], **options)
-        print_rows(f"{path}, layers {config['layers']}: influence (1: as good as the probe's own text) +- standard error", r, columns, r, se)
-        noise = {domain: 1 - x for d in directions for domain, x in d.reliability.items()}
-        print('noise in the direction of the probe: ' + ', '.join(f'{domain} {x:.0%}' for domain, x in noise.items()))
-        tables.append(dict(ckpt=path, noise=noise, r={s: x.tolist() for s, x in r.items()}, se={s: x.tolist() for s, x in se.items()}))
-        weights, state, log = rules.update_proportional(dict.fromkeys(r, 1 / len(r)), {s: float(x[-1]) for s, x in r.items()}, {}, state, 0.0,
-                                                           dict.fromkeys(r, 1.0))
-    print(f'\nweights in proportion to the mean influence over {len(paths)} checkpoint(s), the t-th counting t: '
-          + (f"none, {log['kept']}" if log['kept'] else ', '.join(f'{name} {w:.3f}' for name, w in weights.items())))
-    figure = plots.draw_table(os.path.join(config['out'], 'influence_table.png'), list(r), columns, list(r.values()), list(se.values()),
-                              f'Influence at {paths[-1]}')
-    write_result(config, 'influence_table', dict(config=config, columns=columns, tables=tables, weights=weights), figure)
+        model, _, opened, probes, feeder = open_all(path, config, run, config['sources'].split(','))
+        # Every domain has a column, so the domains stay apart even where that takes memory.
+        measurement = measurement_of(model, feeder, probes, config, apart=True)
+        with run.autocast:
+            directions, shares = measurement.directions(opened)
+            r, se = measurement.of_sources(opened, directions, shares)
+        print_rows(
+            f"{path}, layers {config['layers']}: influence (1: as good as the probe's own text) +- "
+            'standard error', r, columns, se)
+        noise = {}
+        for direction in directions:
+            for domain, reliability in direction.reliability.items():
+                noise[domain] = 1 - reliability
+        shown = ', '.join(f'{domain} {x:.0%}' for domain, x in noise.items())
+        print(f'noise in the direction of the probe: {shown}')
+        tables.append(dict(
+            ckpt=path, noise=noise, r={name: x.tolist() for name, x in r.items()},
+            se={name: x.tolist() for name, x in se.items()}))
+        means = {name: float(x[-1]) for name, x in r.items()}
+        # Bounds of 0 and 1, because the paper has none.
+        weights, state, log = rules.update_proportional(
+            dict.fromkeys(r, 1 / len(r)), means, {}, state, 0.0, dict.fromkeys(r, 1.0))
+    shown = ', '.join(f'{name} {weight:.3f}' for name, weight in weights.items())
+    if log['kept']:
+        shown = f"none, {log['kept']}"
+    print(
+        f'\nweights in proportion to the mean influence over {len(paths)} checkpoint(s), where the '
+        f't-th counts t: {shown}')
+    figure = plots.draw_table(
+        os.path.join(config['out'], 'influence_table.png'), list(r), columns, list(r.values()),
+        list(se.values()), f'Influence at {paths[-1]}')
+    result = dict(config=config, columns=columns, tables=tables, weights=weights)
+    write_result(config, 'influence_table', result, figure)
 
 
-def make_loo(path, config, device, autocast):
-    """What leaving a source out did to the loss on every probe domain: loss without it minus loss with all (MobileLLM-R1, Eq. 1)."""
+def make_loo(path, config, run):
+    """What leaving a source out did to the loss on every probe domain.
+
+    That is the loss without it minus the loss with all: MobileLLM-R1 (arXiv:2509.24945), equation
+    1.
+    """
     if not config['without']:
-        raise BadInput("--without is missing: the runs that each left a source out, --without=\"{'code': 'out/no_code'}\".")
-    found, r, se = {}, {}, {}
+        raise BadInput(
+            '--without is missing: the runs that each left a source out, '
+            "--without=\"{'code': 'out/no_code'}\".")
+    losses = {}
     for name, where in {'': path, **config['without']}.items():
-        model, about, _, probes, to_device = open_all(where, config, device, [])
-        config = {**config, 'block_size': config['block_size'] or about['context']}         # the first one's: all on the same rows
-        with autocast:
-            found[name] = [row_losses(model, p, config['probe_rows'], config['batch_size'], to_device) for p in probes]
+        model, about, _, probes, feeder = open_all(where, config, run, [])
+        # All runs are compared on the same rows, those of the first one's context.
+        config = {**config, 'block_size': config['block_size'] or about['context']}
+        with run.autocast:
+            losses[name] = [
+                row_losses(model, feeder, probe, config['probe_rows']) for probe in probes]
+    r = {}
+    se = {}
     for name in config['without']:
-        pairs = [mean_and_error(there[0] - full[0], full[1]) for there, full in zip(found[name], found[''])]
-        r[name], se[name] = [float(x) for x, _ in pairs], [float(x) for _, x in pairs]
+        r[name] = []
+        se[name] = []
+        for there, full in zip(losses[name], losses[''], strict=True):
+            # Differences of the same rows cancel how hard a row is, so their error is smaller.
+            value, error = mean_and_error(there[0] - full[0], full[1])
+            r[name].append(float(value))
+            se[name].append(float(error))
     columns = [*config['probe']]
-    print_rows(f'loss without a source minus loss of {path}, nats per token (above 0: it helps) +- standard error over rows', r, columns, r, se)
-    figure = plots.draw_table(os.path.join(config['out'], 'influence_loo.png'), list(r), columns, list(r.values()), list(se.values()),
-                              'Loss without the source minus loss with it')
-    write_result(config, 'influence_loo', dict(config=config, columns=columns, delta=r, se=se), figure)
+    print_rows(
+        f'loss without a source minus loss of {path}, nats per token (above 0: it helps) +- '
+        'standard error '
+        'over rows', r, columns, se)
+    figure = plots.draw_table(
+        os.path.join(config['out'], 'influence_loo.png'), list(r), columns, list(r.values()),
+        list(se.values()), 'Loss without the source minus loss with it')
+    result = dict(config=config, columns=columns, delta=r, se=se)
+    write_result(config, 'influence_loo', result, figure)
 
 
-def make_scores(path, config, device, autocast, rank, world_size):
-    """Scores of every row of the sources, beside their shards. Processes that torchrun starts share the parts, each with a whole model."""
-    model, about, sources, probes, to_device = open_all(path, config, device, config['sources'].split(','))
+def make_scores(path, config, run):
+    """Scores every row of the sources, beside their shards.
+
+    Processes that torchrun starts share the parts. Each has a full model.
+    """
+    model, about, opened, probes, feeder = open_all(path, config, run, config['sources'].split(','))
     n = config['probe_rows']
-    for p in probes:
-        if p.n_windows < n + n // 2:
-            raise BadInput(f"probe set '{p.name}' has {p.n_windows} windows, fewer than probe_rows = {n} and half as many again to compare with.")
-    with autocast:
-        options = dict(batch_size=config['batch_size'], key=(config['seed'], 0), to_device=to_device)
-        directions, shares = reweight.measure_directions(model, probes, sources, config['layers'], config['probe'], n, config['rows'],
-                                                         scaling=config['scaling'], **options)
-        direction = directions[0] if len(directions) == 1 else reweight.joint(directions, shares)
-        reference = reweight.unseen_reference(model, probes, direction, n, **options)
-        for source in sources:
+    for probe in probes:
+        if probe.n_windows < n + n // 2:
+            raise BadInput(
+                f"probe set '{probe.name}' has {probe.n_windows} windows, fewer than probe_rows = "
+                f'{n} and half as many again for the comparison.')
+    measurement = measurement_of(model, feeder, probes, config, apart=False)
+    with run.autocast:
+        directions, shares = measurement.directions(opened)
+        direction = directions[0]
+        if len(directions) > 1:
+            # A row has one score, so the domains are combined before the pass over the data.
+            direction = reweight.joint(directions, shares)
+        reference = measurement.unseen_reference(direction)
+        for source in opened:
+            def score(cursors, source=source):
+                return selection.score_rows(model, feeder, source, cursors, direction)
+
             folder = os.path.join(config['data_dir'], source.name, config['scores'])
-            made = dict(ckpt=path, step=about['state']['step'] if about['checkpoint'] else None, block_size=source.block_size, shards=source.fingerprint(),
-                        **{key: config[key] for key in ('layers', 'scaling', 'probe', 'probe_rows', 'seed')},
-                        datainf=[config['sources'], config['rows']] if config['scaling'] == 'datainf' else None)
-            selection.write_scores(folder, made, reference, source, lambda cursors: selection.score_rows(
-                model, source, cursors, direction, config['batch_size'], to_device), rank, world_size)
-            if world_size == 1:
-                scores, reference, _ = selection.read_scores(folder, source)
-                keep, reasons = selection.judge(scores.astype(np.float64), reference, 0.1, 0.1)
-                print(f'{source.name}: {len(scores):,} rows -> {folder}; margin 0.1 keeps {keep.mean():.1%}; dropped for '
-                      + ', '.join(f'{why} {share:.1%}' for why, share in reasons.items()))
+            made = dict(
+                ckpt=path, step=about['state']['step'] if about['checkpoint'] else None,
+                block_size=source.block_size, shards=source.fingerprint(), layers=config['layers'],
+                scaling=config['scaling'], probe=config['probe'], probe_rows=config['probe_rows'],
+                seed=config['seed'], datainf=None, reference=asdict(reference))
+            # DataInf's direction depends on rows of the sources too, so these settings must agree.
+            if config['scaling'] == 'datainf':
+                made['datainf'] = [config['sources'], config['rows']]
+            selection.write_scores(folder, made, source, score, run)
+            # With several processes, the parts of the others may not be there yet.
+            if run.world_size == 1:
+                print_scores(folder, source)
 
 
-def run(command, config):
-    rank, world_size, device = start_ranks(config['device'], join=False)
-    tune_malloc()
-    dtype, _ = pick_dtype(config['dtype'], device)
-    autocast = contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
-    if config['batch_size'] < 1 or config['seed'] < 0:
-        raise BadInput(f"batch_size = {config['batch_size']} must be at least 1 and seed = {config['seed']} not negative.")
-    os.makedirs(config['out'], exist_ok=True)
-    if command == 'score':
-        make_scores(config['ckpt'], config, device, autocast, rank, world_size)
-    elif world_size > 1:
-        raise BadInput(f'influence.py {command} works in one process; start it without torchrun.')
-    elif command == 'table':
-        paths = [path for part in config['ckpt'].split(',')
-                 for path in [p for p in sorted(glob.glob(part)) if os.path.isdir(p) and not p.endswith('.tmp')] or [part]]
-        make_table(paths, config, device, autocast)
-    else:
-        make_loo(config['ckpt'], config, device, autocast)
+def print_scores(folder, source):
+    """Prints what the default margin would keep."""
+    scores, reference, _ = selection.read_scores(folder, source)
+    keep, reasons = selection.judge(scores.astype(np.float64), reference, 0.1, 0.1)
+    dropped = ', '.join(f'{reason} {share:.1%}' for reason, share in reasons.items())
+    print(
+        f'{source.name}: {len(scores):,} rows -> {folder}; margin 0.1 keeps {keep.mean():.1%}; '
+        f'dropped for {dropped}')
+
+
+def checkpoints_of(ckpt):
+    """The paths that --ckpt names: several with commas, each of them may be a glob."""
+    paths = []
+    for part in ckpt.split(','):
+        # A hub name matches no folder and is passed on. Folders in .tmp are still being written.
+        folders = [path for path in sorted(glob.glob(part)) if os.path.isdir(path)]
+        paths += [path for path in folders if not path.endswith('.tmp')] or [part]
+    return paths
 
 
 if __name__ == '__main__':
     command = sys.argv[1] if len(sys.argv) > 1 else '--help'
     is_command = command in ('table', 'loo', 'score')
-    config = configure(globals(), sys.argv[2:] if is_command else sys.argv[1:] or ['--help'], verbose=False)
+    arguments = sys.argv[2:] if is_command else sys.argv[1:] or ['--help']
+    config = configure(globals(), arguments, verbose=False)
     if not is_command or not ckpt or command != 'loo' and not sources:
-        raise BadInput('say `influence_tables.py table --ckpt=... --sources=... --probe=...`, `loo --ckpt=... --without=... --probe=...` or '
-                       '`score --ckpt=... --sources=... --probe=...`.')
-    if scaling not in ('none', 'datainf'):
-        raise BadInput(f"scaling = '{scaling}' must be none or datainf (adam needs the optimizer of a run: train.py has it).")
-    check_layers(layers, 'layers')
-    from tools import influence_tables
-    influence_tables.run(command, config)
+        raise BadInput(
+            'say `influence_tables.py table --ckpt=... --sources=... --probe=...`, `loo --ckpt=... '
+            '--without=... --probe=...` or `score --ckpt=... --sources=... --probe=...`.')
+    tune_malloc()
+    # The processes only divide the parts among them, which needs no process group.
+    rank, world_size, here = start_ranks(device, join=False)
+    run = Run(rank, world_size, here, pick_dtype(dtype, here)[0], '')
+    os.makedirs(out, exist_ok=True)
+    if command == 'score':
+        make_scores(ckpt, config, run)
+    elif world_size > 1:
+        raise BadInput(
+            f'influence_tables.py {command} works in one process. Start it without torchrun.')
+    elif command == 'table':
+        make_table(checkpoints_of(ckpt), config, run)
+    else:
+        make_loo(ckpt, config, run)

@@ -1,20 +1,27 @@
-"""Mixing laws: how the loss of every group depends on the mixture that was trained on; fitted to finished runs.
+"""Mixing laws: how the loss of every group of data depends on the mixture it was trained with.
 
-    python tools/mixing_laws.py fit-static out/sweep                  # L_i(p) = c_i + b_i exp(-sum_j A_ij p_j), and its best mixture
-    python tools/mixing_laws.py fit-dynamic out/children              # L_i' = L_i - sum_j A_ij p_j after a short continuation, parent by parent
-    python tools/mixing_laws.py a-star out/methods                    # A* on the trajectories of methods, against the A that each of them measured
-    python tools/mixing_laws.py sim out/methods/a_star.json           # their similarity, with what a uniform vector and another seed would score
-    python tools/mixing_laws.py regmix out/sweep                      # the best mixture by regression on the runs (RegMix)
-    python tools/mixing_laws.py plot out/sweep                        # the figures of whatever was fitted there
+    python tools/mixing_laws.py fit-static out/sweep        # L_i(p) = c_i + b_i exp(-A_i . p)
+    python tools/mixing_laws.py fit-dynamic out/children    # L_i' = L_i - A_i . p
+    python tools/mixing_laws.py a-star out/methods          # A* along the trajectory of a method
+    python tools/mixing_laws.py sim out/methods             # how similar A* and the measured A are
+    python tools/mixing_laws.py regmix out/sweep            # the best mixture by regression
+    python tools/mixing_laws.py plot out/sweep              # figures of all that was fitted there
 
-A folder holds runs of train.py (tools/sweep.py makes them); a JSON table {"groups": [...], "runs": [{"p": [...], "loss": [...], "seed": 0}, ...]} will do.
-Laws: Ye et al. 2024 (arXiv:2403.16952), Chen et al. 2024 (arXiv:2411.05735). Rows of A are evaluated groups, columns trained ones, positive is
-good. p sums to 1, so a constant added to a row of A changes c and b alone: A is given with its last column at 0.
+The folder holds finished runs of train.py, which tools/sweep.py makes. It can also be a JSON table:
+{"groups": [...], "runs": [{"p": [...], "loss": [...], "seed": 0}, ...]}. fit-static also reports
+the best mixture. fit-dynamic and a-star fit short continuations, separately for each parent run.
+
+Laws: Ye et al. 2024 (arXiv:2403.16952), Chen et al. 2024 (Aioli, arXiv:2411.05735). A_ij is what
+training on group j does for the loss of group i: positive entries lower it. Shares sum to 1, so a
+constant added to a row of A only changes b. Static fits have 0 in the last column of A.
+
+Shapes: n runs, m trained groups, k evaluated groups, d = m - 1 free shares, S simultaneous fits.
 """
 import json
 import math
 import os
 import sys
+from collections import namedtuple
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -24,94 +31,136 @@ from scipy.stats import spearmanr
 if __name__ == '__main__':
     import _path  # noqa: F401
 
-from configurator import BadInput, configure
-from tools.runs import Table, read_table
+from configurator import BadInput, configure, read_json
+from tools.runs import read_table
 
-BOUND = 80.0                    # of the exponents: a group that only mixtures without it tell of would run away
+# -- knobs --
+huber = False                   # fit-static: Huber loss (delta 0.02) instead of squared errors
+target = ''                     # regmix: group whose loss is minimised; '': the mean over groups
+
+COMMANDS = ('fit-static', 'fit-dynamic', 'a-star', 'sim', 'regmix', 'plot')
+
+# Bound of the exponents. Without it, the exponent of a group that hardly any run contains diverges.
+BOUND = 80.0
 
 
-# -- the static law ----------------------------------------------------------------------------------------------------
+# -- the static law ------------------------------------------------------------------------------
 
 @dataclass
 class Law:
-    """A fit of one group: loss = c + exp(log_b + s . p[:-1]), that is A_j = -s_j with A_m = 0."""
+    """The law of one group: loss = c + exp(log_b + s . p[:-1]), so A_j = -s_j and A_m = 0."""
     c: float
     log_b: float
-    s: np.ndarray                                   # (m - 1,)
-    report: dict = field(default_factory=dict)      # what `fit_static` found out about it
+    s: np.ndarray                                   # (d,)
+    report: dict = field(default_factory=dict)      # filled by fit_static
 
     def __call__(self, p):
         """p (..., m) -> losses (...)."""
         return self.c + np.exp(self.log_b + np.asarray(p)[..., :-1] @ self.s)
 
 
-def projected(X, y, w, s):
-    """The best c >= 0 and B >= 0 for exponents s, many at a time (variable projection).
+Projection = namedtuple('Projection', 'c b E log_scale residuals sums')
 
-    X (n, d) shares but the last, y (n,), w (S, n) weights, s (S, d). Returns c (S,), B (S,), E (S, n) = exp(s . x) over its largest value,
-    log of that value (S,), residuals (S, n), sums for `jacobian`.
+
+def project(X, y, w, s):
+    """The best c >= 0 and b >= 0 for given exponents (variable projection).
+
+    X  (n, d) shares without the last group     y  (n,) losses
+    w  (S, n) weights of the runs               s  (S, d) exponents
+    Returns a Projection: c (S,), b (S,), E (S, n) = exp(s . x) over its largest value, log_scale
+    (S,) the logarithm of that value, residuals (S, n), and the sums that `jacobian` needs.
     """
-    z = s @ X.T
+    z = s @ X.T                                                                        # (S, n)
+    # Subtracting the largest value keeps exp from overflowing.
     top = z.max(1)
     E = np.exp(z - top[:, None])
-    W, WE, WEE, Wy, WEy = w.sum(1), (w * E).sum(1), (w * E * E).sum(1), w @ y, (w * E) @ y
+    # The law is linear in c and b. These are the sums of its normal equations, each (S,).
+    W = w.sum(1)
+    WE = (w * E).sum(1)
+    WEE = (w * E * E).sum(1)
+    Wy = w @ y
+    WEy = (w * E) @ y
+    # If E is constant over the runs, the equations are singular. The floor keeps b finite.
     det = np.maximum(W * WEE - WE * WE, 1e-14 * W * WEE)
-    B = np.maximum((W * WEy - WE * Wy) / det, 0.0)
-    c = (Wy - B * WE) / W
+    # A negative b cannot be a Law, which stores the logarithm of b.
+    b = np.maximum((W * WEy - WE * Wy) / det, 0.0)
+    c = (Wy - b * WE) / W
+    # Where the best c is negative, it is set to 0 and b is fitted alone.
     free = c > 0
-    B, c = np.where(free, B, np.maximum(WEy / WEE, 0.0)), np.where(free, c, 0.0)
-    return c, B, E, top, y - c[:, None] - B[:, None] * E, (W, WE, WEE, det, free)
+    b = np.where(free, b, np.maximum(WEy / WEE, 0.0))
+    c = np.where(free, c, 0.0)
+    residuals = y - c[:, None] - b[:, None] * E
+    return Projection(c, b, E, top, residuals, (W, WE, WEE, det, free))
 
 
-def jacobian(X, w, B, E, sums):
-    """d residual / d s (S, n, d) as c and B follow (Kaufman's form: the derivative outside the span of 1 and E)."""
-    W, WE, WEE, det, free = (x[:, None] for x in sums)
-    D = (B[:, None] * E)[:, :, None] * X                                            # (S, n, d)
-    T1, T2 = np.einsum('sn,snd->sd', w, D), np.einsum('sn,snd->sd', w * E, D)
-    of_one = np.where(free, (WEE * T1 - WE * T2) / det, 0.0)
-    of_e = np.where(free, (W * T2 - WE * T1) / det, T2 / WEE)
-    return -(D - of_one[:, None] - of_e[:, None] * E[:, :, None])
+def jacobian(X, w, at):
+    """Derivative of the residuals by s while c and b stay optimal: (S, n, d).
+
+    Kaufman's approximation: the part of the derivative that is orthogonal to 1 and E.
+    """
+    W, WE, WEE, det, free = (x[:, None] for x in at.sums)
+    E = at.E
+    D = (at.b[:, None] * E)[:, :, None] * X                                            # (S, n, d)
+    T1 = np.einsum('sn,snd->sd', w, D)
+    T2 = np.einsum('sn,snd->sd', w * E, D)
+    # Where c is held at 0 it cannot absorb a change, so only the part along E is removed.
+    on_one = np.where(free, (WEE * T1 - WE * T2) / det, 0.0)
+    on_E = np.where(free, (W * T2 - WE * T1) / det, T2 / WEE)
+    return -(D - on_one[:, None] - on_E[:, None] * E[:, :, None])
 
 
 def squares(r, huber):
-    """Squares of residuals; beyond huber (None: nowhere) twice the Huber loss, which grows linearly."""
-    return r * r if huber is None else np.where(np.abs(r) <= huber, r * r, huber * (2 * np.abs(r) - huber))
+    """Squared residuals, or with huber as delta twice the Huber loss, which grows linearly."""
+    if huber is None:
+        return r * r
+    return np.where(np.abs(r) <= huber, r * r, huber * (2 * np.abs(r) - huber))
 
 
 def descend(X, y, w, s, steps, huber=None):
-    """Levenberg-Marquardt from many starts at once. w (S, n) weights of the rows, s (S, d) starts. Returns s and objectives (S,).
+    """Levenberg-Marquardt on the exponents, from S starts at once.
 
-    huber: residuals beyond it count linearly (the objective is then 2 * sum of Huber losses).
+    w (S, n) weights of the runs, s (S, d) starts; huber is the delta of the Huber loss.
+    Returns s (S, d) and the objectives (S,), the weighted sums of `squares`.
     """
-    def objective(r):
-        return (w * squares(r, huber)).sum(1)
+    def objective(at):
+        return (w * squares(at.residuals, huber)).sum(1)
 
-    def inner(r):
-        return w if huber is None else w * np.minimum(1.0, huber / np.maximum(np.abs(r), 1e-300))
-    damping, at = np.full(len(s), 1e-2), projected(X, y, w, s)
-    best = objective(at[4])
+    damping = np.full(len(s), 1e-2)
+    at = project(X, y, w, s)
+    best = objective(at)
     for _ in range(steps):
-        v = inner(at[4])
-        c, B, E, _, r, sums = at if huber is None else projected(X, y, v, s)
-        J = jacobian(X, v, B, E, sums)
+        v = w
+        if huber is not None:
+            # Iteratively reweighted least squares: the weights give the Huber loss's gradient.
+            v = w * np.minimum(1.0, huber / np.maximum(np.abs(at.residuals), 1e-300))
+            at = project(X, y, v, s)
+        J = jacobian(X, v, at)                                                         # (S, n, d)
         VJ = v[:, :, None] * J
-        H, g = np.matmul(VJ.transpose(0, 2, 1), J), np.einsum('snd,sn->sd', VJ, r)
+        H = np.matmul(VJ.transpose(0, 2, 1), J)                                        # (S, d, d)
+        g = np.einsum('snd,sn->sd', VJ, at.residuals)
+        # Damping in units of the diagonal makes the step independent of the scale of the losses.
         scale = np.maximum(np.einsum('sdd->sd', H), 1e-12)
-        step = np.linalg.solve(H + (damping[:, None] * scale)[:, :, None] * np.eye(s.shape[1]), -g[:, :, None])[:, :, 0]
+        H = H + (damping[:, None] * scale)[:, :, None] * np.eye(s.shape[1])
+        step = np.linalg.solve(H, -g[:, :, None])[:, :, 0]
+        # The limit of 5 keeps a start with a nearly singular H from jumping to the bound at once.
         tried = np.clip(s + np.clip(step, -5, 5), -BOUND, BOUND)
-        then = projected(X, y, v, tried)
-        value = objective(then[4])
+        # The weights v change in every iteration, so steps are judged by the objective with w.
+        value = objective(project(X, y, v, tried))
+        # A start whose step does not improve it stays, and takes a shorter step next time.
         good = value < best
-        s, best = np.where(good[:, None], tried, s), np.where(good, value, best)
+        s = np.where(good[:, None], tried, s)
+        best = np.where(good, value, best)
         damping = np.clip(np.where(good, damping * 0.3, damping * 4), 1e-9, 1e9)
-        at = projected(X, y, w, s)
+        at = project(X, y, w, s)
     return s, best
 
 
-def starts_of(d, n, seed=0):
-    """n starting exponents (n, d): of both signs, from flat to steep, one coordinate at a time and all together."""
+def random_starts(d, n, seed=0):
+    """n starting exponents (n, d), flat and steep, of both signs. A third varies one share only."""
     rng = np.random.default_rng(seed)
     s = rng.normal(size=(n, d)) * np.exp(rng.uniform(math.log(0.1), math.log(12), (n, 1)))
+    # A loss often depends on one share, mostly that of the group itself, which lowers it.
+    # Hence the range below has more room on the negative side.
     one = rng.integers(0, d, n // 3)
     s[:n // 3] = 0.0
     s[np.arange(n // 3), one] = rng.uniform(-16, 8, n // 3)
@@ -119,229 +168,334 @@ def starts_of(d, n, seed=0):
 
 
 def polish(X, y, s, huber=None):
-    """From exponents near an optimum to all parameters at it: Law."""
-    c, B, _, top, _, _ = projected(X, y, np.ones((1, len(y))), s[None])
-    if B[0] <= 0:
-        return Law(float(c[0]), -math.inf, np.zeros(X.shape[1]))
+    """Optimises c, log_b and s together from exponents s (d,) near an optimum. Returns a Law."""
+    at = project(X, y, np.ones((1, len(y))), s[None])
+    # The best law is a constant here, and b has no finite logarithm.
+    if at.b[0] <= 0:
+        return Law(float(at.c[0]), -math.inf, np.zeros(X.shape[1]))
+
+    def term(q):
+        # exp overflows beyond 709.
+        return np.exp(np.minimum(q[1] + X @ q[2:], 700.0))
 
     def residuals(q):
-        return q[0] + np.exp(np.minimum(q[1] + X @ q[2:], 700.0)) - y
+        return q[0] + term(q) - y
 
     def derivative(q):
-        e = np.exp(np.minimum(q[1] + X @ q[2:], 700.0))
+        e = term(q)
         return np.column_stack((np.ones(len(y)), e, e[:, None] * X))
-    start = np.r_[max(c[0], 1e-9), math.log(B[0]) - top[0], np.clip(s, -BOUND + 1e-6, BOUND - 1e-6)]
+
+    inside = np.clip(s, -BOUND + 1e-6, BOUND - 1e-6)
+    start = np.r_[max(at.c[0], 1e-9), math.log(at.b[0]) - at.log_scale[0], inside]
+    # c has no upper bound: with noisy losses the best c can exceed the lowest loss.
     low = np.r_[0.0, -np.inf, np.full(X.shape[1], -BOUND)]
-    found = least_squares(residuals, start, derivative, bounds=(low, np.r_[np.inf, np.inf, np.full(X.shape[1], BOUND)]), x_scale='jac', xtol=1e-12,
-                          ftol=1e-12, gtol=1e-14, max_nfev=300, **({} if huber is None else dict(loss='huber', f_scale=huber)))
-    better = found.x if np.isfinite(found.cost) else start
-    return Law(float(better[0]), float(better[1]), better[2:])
+    high = np.r_[np.inf, np.inf, np.full(X.shape[1], BOUND)]
+    options = dict(x_scale='jac', xtol=1e-12, ftol=1e-12, gtol=1e-14, max_nfev=300)
+    if huber is not None:
+        options.update(loss='huber', f_scale=huber)
+    found = least_squares(residuals, start, derivative, bounds=(low, high), **options)
+    q = found.x if np.isfinite(found.cost) else start
+    return Law(float(q[0]), float(q[1]), q[2:])
 
 
-def check_points(p, y, what):
-    """BadInput unless the runs can determine a law's m + 1 parameters and leave one over."""
+def check_points(p, losses, what, n_parameters):
+    """Raises BadInput unless the runs determine a law's parameters with one run to spare.
+
+    p (n, m), losses (n,) or (n, k), what: name of the fit.
+    """
     n, m = p.shape
-    if not np.isfinite(y).all():
-        raise BadInput(f'{what}: the loss of run(s) {", ".join(str(i) for i in np.flatnonzero(~np.isfinite(y)))} (counted from 0) is not finite. '
-                       'Leave them out, or train them again.')
-    if n < m + 2:
-        raise BadInput(f'{what}: {n} runs for the {m + 1} parameters of the law with {m} groups. It takes {m + 2} at least (one to check it by), and '
-                       'two to three times as many to be of use.')
+    finite = np.isfinite(losses.reshape(n, -1)).all(1)
+    if not finite.all():
+        wrong = ', '.join(str(i) for i in np.flatnonzero(~finite))
+        raise BadInput(f'{what}: the loss of run(s) {wrong} (counted from 0) is not finite.')
+    if n <= n_parameters:
+        raise BadInput(
+            f'{what}: {n} runs for the {n_parameters} parameters of the law with {m} groups. It '
+            f'takes {n_parameters + 1} at least, and two to three times as many to be useful.')
+    # Shares sum to 1, so they vary in m - 1 directions at most.
     rank = np.linalg.matrix_rank(p - p.mean(0), tol=1e-6)
     if rank < m - 1:
-        raise BadInput(f'{what}: the mixtures vary in {rank} direction(s) only, {m} groups need {m - 1}'
-                       + (' (they are all equal)' if rank == 0 else '') + ': no law can be told from them. Add other mixtures.')
+        equal = ' (they are all equal)' if rank == 0 else ''
+        raise BadInput(
+            f'{what}: the mixtures vary in {rank} direction(s){equal}, {m} groups need {m - 1}. '
+            'Add other mixtures.')
 
 
-def fit_law(p, y, huber=None, n_starts=48, steps=40):
-    """The law alone: multi-start variable projection, then all parameters together. p (n, m) rows that sum to 1, y (n,) nats."""
+def fit_law(p, y, huber=None):
+    """Fits one Law to mixtures p (n, m) and losses y (n,) in nats, without a report.
+
+    The best three of 48 starts of variable projection are polished, and the best is returned.
+    """
     X = p[:, :-1]
-    s, value = descend(X, y, np.ones((n_starts, len(y))), starts_of(X.shape[1], n_starts), steps, huber)
+    s, value = descend(X, y, np.ones((48, len(y))), random_starts(X.shape[1], 48), 40, huber)
+    # Starts end in different local minima. Three candidates are cheap to polish, 48 are not.
     laws = [polish(X, y, s[i], huber) for i in np.argsort(value)[:3]]
     return min(laws, key=lambda law: squares(law(p) - y, huber).sum())
 
 
-def refit(p, y, w, law, huber=None, steps=25, n_starts=6):
-    """Exponents and predictions of many fits to weighted rows (w (S, n): 0 leaves a row out), each from the law and a few other starts.
+def refit(p, y, w, law, huber=None, n_starts=6):
+    """Fits S laws to weighted runs, each from the given law and a few other starts.
 
-    Returns predictions (S, n) at all rows and (c, log_b, s) of each, (S,), (S,), (S, m - 1).
+    w (S, n) weights of the runs, where 0 leaves a run out.
+    Returns predictions (S, n) for all runs, and (c (S,), log_b (S,), s (S, d)).
     """
-    X, S = p[:, :-1], len(w)
-    starts = np.concatenate((law.s[None], 0.5 * law.s[None], np.clip(1.5 * law.s, -BOUND, BOUND)[None], starts_of(X.shape[1], n_starts - 3, 1)))
-    s, value = descend(X, y, np.repeat(w, n_starts, 0), np.tile(starts, (S, 1)), steps, huber)
-    best = s.reshape(S, n_starts, -1)[np.arange(S), value.reshape(S, n_starts).argmin(1)]
-    c, B, E, top, _, _ = projected(X, y, w, best)
-    with np.errstate(divide='ignore'):
-        return c[:, None] + B[:, None] * E, (c, np.log(B) - top, best)
+    X = p[:, :-1]
+    S = len(w)
+    # The law itself is usually near the optimum, so a few starts are enough.
+    near = np.stack((law.s, 0.5 * law.s, np.clip(1.5 * law.s, -BOUND, BOUND)))
+    starts = np.concatenate((near, random_starts(X.shape[1], n_starts - 3, 1)))
+    s, value = descend(X, y, np.repeat(w, n_starts, 0), np.tile(starts, (S, 1)), 25, huber)
+    best = value.reshape(S, n_starts).argmin(1)
+    s = s.reshape(S, n_starts, -1)[np.arange(S), best]
+    at = project(X, y, w, s)
+    with np.errstate(divide='ignore'):                              # b may be 0
+        log_b = np.log(at.b) - at.log_scale
+    return at.c[:, None] + at.b[:, None] * at.E, (at.c, log_b, s)
 
 
 def r2(y, prediction):
-    return 1 - float(((y - prediction) ** 2).sum()) / max(float(((y - y.mean()) ** 2).sum()), 1e-300)
+    error = float(((y - prediction) ** 2).sum())
+    return 1 - error / max(float(((y - y.mean()) ** 2).sum()), 1e-300)
 
 
 def errors_of(y, prediction):
-    return dict(r2=r2(y, prediction), mse=float(((y - prediction) ** 2).mean()), mae=float(np.abs(y - prediction).mean()))
+    mse = float(((y - prediction) ** 2).mean())
+    mae = float(np.abs(y - prediction).mean())
+    return dict(r2=r2(y, prediction), mse=mse, mae=mae)
 
 
 def fit_static(p, y, what='this fit', huber=None):
-    """The static law of one group's losses with all that says how far to trust it: Law, whose report is filled.
+    """Fits the static law of one group. Returns a Law whose report says how far to trust it.
 
-    p (n, m), rows sum to 1; y (n,) nats; huber: delta of the Huber loss (the public notebooks' 0.02), None: least squares.
-    report: sse, fit / leave_one_out / held_out (every fourth row, where the rest suffices) / linear and linear_leave_one_out, each r2 = 1 - SSE/SST,
-    mse and mae; se of c, log_b and s (nan: the runs do not determine it, or it stands at its bound).
+    p      (n, m), rows sum to 1            y      (n,) nats
+    what   name of the fit in errors        huber  delta of the Huber loss, None: least squares
+    The report has n and sse, and r2, mse and mae of each of these predictions:
+      fit, leave_one_out               of all runs, and of each run by a fit to the others
+      held_out                         of every fourth run by a fit to the others, None if too few
+      linear, linear_leave_one_out     of all runs, and of each run left out, by a linear law
+    Its se are the standard errors of c, log_b and s, nan where `standard_errors` says so.
+    Raises BadInput for losses that are not finite, too few runs, or too similar mixtures.
     """
-    p, y = np.asarray(p, dtype=np.float64), np.asarray(y, dtype=np.float64)
-    check_points(p, y, what)
+    p = np.asarray(p, dtype=np.float64)
+    y = np.asarray(y, dtype=np.float64)
     n, m = p.shape
+    check_points(p, y, what, m + 1)
     law = fit_law(p, y, huber)
+    report = law.report
+    report.update(n=n, sse=float(((law(p) - y) ** 2).sum()), fit=errors_of(y, law(p)))
+    left_out, _ = refit(p, y, 1.0 - np.eye(n), law, huber)
+    report['leave_one_out'] = errors_of(y, left_out.diagonal())
+    report['held_out'] = None
+    # Not a random choice, so that the figures of a folder do not change from call to call.
     held = np.arange(n) % 4 == 3
-    alone = 1.0 - np.eye(n)
-    predictions, _ = refit(p, y, alone, law, huber)
-    linear = np.linalg.lstsq(p, y, rcond=None)[0]
-    hat = np.einsum('ij,ji->i', p, np.linalg.pinv(p))
-    law.report = dict(n=n, sse=float(((law(p) - y) ** 2).sum()), fit=errors_of(y, law(p)), leave_one_out=errors_of(y, predictions.diagonal()),
-                      held_out=None, linear=errors_of(y, p @ linear), linear_leave_one_out=errors_of(y, y - (y - p @ linear) / np.maximum(1 - hat, 1e-9)),
-                      se=standard_errors(law, p, y))
     if (~held).sum() >= 2 * (m + 1) and held.sum() >= 2:
         found, _ = refit(p, y, (~held)[None].astype(float), law, huber)
-        law.report['held_out'] = errors_of(y[held], found[0][held])
+        report['held_out'] = errors_of(y[held], found[0][held])
+    # Shares sum to 1, so a linear law needs no intercept.
+    linear = p @ np.linalg.lstsq(p, y, rcond=None)[0]
+    report['linear'] = errors_of(y, linear)
+    # For a linear law, leaving a run out divides its residual by 1 minus its leverage.
+    leverage = np.einsum('ij,ji->i', p, np.linalg.pinv(p))
+    left_out = y - (y - linear) / np.maximum(1 - leverage, 1e-9)
+    report['linear_leave_one_out'] = errors_of(y, left_out)
+    report['se'] = standard_errors(law, p, y)
     return law
 
 
 def standard_errors(law, p, y):
-    """Of (c, log_b, s), from the curvature at the optimum: list of floats, nan where the runs do not determine a parameter."""
+    """Standard errors of (c, log_b, s) from the curvature at the optimum: list of floats.
+
+    An entry is nan when the runs do not determine the parameter or it is at its bound.
+    """
     X = p[:, :-1]
     e = np.exp(law.log_b + X @ law.s)
     J = np.column_stack((np.ones(len(y)), e, e[:, None] * X))
-    freedom = len(y) - J.shape[1]
-    fixed = np.r_[law.c <= 1e-8, not np.isfinite(law.log_b), np.abs(law.s) >= BOUND - 1e-3]
-    _, values, vectors = np.linalg.svd(J[:, ~fixed] / np.maximum(np.linalg.norm(J[:, ~fixed], axis=0), 1e-300), full_matrices=False)
+    # A parameter at its bound is not estimated, and has no share in the curvature.
+    at_bound = np.abs(law.s) >= BOUND - 1e-3
+    fixed = np.r_[law.c <= 1e-8, not np.isfinite(law.log_b), at_bound]
+    # With columns of norm 1, the floor below separates what the runs do not determine.
     norms = np.maximum(np.linalg.norm(J[:, ~fixed], axis=0), 1e-300)
-    variance = ((vectors.T / np.maximum(values, 1e-12)) ** 2).sum(1) / norms**2 * float(((law(p) - y) ** 2).sum()) / max(freedom, 1)
+    _, values, vectors = np.linalg.svd(J[:, ~fixed] / norms, full_matrices=False)
+    sse = float(((law(p) - y) ** 2).sum())
+    freedom = max(len(y) - J.shape[1], 1)
+    curvature = ((vectors.T / np.maximum(values, 1e-12)) ** 2).sum(1)
+    se = np.sqrt(curvature / norms**2 * sse / freedom)
     out = np.full(J.shape[1], np.nan)
-    out[~fixed] = np.where(norms < 1e-6 * np.sqrt(len(y)), np.nan, np.sqrt(variance))
+    out[~fixed] = np.where(norms < 1e-6 * np.sqrt(len(y)), np.nan, se)
     return out.tolist()
 
 
-# -- the best mixture --------------------------------------------------------------------------------------------------
+# -- the best mixture ----------------------------------------------------------------------------
 
-def optimum(laws, importance=None):
-    """The mixture (m,) that minimises the mean of the laws' losses (importance: weights of the groups, (k,)).
+def optimum(laws):
+    """Returns the mixture (m,) that minimises the mean of the laws' losses.
 
-    A sum of exponentials is convex: the minimum is the only one.
+    A sum of exponentials is convex, so the minimum is the only one.
     """
-    w = np.ones(len(laws)) / len(laws) if importance is None else np.asarray(importance) / np.sum(importance)
-    S = np.array([np.r_[law.s, 0.0] for law in laws])                               # (k, m)
+    s = np.array([np.r_[law.s, 0.0] for law in laws])                                  # (k, m)
     log_b = np.array([law.log_b for law in laws])
+    w = np.ones(len(laws)) / len(laws)
+    m = s.shape[1]
+
+    def terms(p):
+        return w * np.exp(log_b + s @ p)
 
     def value(p):
-        terms = w * np.exp(log_b + S @ p)
-        return terms.sum(), terms @ S
-    m = S.shape[1]
-    scale = max(value(np.full(m, 1 / m))[0], 1e-300)
+        return terms(p).sum() / scale
+
+    def gradient(p):
+        return terms(p) @ s / scale
+
+    # The tolerance of SLSQP is absolute, so the sum is 1 for equal shares.
+    scale = max(terms(np.full(m, 1 / m)).sum(), 1e-300)
+    sum_is_one = dict(type='eq', fun=lambda p: p.sum() - 1, jac=lambda p: np.ones(m))
+    options = dict(method='SLSQP', bounds=[(0, 1)] * m, constraints=sum_is_one)
+    options.update(options=dict(ftol=1e-15, maxiter=500))
     best = None
+    # SLSQP may stop early where the sum is flat, so it also starts near the corners.
     for start in (np.full(m, 1 / m), *(0.1 / m + 0.9 * np.eye(m))):
-        found = minimize(lambda p: tuple(x / scale for x in value(p)), start / start.sum(), jac=True, method='SLSQP', bounds=[(0, 1)] * m,
-                         constraints=dict(type='eq', fun=lambda p: p.sum() - 1, jac=lambda p: np.ones(m)), options=dict(ftol=1e-15, maxiter=500))
+        found = minimize(value, start / start.sum(), jac=gradient, **options)
         if best is None or found.fun < best.fun:
             best = found
     p = np.clip(best.x, 0, None)
     return p / p.sum()
 
 
-def optimum_interval(p, Y, laws, importance=None, huber=None, n=100, seed=0):
-    """Where the best mixture lies when the runs are drawn anew (bootstrap): (low (m,), high (m,)), 5 % and 95 %.
+def optimum_interval(p, Y, laws, huber=None, n_draws=100):
+    """Bootstrap interval of the best mixture: (low (m,), high (m,)), the 5 % and 95 % quantiles.
 
-    Y (n, k): losses by group; resamples that do not determine a law are drawn again.
+    p (n, m), Y (n, k) losses, laws: those of the k groups. A resample that does not determine the
+    laws is drawn again.
     """
-    rng, m = np.random.default_rng(seed), p.shape[1]
+    n, m = p.shape
+    rng = np.random.default_rng(0)
     draws = []
-    while len(draws) < n:
-        counts = np.bincount(rng.integers(0, len(p), len(p)), minlength=len(p)).astype(float)
-        if np.count_nonzero(counts) >= m + 1 and np.linalg.matrix_rank(p[counts > 0] - p[counts > 0].mean(0), tol=1e-6) == m - 1:
+    # counts is how often each run is in the resample, which is its weight in the fit.
+    while len(draws) < n_draws:
+        counts = np.bincount(rng.integers(0, n, n), minlength=n).astype(float)
+        drawn = p[counts > 0]
+        if len(drawn) < m + 1:
+            continue
+        if np.linalg.matrix_rank(drawn - drawn.mean(0), tol=1e-6) == m - 1:
             draws.append(counts)
-    found = [refit(p, y, np.array(draws), law, huber, n_starts=4)[1] for y, law in zip(Y.T, laws)]
-    optima = np.array([optimum([Law(c[i], b[i], s[i]) for c, b, s in found], importance) for i in range(n)])
+    draws = np.array(draws)                                                            # (S, n)
+    found = []
+    for y, law in zip(Y.T, laws, strict=True):
+        found.append(refit(p, y, draws, law, huber, n_starts=4)[1])
+    optima = []
+    for i in range(n_draws):
+        optima.append(optimum([Law(c[i], log_b[i], s[i]) for c, log_b, s in found]))
     return np.quantile(optima, 0.05, axis=0), np.quantile(optima, 0.95, axis=0)
 
 
 def fit_trees(p, y):
-    """Gradient-boosted trees from mixtures (n, m) to a loss (n,): 1,000 of them at a rate of 0.01, as RegMix has them, with no early stop."""
-    from sklearn.ensemble import HistGradientBoostingRegressor
-    return HistGradientBoostingRegressor(learning_rate=0.01, max_iter=1000, max_leaf_nodes=31, min_samples_leaf=min(20, max(2, len(y) // 10)),
-                                         early_stopping=False, random_state=42).fit(p, y)
+    """Gradient-boosted trees from mixtures (n, m) to a loss (n,).
 
-
-def regmix(p, y, prior, n_draws=100_000, n_best=128, seed=42):
-    """RegMix (Liu et al. 2024, arXiv:2407.01492): the mean of the n_best mixtures, of n_draws from Dirichlet(prior), of lowest predicted loss: (m,).
-
-    p (n, m), y (n,) the loss to lower; prior (m,): shares of the tokens that there are.
+    RegMix's settings: 1,000 trees at a learning rate of 0.01, without early stopping.
     """
-    draws = np.random.default_rng(seed).dirichlet(np.asarray(prior), n_draws)
-    best = np.argsort(fit_trees(p, y).predict(draws), kind='stable')[:n_best]
+    # Only regmix needs scikit-learn.
+    from sklearn.ensemble import HistGradientBoostingRegressor
+    # With the default of 20 rows per leaf, trees on fewer than 40 runs could not split.
+    options = dict(max_leaf_nodes=31, min_samples_leaf=min(20, max(2, len(y) // 10)))
+    options.update(early_stopping=False, random_state=42)
+    trees = HistGradientBoostingRegressor(learning_rate=0.01, max_iter=1000, **options)
+    return trees.fit(p, y)
+
+
+def regmix(p, y, prior):
+    """Returns the best mixture (m,) by regression. RegMix, Liu et al. 2024 (arXiv:2407.01492).
+
+    It is the mean of the 128 mixtures of lowest predicted loss among 100,000 from Dirichlet(prior).
+    p (n, m), y (n,) the loss to minimise, prior (m,) shares of the available tokens.
+    """
+    draws = np.random.default_rng(42).dirichlet(np.asarray(prior), 100_000)
+    # Trees give many draws the same prediction. A stable sort always picks the same of them.
+    best = np.argsort(fit_trees(p, y).predict(draws), kind='stable')[:128]
     return draws[best].mean(0)
 
 
-# -- the dynamic law ---------------------------------------------------------------------------------------------------
+# -- the dynamic law -----------------------------------------------------------------------------
 
 def fit_dynamic(p, drops, what='this fit'):
-    """A (k, m) of L_i' = L_i - sum_j A_ij p_j by least squares, from n continuations of one run.
+    """Fits A of L_i' = L_i - sum_j A_ij p_j by least squares to n continuations of one run.
 
-    p (n, m): their mixtures; drops (n, k): L_i - L_i'. Returns A and a list of dicts by group: r2, leave_one_out (r2 as well), se (m,).
+    p (n, m) their mixtures, drops (n, k) = L_i - L_i' in nats, what: name of the fit in errors.
+    Returns A (k, m) and a dict for every evaluated group: r2, leave_one_out (an r2), se (m,).
+    Raises BadInput when the continuations do not determine A.
     """
-    p, drops = np.asarray(p, dtype=np.float64), np.asarray(drops, dtype=np.float64)
+    p = np.asarray(p, dtype=np.float64)
+    drops = np.asarray(drops, dtype=np.float64)
     n, m = p.shape
-    if not np.isfinite(drops).all():
-        raise BadInput(f'{what}: a loss is not finite. Leave that run out, or train it again.')
-    if n < m + 1:
-        raise BadInput(f'{what}: {n} continuations for {m} groups, whose law has {m} parameters. It takes {m + 1} at least (one to check it by).')
-    if np.linalg.matrix_rank(p, tol=1e-6) < m:
-        raise BadInput(f'{what}: the mixtures of the continuations do not tell {m} groups apart (rank {np.linalg.matrix_rank(p, tol=1e-6)}). Add others.')
+    check_points(p, drops, what, m)
+    # There is no constant: without training, no loss drops.
     inverse = np.linalg.pinv(p)
     A = (inverse @ drops).T
-    residuals, hat = drops - p @ A.T, np.einsum('ij,ji->i', p, inverse)
-    spread, freedom = np.sqrt((inverse**2).sum(1)), max(n - m, 1)
-    reports = [dict(r2=r2(d, d - e), leave_one_out=r2(d, d - e / np.maximum(1 - hat, 1e-9)), se=(spread * np.sqrt(e @ e / freedom)).tolist())
-               for d, e in zip(drops.T, residuals.T)]
+    residuals = drops - p @ A.T
+    leverage = np.einsum('ij,ji->i', p, inverse)
+    spread = np.sqrt((inverse**2).sum(1))
+    freedom = max(n - m, 1)
+    reports = []
+    for drop, error in zip(drops.T, residuals.T, strict=True):
+        left_out = error / np.maximum(1 - leverage, 1e-9)
+        report = dict(r2=r2(drop, drop - error), leave_one_out=r2(drop, drop - left_out))
+        reports.append({**report, 'se': (spread * np.sqrt(error @ error / freedom)).tolist()})
     return A, reports
 
 
 def scale_of(A, p, drops):
-    """The one number b that makes b * A explain continuations best (least squares over all groups): A (k, m), p (n, m), drops (n, k)."""
+    """The factor b for which b * A explains continuations best, by least squares over all groups.
+
+    A (k, m), p (n, m), drops (n, k).
+    """
     predicted = np.asarray(p) @ np.asarray(A).T
     return float((predicted * drops).sum() / max(float((predicted**2).sum()), 1e-300))
 
 
 def diagonal_of_two(A):
-    """Of a 2 x 2 matrix what differs between mixtures: diag(A_11 - A_12, A_22 - A_21)."""
+    """The part of a 2 x 2 matrix that mixtures can tell apart: diag(A_11 - A_12, A_22 - A_21)."""
     A = np.asarray(A, dtype=np.float64)
     return np.diag([A[0, 0] - A[0, 1], A[1, 1] - A[1, 0]])
 
 
 def sim(X, Y):
-    """0.5 * cosine + 0.5 * Spearman of the column sums of two matrices (Spearman of a constant vector: 0). Aioli, section 4.2."""
-    x, y = np.asarray(X, dtype=np.float64).sum(0), np.asarray(Y, dtype=np.float64).sum(0)
+    """0.5 * cosine + 0.5 * Spearman of the column sums of two matrices (Aioli, section 4.2).
+
+    The Spearman correlation of a constant vector counts as 0.
+    """
+    x = np.asarray(X, dtype=np.float64).sum(0)
+    y = np.asarray(Y, dtype=np.float64).sum(0)
     cosine = float(x @ y / max(np.linalg.norm(x) * np.linalg.norm(y), 1e-300))
-    rank = 0.0 if np.ptp(x) == 0 or np.ptp(y) == 0 else float(spearmanr(x, y).statistic)
-    return 0.5 * cosine + 0.5 * rank
+    if np.ptp(x) == 0 or np.ptp(y) == 0:
+        return 0.5 * cosine
+    return 0.5 * cosine + 0.5 * float(spearmanr(x, y).statistic)
 
 
 def compare(stars, estimates):
-    """Similarity of A* and estimates by seed, lists of (k, m): dict with the mean over seeds and what it means.
+    """Similarity of A* and estimates of it, lists of (k, m) with one entry for every seed.
 
-    uniform: the score of a matrix of A*'s sign that prefers nothing (0.5 * cosine); between_seeds: mean of sim between the A* of two seeds, that
-    a perfect method would reach; None with one seed.
+    Returns a dict:
+      sim, by_seed     mean over seeds, and the values
+      uniform          score of a matrix with the sign of A* and equal entries (0.5 * cosine)
+      between_seeds    mean sim of the A* of two seeds, None with one seed: a perfect method's score
     """
-    scores = [sim(a, b) for a, b in zip(stars, estimates)]
-    pairs = [sim(a, b) for i, a in enumerate(stars) for b in stars[:i]]
-    return dict(sim=float(np.mean(scores)), by_seed=scores, uniform=float(np.mean([sim(a, np.full_like(a, np.sign(a.sum()))) for a in stars])),
-                between_seeds=float(np.mean(pairs)) if pairs else None)
+    pairs = []
+    for i, a in enumerate(stars):
+        pairs += [sim(a, b) for b in stars[:i]]
+    scores = [sim(a, b) for a, b in zip(stars, estimates, strict=True)]
+    found = dict(sim=float(np.mean(scores)), by_seed=scores)
+    found['uniform'] = float(np.mean([sim(a, np.full_like(a, np.sign(a.sum()))) for a in stars]))
+    found['between_seeds'] = float(np.mean(pairs)) if pairs else None
+    return found
 
 
-# -- reports -----------------------------------------------------------------------------------------------------------
+# -- reports -------------------------------------------------------------------------------------
 
 def seed_noise(table):
-    """Standard deviation (k,) of the losses of the same mixture over seeds, and the degrees of freedom it stands on; (None, 0) without repeats."""
+    """Standard deviation (k,) of losses over seeds of the same mixture, and degrees of freedom.
+
+    (None, 0) when no mixture was trained twice.
+    """
+    # Rounded, because the shares of the same mixture may differ in their last digits.
     cells = {}
     for run in table.runs:
         cells.setdefault(tuple(np.round(run.p, 4)), []).append(run.loss)
@@ -349,173 +503,268 @@ def seed_noise(table):
     freedom = sum(len(losses) - 1 for losses in repeated)
     if not freedom:
         return None, 0
-    return np.sqrt(sum(((losses - losses.mean(0)) ** 2).sum(0) for losses in repeated) / freedom), freedom
+    # Pooled over mixtures, because the few seeds of one mixture give a poor estimate.
+    total = sum(((losses - losses.mean(0)) ** 2).sum(0) for losses in repeated)
+    return np.sqrt(total / freedom), freedom
 
 
-def error_text(errors, name='r2'):
-    return 'n/a' if errors is None else f'{errors[name]:.4f}'
+def print_table(header, rows):
+    """Prints a table. Floats have four digits, and None is printed as n/a."""
+    texts = [header]
+    for row in rows:
+        row = [f'{x:.4f}' if isinstance(x, float) else x for x in row]
+        texts.append(['n/a' if x is None else str(x) for x in row])
+    widths = [max(len(x) for x in column) for column in zip(*texts, strict=True)]
+    for row in texts:
+        print('  '.join(x.ljust(width) for x, width in zip(row, widths, strict=True)).rstrip())
 
 
 def fit_static_runs(table, huber):
-    """Fits the static law to every group, by seed and over all runs; prints the report and returns it as plain data."""
-    if any(run.parent for run in table.runs):
-        raise BadInput('these runs continue others: use fit-dynamic.')
+    """Fits the static law to every group, for each seed and over all runs, and prints a report.
+
+    table  tools.runs.Table     huber  delta of the Huber loss, None: least squares
+    Returns the content of static.json. Raises BadInput for runs that a static law cannot describe.
+    """
     for run in table.runs:
+        if run.parent:
+            raise BadInput('these runs continue others: use fit-dynamic.')
         if run.method not in ('fixed', 'stratified'):
-            raise BadInput(f"the mixture of run '{run.name}' is '{run.method}': a static law needs runs whose mixture stays as it is.")
+            raise BadInput(
+                f"the mixture of run '{run.name}' is '{run.method}': a static law needs runs whose "
+                'mixture does not change.')
     noise, freedom = seed_noise(table)
     seeds = table.seeds()
-    parts = [(seed, table.only(lambda run, seed=seed: run.seed == seed)) for seed in seeds] if len(seeds) > 1 else []
-    if any(len(part.runs) < len(table.groups) + 2 for _, part in parts):
-        parts = []                              # no seed has enough for itself
-    fits, pooled = [], []
-    print(f'{len(table.runs)} runs of {len(table.groups)} groups, seeds {seeds}' + (', Huber' if huber else ', least squares'))
-    print(f'{"group":<16}{"seed":>6}{"runs":>6}{"R2":>9}{"one out":>9}{"held out":>10}{"linear":>9}{"one out":>9}{"rms error":>11}{"seed noise":>12}')
+    parts = {}
+    if len(seeds) > 1:
+        parts = {seed: table.only(lambda run, seed=seed: run.seed == seed) for seed in seeds}
+    # Each seed is fitted separately if all of them have enough runs.
+    if any(len(part.runs) < len(table.groups) + 2 for part in parts.values()):
+        parts = {}
+    parts['all'] = table
+    fits = []
+    rows = []
+    laws = []
     for i, group in enumerate(table.evaluated):
-        for seed, part in [*parts, ('all', table)]:
-            law = fit_static(part.p, part.loss[:, i], f"group '{group}', seed {seed}", huber)
-            r = law.report
-            fits.append(dict(group=group, seed=seed, c=law.c, log_b=law.log_b, A=[*(-law.s).tolist(), 0.0], **r))
-            print(f'{group:<16}{seed:>6}{r["n"]:>6}{error_text(r["fit"]):>9}{error_text(r["leave_one_out"]):>9}{error_text(r["held_out"]):>10}'
-                  f'{error_text(r["linear"]):>9}{error_text(r["linear_leave_one_out"]):>9}{math.sqrt(r["fit"]["mse"]):>11.4f}'
-                  + (f'{noise[i]:>12.4f}' if noise is not None else f'{"n/a":>12}'))
-        pooled.append(law)
+        for seed, part in parts.items():
+            what = f"group '{group}', seed {seed}"
+            law = fit_static(part.p, part.loss[:, i], what, huber)
+            A = [*(-law.s).tolist(), 0.0]
+            fits.append(dict(group=group, seed=seed, c=law.c, log_b=law.log_b, A=A, **law.report))
+            row = [group, seed, law.report['n']]
+            for name in ('fit', 'leave_one_out', 'held_out', 'linear', 'linear_leave_one_out'):
+                errors = law.report[name]
+                row.append(errors['r2'] if errors else None)
+            rows.append([*row, math.sqrt(law.report['fit']['mse'])])
+        # The last fit is that of all runs.
+        laws.append(law)
+    how = 'Huber' if huber else 'least squares'
+    print(f'{len(table.runs)} runs of {len(table.groups)} groups, seeds {seeds}, {how}')
+    header = ['group', 'seed', 'runs', 'R2', 'R2 left out', 'R2 held out']
+    print_table([*header, 'linear R2', 'linear left out', 'rms error'], rows)
     if noise is None:
-        print('seed noise: not known, for no mixture was trained with two seeds. An R2 means nothing unless mixtures differ by more than seeds do.')
+        print(
+            'seed noise: unknown, because no mixture was trained with two seeds. R2 means nothing '
+            'unless losses differ more between mixtures than between seeds.')
     else:
         spread = table.loss.std(0, ddof=1)
-        print('spread over mixtures / seed noise: ' + ', '.join(f'{g} {a / max(b, 1e-12):.1f}' for g, a, b in zip(table.evaluated, spread, noise)))
-    best = optimum(pooled)
-    low, high = optimum_interval(table.p, table.loss, pooled, huber=huber)
-    even = np.full(len(table.groups), 1 / len(table.groups))
-    at = [float(np.mean([law(p) for law in pooled])) for p in (best, even)]
-    observed = min(table.runs, key=lambda run: run.loss.mean())
-    print('lowest mean loss: ' + ', '.join(f'{g} {p:.3f} ({a:.3f} to {b:.3f})' for g, p, a, b in zip(table.groups, best, low, high))
-          + f': {at[0]:.4f} predicted, {at[1]:.4f} for equal shares; best run {observed.loss.mean():.4f} at '
-          + ', '.join(f'{x:.3f}' for x in observed.p))
-    return dict(groups=table.groups, evaluated=table.evaluated, huber=huber, p=table.p.tolist(), loss=table.loss.tolist(), fits=fits,
-                seed_noise=None if noise is None else dict(sd=noise.tolist(), freedom=freedom),
-                optimum=dict(p=best.tolist(), low=low.tolist(), high=high.tolist(), predicted=at[0], predicted_uniform=at[1],
-                             best_run=dict(p=observed.p.tolist(), loss=float(observed.loss.mean()))))
+        for group, sd, deviation in zip(table.evaluated, noise, spread, strict=True):
+            ratio = deviation / max(sd, 1e-12)
+            print(f'{group}: seed noise {sd:.4f}, mixtures vary {ratio:.1f} times as much')
+        noise = dict(sd=noise.tolist(), freedom=freedom)
+    data = dict(p=table.p.tolist(), loss=table.loss.tolist(), fits=fits, seed_noise=noise)
+    about = dict(groups=table.groups, evaluated=table.evaluated, huber=huber)
+    return {**about, **data, 'optimum': report_optimum(table, laws, huber)}
 
 
-def families(table):
-    """The continuations by the run that they continue: list of (parent Run, Table)."""
-    if any(run.parent is None for run in table.runs):
-        run = next(run for run in table.runs if run.parent is None)
-        raise BadInput(f"run '{run.name}' continues no other. `python tools/sweep.py mixture --break_step=...` makes parents and children; give the folder "
-                       'of the children.')
-    found = {}
+def report_optimum(table, laws, huber):
+    """Prints the mixture of lowest mean loss, and returns it with its interval as plain data."""
+    def mean_loss(p):
+        return float(np.mean([law(p) for law in laws]))
+
+    best = optimum(laws)
+    low, high = optimum_interval(table.p, table.loss, laws, huber)
+    uniform = mean_loss(np.full(len(table.groups), 1 / len(table.groups)))
+    run = min(table.runs, key=lambda run: run.loss.mean())
+    found = dict(p=best.tolist(), low=low.tolist(), high=high.tolist())
+    found.update(predicted=mean_loss(best), predicted_uniform=uniform)
+    print(f'lowest mean loss: {found["predicted"]:.4f} predicted, {uniform:.4f} for equal shares')
+    rows = zip(table.groups, best, low, high, run.p, strict=True)
+    print_table(['group', 'best share', '5 %', '95 %', 'share in the best run'], rows)
+    print(f'the best run has {run.loss.mean():.4f}')
+    return {**found, 'best_run': dict(p=run.p.tolist(), loss=float(run.loss.mean()))}
+
+
+def fit_families(table):
+    """Fits the dynamic law to the continuations of each parent run.
+
+    Returns a list of (parent Run, p (n, m), drops (n, k), A (k, m), reports of fit_dynamic).
+    """
+    families = {}
     for run in table.runs:
-        found.setdefault((run.parent.method, run.parent.name, run.parent.seed, tuple(run.parent.p)), (run.parent, []))[1].append(run)
-    return [(parent, Table(table.groups, table.evaluated, runs)) for parent, runs in found.values()]
+        if run.parent is None:
+            raise BadInput(
+                f"run '{run.name}' continues no other run. `python tools/sweep.py mixture "
+                '--break_step=...` makes parents and children; give the folder of the children.')
+        key = (run.parent.method, run.parent.name, run.parent.seed, tuple(run.parent.p))
+        families.setdefault(key, []).append(run)
+    found = []
+    for runs in families.values():
+        parent = runs[0].parent
+        p = np.array([run.p for run in runs])
+        drops = parent.loss - np.array([run.loss for run in runs])
+        fit = fit_dynamic(p, drops, f"continuations of '{parent.name}'")
+        found.append((parent, p, drops, *fit))
+    return found
+
+
+def with_errors(values, errors):
+    return ', '.join(f'{x:.4f} ± {e:.4f}' for x, e in zip(values, errors, strict=True))
 
 
 def fit_dynamic_runs(table):
-    """Fits the dynamic law parent by parent; prints the report and returns it as plain data."""
+    """Fits the dynamic law to the continuations of every parent, and prints a report.
+
+    Returns the content of dynamic.json.
+    """
     fits = []
-    print(f'{len(table.runs)} continuations of {len(families(table))} runs: the drop of loss i is sum_j A_ij p_j')
-    print(f'{"parent":<22}{"group":<14}{"R2":>8}{"one out":>9}   A, row of the group: ' + ', '.join(table.groups))
-    for parent, part in families(table):
-        A, reports = fit_dynamic(part.p, parent.loss - part.loss, f"continuations of '{parent.name}'")
-        for group, row, r in zip(table.evaluated, A, reports):
-            print(f'{parent.name:<22}{group:<14}{r["r2"]:>8.4f}{r["leave_one_out"]:>9.4f}   '
-                  + ', '.join(f'{a:.4f} ± {e:.4f}' for a, e in zip(row, r['se'])))
-        fits.append(dict(parent=parent.name, p=parent.p.tolist(), seed=parent.seed, A=A.tolist(), reports=reports))
-    scores = np.array([[r['r2'] for r in fit['reports']] for fit in fits])
-    out = np.array([[r['leave_one_out'] for r in fit['reports']] for fit in fits])
-    print(f'mean over {scores.size} fits: R2 {scores.mean():.4f} (lowest {scores.min():.4f}), with one left out {out.mean():.4f}')
+    rows = []
+    scores = []                                     # (R2, with one run left out) of every fit
+    for parent, _, _, A, reports in fit_families(table):
+        fit = dict(parent=parent.name, p=parent.p.tolist(), seed=parent.seed, A=A.tolist())
+        fits.append({**fit, 'reports': reports})
+        for group, row, r in zip(table.evaluated, A, reports, strict=True):
+            scores.append((r['r2'], r['leave_one_out']))
+            rows.append([parent.name, group, *scores[-1], with_errors(row, r['se'])])
+    print(f'{len(table.runs)} continuations of {len(fits)} runs, the drop of loss i is A_i . p')
+    columns = ', '.join(table.groups)
+    print_table(['parent', 'group', 'R2', 'R2 left out', f'A of {columns}'], rows)
+    mean, left_out = np.mean(scores, 0)
+    lowest = np.min(scores, 0)[0]
+    print(f'mean R2 {mean:.4f} (lowest {lowest:.4f}), with one run left out {left_out:.4f}')
     return dict(groups=table.groups, evaluated=table.evaluated, fits=fits)
 
 
 def measured_matrix(run, groups):
-    """The A that a method had measured by the end of a run, (m, m): the mean of Aioli's rounds, of the others the last (of a proxy that is a mean itself)."""
-    found = [[[r[f'mixture/A_{i}_{j}'] for j in groups] for i in groups] for r in run.records if f'mixture/A_{groups[0]}_{groups[0]}' in r]
+    """The A (m, m) that a method had measured by the end of a run.
+
+    For aioli it is the mean over its rounds. For the others it is the last one, which in a proxy is
+    already a mean.
+    """
+    found = []
+    for record in run.records:
+        if f'mixture/A_{groups[0]}_{groups[0]}' in record:
+            found.append([[record[f'mixture/A_{i}_{j}'] for j in groups] for i in groups])
     if not found:
-        raise BadInput(f"run '{run.name}' (mixture = '{run.method}') measured no matrix. Let it run longer, or lower mixture_interval.")
+        raise BadInput(
+            f"run '{run.name}' (mixture = '{run.method}') measured no matrix. Let it run longer, "
+            'or lower mixture_interval.')
     return np.mean(found if run.method == 'aioli' else found[-1:], 0)
 
 
 def a_star_runs(table):
-    """A* of every method and seed, from continuations of the method's runs, and the A that the method had measured. Plain data."""
+    """Fits A* of every method and seed to continuations of the method's runs, and prints it.
+
+    Returns the content of a_star.json, with the A that each method measured beside A*.
+    """
     methods = {}
-    for parent, part in families(table):
-        A, reports = fit_dynamic(part.p, parent.loss - part.loss, f"continuations of '{parent.name}'")
-        m = methods.setdefault(parent.method, dict(seeds=[], A_star=[], A=[], b=[], r2=[], p=[]))
-        drops, measured = parent.loss - part.loss, measured_matrix(parent, table.groups)
-        if len(table.groups) == 2:          # what no mixture can tell apart is left out, and a constant of every group is free
-            b = scale_of(diagonal_of_two(measured), part.p - part.p.mean(0), drops - drops.mean(0))
+    for parent, p, drops, A, reports in fit_families(table):
+        measured = measured_matrix(parent, table.groups)
+        if len(table.groups) == 2:
+            # Only the diagonal form is identifiable, and every group has a free constant.
+            centred = p - p.mean(0)
+            b = scale_of(diagonal_of_two(measured), centred, drops - drops.mean(0))
         else:
-            b = scale_of(measured, part.p, drops)
-        for key, value in dict(seeds=parent.seed, A_star=A.tolist(), A=measured.tolist(), b=b, r2=[r['r2'] for r in reports], p=parent.p.tolist()).items():
-            m[key].append(value)
-    for name, m in methods.items():
-        print(f'{name}: A* over {len(m["seeds"])} seed(s), mean R2 {np.mean(m["r2"]):.4f}, scale b {", ".join(f"{b:.3g}" for b in m["b"])}')
-        for what in ('A_star', 'A'):
-            mean, spread = np.mean(m[what], 0), np.std(m[what], 0)
-            for group, row, deviations in zip(table.groups, mean, spread):
-                print(f'  {what:<8}{group:<14}' + ', '.join(f'{a:.4f} ± {d:.4f}' for a, d in zip(row, deviations)))
+            b = scale_of(measured, p, drops)
+        found = dict(seeds=parent.seed, A_star=A.tolist(), A=measured.tolist(), b=b)
+        found.update(r2=[r['r2'] for r in reports], p=parent.p.tolist())
+        method = methods.setdefault(parent.method, {key: [] for key in found})
+        for key, value in found.items():
+            method[key].append(value)
+    for name, method in methods.items():
+        scales = ', '.join(f'{b:.3g}' for b in method['b'])
+        n_seeds = len(method['seeds'])
+        print(f'{name}: {n_seeds} seed(s), mean R2 {np.mean(method["r2"]):.4f}, scale b {scales}')
+        for key in ('A_star', 'A'):
+            mean = np.mean(method[key], 0)
+            spread = np.std(method[key], 0)
+            for group, row, deviations in zip(table.groups, mean, spread, strict=True):
+                print(f'  {key:<8}{group:<14}{with_errors(row, deviations)}')
     return dict(groups=table.groups, methods=methods)
 
 
-def similarities(found):
-    """sim of A* and b * A for every method of `a_star_runs`' data (2 groups: of their diagonal forms); prints and returns a table."""
+def similarities(fitted):
+    """Compares A* with b * A for every method in the content of a_star.json, and prints a table.
+
+    Two groups are compared by their diagonal forms. Returns the content of sim.json.
+    """
+    form = diagonal_of_two if len(fitted['groups']) == 2 else np.asarray
     out = {}
-    print(f'{"method":<12}{"seeds":>6}{"sim":>8}{"uniform":>10}{"A* of seeds":>13}   by seed')
-    for name, m in found['methods'].items():
-        form = diagonal_of_two if len(found['groups']) == 2 else np.asarray
-        stars = [form(np.array(A)) for A in m['A_star']]
-        out[name] = compare(stars, [b * form(np.array(A)) for A, b in zip(m['A'], m['b'])])
-        r = out[name]
-        print(f'{name:<12}{len(m["seeds"]):>6}{r["sim"]:>8.3f}{r["uniform"]:>10.3f}' + (f'{r["between_seeds"]:>13.3f}' if r['between_seeds'] is not None
-              else f'{"n/a":>13}') + '   ' + ', '.join(f'{x:.3f}' for x in r['by_seed']))
-    print("uniform: what a matrix that prefers nothing scores; A* of seeds: what one seed's A* scores against another's")
+    rows = []
+    for name, method in fitted['methods'].items():
+        stars = [form(np.array(A)) for A in method['A_star']]
+        estimates = [b * form(np.array(A)) for A, b in zip(method['A'], method['b'], strict=True)]
+        r = out[name] = compare(stars, estimates)
+        by_seed = ', '.join(f'{x:.3f}' for x in r['by_seed'])
+        rows.append([name, len(stars), r['sim'], r['uniform'], r['between_seeds'], by_seed])
+    print_table(['method', 'seeds', 'sim', 'uniform', 'A* of seeds', 'sim by seed'], rows)
+    print("uniform: a matrix of equal entries; A* of seeds: one seed's A* against another's")
     return out
 
 
 def regmix_runs(table, target):
-    """The best mixture by regression, for the loss of the group `target` ('' : the mean loss). Plain data."""
+    """Finds the best mixture by regression for the group `target` ('': the mean loss).
+
+    Prints it, and returns the content of regmix.json. Raises BadInput below 20 runs.
+    """
     if len(table.runs) < 20:
-        raise BadInput(f'{len(table.runs)} runs are too few for a regression by trees: 20 at least (the paper has 512). fit-static needs fewer.')
-    y = table.loss.mean(1) if not target else table.loss[:, table.evaluated.index(target)] if target in table.evaluated else None
-    if y is None:
-        raise BadInput(f"target = '{target}' is none of the groups {', '.join(table.evaluated)}.")
+        raise BadInput(
+            f'{len(table.runs)} runs are too few for a regression by trees: it takes 20 at least '
+            '(the paper has 512). fit-static needs fewer.')
+    if target and target not in table.evaluated:
+        names = ', '.join(table.evaluated)
+        raise BadInput(f"target = '{target}' is not one of the groups {names}.")
+    y = table.loss[:, table.evaluated.index(target)] if target else table.loss.mean(1)
     held = np.arange(len(y)) % 4 == 3
-    rank = spearmanr(fit_trees(table.p[~held], y[~held]).predict(table.p[held]), y[held]).statistic
+    predicted = fit_trees(table.p[~held], y[~held]).predict(table.p[held])
+    rank = spearmanr(predicted, y[held]).statistic
     best = regmix(table.p, y, np.ones(len(table.groups)))
     print(f'{len(y)} runs; Spearman on every fourth, held out: {rank:.4f}')
-    print('lowest predicted loss: ' + ', '.join(f'{g} {x:.3f}' for g, x in zip(table.groups, best)))
-    return dict(groups=table.groups, target=target, spearman_held_out=float(rank), p=best.tolist())
+    print_table(['group', 'share'], zip(table.groups, best, strict=True))
+    found = dict(groups=table.groups, target=target, spearman_held_out=float(rank))
+    return {**found, 'p': best.tolist()}
 
-
-# -- knobs of the command line --
-huber = False                           # Huber loss of delta 0.02 in place of squares (fit-static), as the public notebooks have it
-target = ''                             # regmix: the group whose loss is to be low; '': the mean over all
-
-COMMANDS = {'fit-static': 'static.json', 'fit-dynamic': 'dynamic.json', 'a-star': 'a_star.json', 'sim': 'sim.json', 'regmix': 'regmix.json', 'plot': ''}
 
 if __name__ == '__main__':
-    command, path = (sys.argv[1:3] + ['', ''])[:2]
+    command, path = [*sys.argv[1:3], '', ''][:2]
     configure(globals(), sys.argv[3:] if command in COMMANDS else ['--help'], verbose=False)
+    if command == 'sim' and os.path.isdir(path):
+        path = os.path.join(path, 'a_star.json')
     if not os.path.exists(path):
-        raise BadInput(f"'{path}' does not exist. Say `tools/mixing_laws.py {command} FOLDER`, or a JSON table of runs.")
-    folder = path if os.path.isdir(path) else os.path.dirname(path) or '.'
+        raise BadInput(
+            f"'{path}' does not exist. sim reads the a_star.json that a-star writes. The other "
+            'commands read a folder of runs or a JSON table of runs.')
     if command == 'plot':
+        # Imported here because matplotlib takes half a second.
         from tools.plots import draw_laws
         print('\n'.join(draw_laws(path)))
         raise SystemExit
+    folder = path
+    name = command.removeprefix('fit-').replace('-', '_') + '.json'
+    if os.path.isfile(path):
+        folder, file = os.path.split(path)
+        if command != 'sim':
+            name = f'{os.path.splitext(file)[0]}_{name}'
     if command == 'sim':
-        path = os.path.join(path, 'a_star.json') if os.path.isdir(path) else path
-        if not os.path.isfile(path):
-            raise BadInput(f"'{path}' does not exist. `python tools/mixing_laws.py a-star {folder}` makes it.")
-        with open(path, encoding='utf-8') as f:
-            result = similarities(json.load(f))
+        result = similarities(read_json(path))
+    elif command == 'fit-static':
+        result = fit_static_runs(read_table(path), 0.02 if huber else None)
+    elif command == 'fit-dynamic':
+        result = fit_dynamic_runs(read_table(path))
+    elif command == 'a-star':
+        result = a_star_runs(read_table(path))
     else:
-        table = read_table(path)
-        result = (fit_static_runs(table, 0.02 if huber else None) if command == 'fit-static' else fit_dynamic_runs(table) if command == 'fit-dynamic'
-                  else a_star_runs(table) if command == 'a-star' else regmix_runs(table, target))
-    out = os.path.join(folder, COMMANDS[command] if os.path.isdir(path) or command == 'sim' else
-                       os.path.splitext(os.path.basename(path))[0] + '_' + COMMANDS[command])
+        result = regmix_runs(read_table(path), target)
+    out = os.path.join(folder, name)
     with open(out, 'w', encoding='utf-8') as f:
         json.dump(result, f, indent=1)
     print(f'written: {out}')

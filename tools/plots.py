@@ -1,285 +1,438 @@
-"""Figures: of a run, drawn from its metrics.jsonl, and of mixing laws."""
+"""Figures of a run, of reports and sweeps, and of mixing laws.
+
+Every figure is made without pyplot, which keeps global state and needs a display on some machines.
+"""
 import glob
-import json
+import math
 import os
 
 import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
-from configurator import BadInput
-from lib.device import read_metrics
+from configurator import BadInput, read_json
+from lib.log import read_metrics
+
+
+def _panels(n, columns, width, height, **options):
+    """A figure with a grid of n panels of width x height inches. Returns it and the n axes."""
+    rows = math.ceil(n / columns)
+    # Without the constrained layout, rotated labels and colour bars overlap their neighbours.
+    figure = Figure(figsize=(width * columns, height * rows), layout='constrained')
+    axes = figure.subplots(rows, columns, squeeze=False, **options).ravel()
+    for axis in axes[n:]:
+        axis.set_axis_off()
+    return figure, axes[:n]
+
+
+def _save(figure, path):
+    figure.savefig(path, dpi=110)
+    return path
 
 
 def _series(records, key):
-    """(steps, values) of one metric."""
-    found = [(r['step'], r[key]) for r in records if key in r and r[key] is not None]
+    """(steps, values) of one metric. Records without it are left out."""
+    # None stands for a number that was not finite, because JSON has no nan.
+    found = [(r['step'], r[key]) for r in records if r.get(key) is not None]
     return [step for step, _ in found], [value for _, value in found]
 
 
 def _names(records, prefix):
     """The sources for which a metric `<prefix><source>` was logged, in order of appearance."""
-    return list(dict.fromkeys(key.removeprefix(prefix) for r in records for key in r if key.startswith(prefix)))
+    # A dict keeps the order, which decides the colours of the sources. A set would not.
+    names = {}
+    for record in records:
+        for key in record:
+            if key.startswith(prefix):
+                names[key.removeprefix(prefix)] = True
+    return list(names)
 
+
+def _new_label(axis, label):
+    """The label for the first line of a panel that has it, None for the others."""
+    return None if label in axis.get_legend_handles_labels()[1] else label
+
+
+def _heat_map(axis, values, texts, rows, columns, **options):
+    """A matrix as colours, red for negative and blue for positive values, with a text in each cell.
+
+    values and texts are rows x columns. Returns the image, for a colour bar.
+    """
+    # Symmetric limits, so that zero is white.
+    limit = np.abs(values).max() or 1.0
+    image = axis.imshow(values, cmap='RdBu', vmin=-limit, vmax=limit, **options)
+    # The ends of the colour map are too dark for black text.
+    for i, j in np.ndindex(len(rows), len(columns)):
+        color = 'w' if abs(values[i][j]) > 0.6 * limit else 'k'
+        axis.text(j, i, texts[i][j], ha='center', va='center', fontsize=8, color=color)
+    axis.set(xticks=range(len(columns)), xticklabels=columns)
+    axis.set(yticks=range(len(rows)), yticklabels=rows)
+    return image
+
+
+# -- one run -------------------------------------------------------------------------------------
 
 def draw_run(out_dir):
-    """Draws loss curves per source and the sampling weights over time. Returns the PNG's path (out_dir/curves.png)."""
-    import matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
+    """Draws the losses of every source and the sampling weights over time.
+
+    Returns the path of the PNG, out_dir/curves.png.
+    """
     records = read_metrics(out_dir)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout='constrained')
+    figure, (left, right) = _panels(2, 2, 6, 4.5)
+    # Grey and drawn first, so that the noisy training loss stays behind the others.
     left.plot(*_series(records, 'train/loss'), color='0.7', linewidth=1, label='training')
     for i, source in enumerate(_names(records, 'val/loss_')):
-        left.plot(*_series(records, f'val/loss_{source}'), color=f'C{i}', marker='o', markersize=3, label=source)
-    left.set(xlabel='step', ylabel='loss (nats per token)', title='Validation loss of every source')
+        losses = _series(records, f'val/loss_{source}')
+        left.plot(*losses, color=f'C{i}', marker='o', markersize=3, label=source)
+    left.set(xlabel='step', ylabel='loss (nats per token)')
+    left.set_title('Validation loss of every source')
     left.legend()
+    # The rows drawn show whether the sampler followed the weights.
     for i, source in enumerate(_names(records, 'mixture/weight_')):
-        right.plot(*_series(records, f'mixture/weight_{source}'), color=f'C{i}', label=source)
-        right.plot(*_series(records, f'mixture/drawn_{source}'), color=f'C{i}', linestyle=':', linewidth=1)
-    right.set(xlabel='step', ylabel='share of rows', title='Sampling weights (dotted: rows drawn)', ylim=(0, None))
+        weights = _series(records, f'mixture/weight_{source}')
+        drawn = _series(records, f'mixture/drawn_{source}')
+        right.plot(*weights, color=f'C{i}', label=source)
+        right.plot(*drawn, color=f'C{i}', linestyle=':', linewidth=1)
+    right.set(xlabel='step', ylabel='share of rows', ylim=(0, None))
+    right.set_title('Sampling weights (dotted: rows drawn)')
     right.legend()
-    path = os.path.join(out_dir, 'curves.png')
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return path
+    return _save(figure, os.path.join(out_dir, 'curves.png'))
 
 
 def print_run(out_dir, epochs):
-    """The table that a run ends with: losses and bits per byte of every source before and after. epochs: source -> times read."""
+    """Prints the table at the end of a run: losses and bits per byte of every source.
+
+    epochs  dict, source -> how many times the run has read it
+    """
     evaluated = [record for record in read_metrics(out_dir) if 'val/loss' in record]
-    first, last = evaluated[0], evaluated[-1]
-    print(f'\n{"validation":<16}{"loss before":>12}{"after":>9}{"bits/byte before":>19}{"after":>9}{"epochs read":>14}')
+    first = evaluated[0]
+    last = evaluated[-1]
+    print(
+        f'\n{"validation":<16}{"loss before":>12}{"after":>9}{"bits/byte before":>19}{"after":>9}'
+        f'{"epochs read":>14}')
     for name, times in epochs.items():
-        bpb = [f'{r[f"val/bpb_{name}"]:.3f}' if f'val/bpb_{name}' in r else 'n/a' for r in (first, last)]
-        print(f'{name:<16}{first[f"val/loss_{name}"]:>12.3f}{last[f"val/loss_{name}"]:>9.3f}{bpb[0]:>19}{bpb[1]:>9}{times:>14.2f}')
+        line = f'{name:<16}{first[f"val/loss_{name}"]:>12.3f}{last[f"val/loss_{name}"]:>9.3f}'
+        for record, width in ((first, 19), (last, 9)):
+            bpb = record.get(f'val/bpb_{name}')
+            line += f'{"n/a":>{width}}' if bpb is None else f'{bpb:>{width}.3f}'
+        print(f'{line}{times:>14.2f}')
     print(f'{"mixture":<16}{first["val/loss"]:>12.3f}{last["val/loss"]:>9.3f}')
 
 
 def draw_table(path, rows, columns, values, errors, title):
-    """A heat map with the figures in its fields: rows x columns, values and their standard errors. Returns the path."""
-    import matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(figsize=(2.5 + 1.3 * len(columns), 1.6 + 0.45 * len(rows)), layout='constrained')
-    limit = max(abs(x) for row in values for x in row) or 1.0
-    image = axes.imshow(values, cmap='RdBu', vmin=-limit, vmax=limit, aspect='auto')
-    for i, (row, row_errors) in enumerate(zip(values, errors)):
-        for j, (value, error) in enumerate(zip(row, row_errors)):
-            axes.text(j, i, f'{value:.2f} ± {error:.2f}', ha='center', va='center', fontsize=8, color='w' if abs(value) > 0.6 * limit else 'k')
-    axes.set(xticks=range(len(columns)), xticklabels=columns, yticks=range(len(rows)), yticklabels=rows, title=title)
-    figure.colorbar(image)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return path
+    """Draws a heat map of values with their standard errors, both rows x columns. Returns path."""
+    figure, (axis,) = _panels(1, 1, 2.5 + 1.3 * len(columns), 1.6 + 0.45 * len(rows))
+    texts = []
+    for row, row_errors in zip(values, errors, strict=True):
+        texts.append([f'{x:.2f} ± {error:.2f}' for x, error in zip(row, row_errors, strict=True)])
+    image = _heat_map(axis, values, texts, rows, columns, aspect='auto')
+    axis.set_title(title)
+    figure.colorbar(image, ax=axis)
+    return _save(figure, path)
 
 
-# -- reports -----------------------------------------------------------------------------------------------------------
+# -- reports -------------------------------------------------------------------------------------
 
 def draw_report(out, entries, arms, sources, metric):
-    """Losses of every source over tokens, the weights of every arm, and throughput. Returns [(title, path of the PNG)]."""
-    import matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-    from matplotlib.ticker import EngFormatter
-    paths = []
+    """Draws the losses of every source, the weights of every arm, and the throughput.
+
+    out      folder of the PNGs                     entries  list of tools.runs.Run
+    arms     names; their order gives the colours   sources  whose losses are drawn; [] draws none
+    metric   loss | bpb
+    Returns [(title, path of the PNG)].
+    """
+    colors = {arm: f'C{i}' for i, arm in enumerate(arms)}
+    figures = []
     if sources:
-        columns = min(2, len(sources))
-        figure, axes = plt.subplots(-(-len(sources) // columns), columns, figsize=(4.4 * columns, 3.2 * -(-len(sources) // columns)), layout='constrained', squeeze=False)
-        for axis in axes.flat[len(sources):]:
-            axis.set_axis_off()
-        for axis, source in zip(axes.flat, sources):
-            for entry in entries:
-                steps, values = _series(entry.records, f'val/{metric}_{source}')
-                axis.plot(np.array(steps) * entry.config['total_batch_tokens'], values, color=f'C{arms.index(entry.arm)}', linewidth=1.2, marker='.', markersize=4,
-                          label=entry.arm if entry.arm not in axis.get_legend_handles_labels()[1] else None)
-            axis.set(title=source, xlabel='tokens', ylabel=metric)
-            axis.xaxis.set_major_formatter(EngFormatter(sep=''))
-        if len(arms) <= 12:
-            axes[0, 0].legend(fontsize=8)
-        paths.append(('Losses over time', _save_figure(figure, os.path.join(out, 'losses.png'))))
-    columns = min(2, len(arms))
-    figure, axes = plt.subplots(-(-len(arms) // columns), columns, figsize=(4.4 * columns, 3.2 * -(-len(arms) // columns)), layout='constrained', squeeze=False)
-    for axis in axes.flat[len(arms):]:
-        axis.set_axis_off()
-    for axis, arm in zip(axes.flat, arms):
-        for entry in (e for e in entries if e.arm == arm):
+        losses = _draw_losses(entries, colors, sources, metric)
+        figures.append(('Losses over time', _save(losses, os.path.join(out, 'losses.png'))))
+    weights = _draw_arms(entries, arms)
+    figures.append(('Weights over time', _save(weights, os.path.join(out, 'weights.png'))))
+    speed = _draw_throughput(entries, colors)
+    figures.append(('Throughput', _save(speed, os.path.join(out, 'throughput.png'))))
+    return figures
+
+
+def _draw_losses(entries, colors, sources, metric):
+    """A panel for every source, with the loss of every run over tokens."""
+    figure, axes = _panels(len(sources), min(2, len(sources)), 4.4, 3.2)
+    for axis, source in zip(axes, sources, strict=True):
+        for entry in entries:
+            steps, values = _series(entry.records, f'val/{metric}_{source}')
+            # Over tokens, because arms may differ in the size of their batches.
+            tokens = np.array(steps) * entry.config['total_batch_tokens']
+            label = _new_label(axis, entry.arm)
+            style = dict(color=colors[entry.arm], linewidth=1.2, marker='.', markersize=4)
+            axis.plot(tokens, values, label=label, **style)
+        axis.set(title=source, xlabel='tokens', ylabel=metric)
+        axis.xaxis.set_major_formatter(EngFormatter(sep=''))
+    # With more arms than this, the legend would hide the curves.
+    if len(colors) <= 12:
+        axes[0].legend(fontsize=8)
+    return figure
+
+
+def _draw_arms(entries, arms):
+    """A panel for every arm, with the sampling weights of its runs over steps."""
+    figure, axes = _panels(len(arms), min(2, len(arms)), 4.4, 3.2)
+    for axis, arm in zip(axes, arms, strict=True):
+        for entry in entries:
+            if entry.arm != arm:
+                continue
             for i, source in enumerate(_names(entry.records, 'mixture/weight_')):
-                axis.plot(*_series(entry.records, f'mixture/weight_{source}'), color=f'C{i}', linewidth=1, label=source if source not in axis.get_legend_handles_labels()[1] else None)
-        axis.set(title=arm, xlabel='step', ylabel='weight', ylim=(0, 1.05 * axis.dataLim.ymax if axis.lines else None))
-    axes[0, 0].legend(fontsize=8)
-    paths.append(('Weights over time', _save_figure(figure, os.path.join(out, 'weights.png'))))
-    figure, axis = plt.subplots(figsize=(7, 3), layout='constrained')
+                weights = _series(entry.records, f'mixture/weight_{source}')
+                label = _new_label(axis, source)
+                axis.plot(*weights, color=f'C{i}', linewidth=1, label=label)
+        top = 1.05 * axis.dataLim.ymax if axis.lines else None
+        axis.set(title=arm, xlabel='step', ylabel='weight', ylim=(0, top))
+    axes[0].legend(fontsize=8)
+    return figure
+
+
+def _draw_throughput(entries, colors):
+    figure, (axis,) = _panels(1, 1, 7, 3)
     for entry in entries:
-        axis.plot(*_series(entry.records, 'train/tokens_per_second'), color=f'C{arms.index(entry.arm)}', linewidth=0.8,
-                  label=entry.arm if entry.arm not in axis.get_legend_handles_labels()[1] else None)
+        speed = _series(entry.records, 'train/tokens_per_second')
+        label = _new_label(axis, entry.arm)
+        axis.plot(*speed, color=colors[entry.arm], linewidth=0.8, label=label)
+    # From 0 on, so that small changes of the speed do not look large.
     axis.set(xlabel='step', ylabel='tokens per second', ylim=(0, None))
-    if len(arms) <= 12:
+    if len(colors) <= 12:
         axis.legend(fontsize=8)
-    return [*paths, ('Throughput', _save_figure(figure, os.path.join(out, 'throughput.png')))]
+    return figure
 
 
-# -- sweeps ------------------------------------------------------------------------------------------------------------
+# -- sweeps --------------------------------------------------------------------------------------
 
-def draw_curves(out, curves, picks, unit, at):
-    """The front of loss over parameters at one point, and the curves of every band. Returns the paths of the PNGs."""
-    import matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
+def draw_curves(out, means, curves, picks, unit, at):
+    """Draws the Pareto front of loss over parameters at one point, and the curves of every band.
 
-    from tools.curves import by_label
-    rows = sorted(by_label(curves, unit, at), key=lambda row: row[1].params)
-    params, losses = np.array([row[1].params for row in rows]), np.array([row[2] for row in rows])
-    figure, axis = plt.subplots(figsize=(7, 4.5), layout='constrained')
-    axis.scatter(params, losses, s=8, c=[row[1].shape[1] for row in rows], cmap='viridis')
-    figure.colorbar(axis.collections[0], ax=axis, label='layers')
-    front = losses <= np.minimum.accumulate(losses) if len(losses) else []
-    axis.step(params[front], losses[front], where='post', color='C3', linewidth=1, label='nothing smaller is better')
-    axis.set(xscale='log', xlabel='parameters', ylabel='loss (nats per token)', title=f'{len(rows)} shapes at {unit} {at:,.0f}')
+    out     folder of the PNGs             means   what tools.curves.by_label returns
+    curves  list of tools.curves.Curve
+    picks   dict, band -> the result of tools.curves.pick_architectures
+    unit    step | tokens | flops          at      where on that axis the front is compared
+    Returns the paths of the two PNGs.
+    """
+    means = sorted(means, key=lambda mean: mean.curve.params)
+    front = _draw_front(means, f'{len(means)} shapes at {unit} {at:,.0f}')
+    bands = _draw_bands(curves, picks, unit)
+    return [
+        _save(front, os.path.join(out, 'pareto.png')),
+        _save(bands, os.path.join(out, 'bands.png')),
+    ]
+
+
+def _draw_front(means, title):
+    """Loss over parameters of every shape, coloured by depth. means is sorted by parameters."""
+    params = np.array([mean.curve.params for mean in means])
+    losses = np.array([mean.loss for mean in means])
+    figure, (axis,) = _panels(1, 1, 7, 4.5)
+    layers = [mean.curve.shape[1] for mean in means]
+    points = axis.scatter(params, losses, s=8, c=layers, cmap='viridis')
+    figure.colorbar(points, ax=axis, label='layers')
+    # On the front, no smaller shape has a lower loss.
+    front = losses <= np.minimum.accumulate(losses)
+    label = 'nothing smaller is better'
+    axis.step(params[front], losses[front], where='post', color='C3', linewidth=1, label=label)
+    axis.set(title=title, xscale='log', xlabel='parameters', ylabel='loss (nats per token)')
     axis.legend()
-    paths = [_save_figure(figure, os.path.join(out, 'pareto.png'))]
-    columns = min(3, len(picks))
-    figure, axes = plt.subplots(-(-len(picks) // columns), columns, figsize=(4.6 * columns, 3.6 * -(-len(picks) // columns)), layout='constrained', squeeze=False)
-    for axis in axes.flat[len(picks):]:
-        axis.set_axis_off()
-    for axis, (name, p) in zip(axes.flat, picks.items()):
-        for curve in (c for c in curves if p['low'] <= c.params <= p['high']):
-            label = curve.label
-            first = label in (p['lowest'], p['pick']) and label not in axis.get_legend_handles_labels()[1]
-            axis.plot(curve.x[unit], curve.loss, **(dict(linewidth=1.5, zorder=3, label=label if first else None) if label in (p['lowest'], p['pick']) else
-                                                    dict(linewidth=0.4, color='0.7')))
-        axis.axvline(p['at'], color='0.5', linestyle=':')
-        values = np.array([row['loss'] for row in p['rows']])
-        axis.set(title=f'{name} parameters', xlabel=unit, ylabel='loss', xlim=(0, 2 * p['at']), ylim=(values.min() - 0.1 * np.ptp(values) - 0.01, values.max() + 0.5 * np.ptp(values) + 0.05))
+    return figure
+
+
+def _draw_bands(curves, picks, unit):
+    """A panel for every band, with its picks in colour and its other models in grey."""
+    figure, axes = _panels(len(picks), min(3, len(picks)), 4.6, 3.6)
+    for axis, (name, band) in zip(axes, picks.items(), strict=True):
+        for curve in curves:
+            if not band['low'] <= curve.params <= band['high']:
+                continue
+            style = dict(linewidth=0.4, color='0.7')
+            if curve.label in (band['lowest'], band['pick']):
+                style = dict(linewidth=1.5, zorder=3, label=_new_label(axis, curve.label))
+            axis.plot(curve.x[unit], curve.loss, **style)
+        axis.axvline(band['at'], color='0.5', linestyle=':')
+        values = np.array([row['loss'] for row in band['rows']])
+        # The losses of the first steps are much higher. With them, the rest would look flat.
+        bottom = values.min() - 0.1 * np.ptp(values) - 0.01
+        top = values.max() + 0.5 * np.ptp(values) + 0.05
+        axis.set(xlim=(0, 2 * band['at']), ylim=(bottom, top))
+        axis.set(title=f'{name} parameters', xlabel=unit, ylabel='loss')
         axis.legend(fontsize=7)
-    return [*paths, _save_figure(figure, os.path.join(out, 'bands.png'))]
+    return figure
 
 
-# -- mixing laws -------------------------------------------------------------------------------------------------------
+# -- mixing laws ---------------------------------------------------------------------------------
 
 def draw_laws(path):
-    """Draws what tools/mixing_laws.py wrote (a file of it, or all in a folder) and the weights of a folder's runs. Returns the paths of the PNGs."""
-    import matplotlib
-    matplotlib.use('Agg')
+    """Draws what tools/mixing_laws.py wrote: one file, or all such files in a folder.
+
+    For a folder it also draws the weights of every run below it whose method moves them.
+    Returns the paths of the PNGs. Raises BadInput when there is nothing to draw.
+    """
+    # regmix.json and sim.json hold a few numbers, and have no figure.
+    files = [path]
+    if not os.path.isfile(path):
+        files = [os.path.join(path, f'{name}.json') for name in ('static', 'dynamic', 'a_star')]
+    paths = []
+    for file in files:
+        if os.path.isfile(file):
+            fitted = read_json(file)
+            figure = _draw_static(fitted) if 'optimum' in fitted else _draw_matrices(fitted)
+            paths.append(_save(figure, file.removesuffix('.json') + '.png'))
     runs = _moving_runs(path)
-    paths = [path] if os.path.isfile(path) else [os.path.join(path, name) for name in ('static.json', 'dynamic.json', 'a_star.json')]
-    found = {p: json.load(open(p, encoding='utf-8')) for p in paths if os.path.isfile(p)}
-    if not found and not runs:
-        raise BadInput(f"'{path}' has no static.json, dynamic.json or a_star.json, and no run whose weights move. Fit something first.")
-    return [_save_figure(_draw_static(r) if 'optimum' in r else _draw_matrices(r), p.removesuffix('.json') + '.png') for p, r in found.items()] + (
-        [_save_figure(_draw_weights(runs), os.path.join(path, 'weights.png'))] if runs else [])
+    if runs:
+        paths.append(_save(_draw_weights(runs), os.path.join(path, 'weights.png')))
+    if not paths:
+        raise BadInput(
+            f"'{path}' has no static.json, dynamic.json or a_star.json, and no run whose weights "
+            'move. Fit something first.')
+    return paths
 
 
 def _moving_runs(folder):
-    """method -> [(weights at the start, metrics)] of all runs in a folder (at any depth) that have a method which moves weights."""
+    """The runs at any depth below a folder whose method moves the weights.
+
+    Returns a dict, method -> [(weights at the start, records of metrics.jsonl)].
+    """
     found = {}
-    for path in sorted(glob.glob(os.path.join(glob.escape(folder), '**', 'config.json'), recursive=True)):
-        with open(path, encoding='utf-8') as f:
-            config = json.load(f)
-        method, sources = config['mixture'], config['sources']
-        if method not in ('fixed', 'stratified') and os.path.isfile(os.path.join(os.path.dirname(path), 'metrics.jsonl')):
-            start = {name: weight / sum(sources.values()) for name, weight in sources.items()}
-            found.setdefault(method, []).append((start, read_metrics(os.path.dirname(path))))
+    pattern = os.path.join(glob.escape(folder), '**', 'config.json')
+    for path in sorted(glob.glob(pattern, recursive=True)):
+        config = read_json(path)
+        run = os.path.dirname(path)
+        has_metrics = os.path.isfile(os.path.join(run, 'metrics.jsonl'))
+        if config['mixture'] in ('fixed', 'stratified') or not has_metrics:
+            continue
+        total = sum(config['sources'].values())
+        # A config may give weights that do not sum to 1.
+        start = {name: weight / total for name, weight in config['sources'].items()}
+        found.setdefault(config['mixture'], []).append((start, read_metrics(run)))
     return found
 
 
 def _draw_weights(runs):
-    """The weight of every source over the steps: a panel per source, a colour per method, a thin line per run and the mean over runs of equal steps."""
-    import matplotlib.pyplot as plt
-    sources = _names([r for parts in runs.values() for _, records in parts for r in records], 'mixture/asked_')
-    figure, axes = plt.subplots(1, len(sources), figsize=(4.2 * len(sources), 3.8), layout='constrained', squeeze=False, sharey=True)
-    for axis, source in zip(axes[0], sources):
+    """A panel for every source, with its weight over the steps and a colour for every method.
+
+    A run is a thin line. The mean over runs is a thick one, if they changed at the same steps.
+    """
+    every = [record for parts in runs.values() for _, records in parts for record in records]
+    sources = _names(every, 'mixture/asked_')
+    figure, axes = _panels(len(sources), len(sources), 4.2, 3.8, sharey=True)
+    for axis, source in zip(axes, sources, strict=True):
         for i, (method, parts) in enumerate(runs.items()):
-            # what the rule asked for: of a proxy its own weights (it draws equally), of the others those that rows are drawn by between explorations
-            lines = [[a + b for a, b in zip(([0], [start[source]]), _series(records, f'mixture/asked_{source}'))] for start, records in parts]
+            lines = []
+            for start, records in parts:
+                # The rule's answer, not the sampling weights: those of a proxy stay equal, and
+                # those of aioli follow its exploration.
+                steps, weights = _series(records, f'mixture/asked_{source}')
+                lines.append(([0, *steps], [start[source], *weights]))
+            thin = dict(where='post', color=f'C{i}', linewidth=0.5, alpha=0.5)
             for steps, weights in lines:
-                axis.step(steps, weights, where='post', color=f'C{i}', linewidth=0.5, alpha=0.5)
-            if len({tuple(steps) for steps, _ in lines}) == 1:
-                axis.step(lines[0][0], np.mean([weights for _, weights in lines], 0), where='post', color=f'C{i}', linewidth=2, label=method)
-            else:
-                axis.plot([], [], color=f'C{i}', label=method)
+                axis.step(steps, weights, **thin)
+            mean_steps = mean = []
+            if all(steps == lines[0][0] for steps, _ in lines):
+                mean_steps = lines[0][0]
+                mean = np.mean([weights for _, weights in lines], 0)
+            # Without a mean, the empty line still gives the method its entry in the legend.
+            axis.step(mean_steps, mean, where='post', color=f'C{i}', linewidth=2, label=method)
         axis.set(title=source, xlabel='step')
-    axes[0, 0].set_ylabel('weight')
-    axes[0, 0].legend()
+    axes[0].set_ylabel('weight')
+    axes[0].legend()
     return figure
 
 
-def _save_figure(figure, path):
-    import matplotlib.pyplot as plt
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return path
+def _draw_static(fitted):
+    """Predicted against observed losses of every group, and the mean loss over the mixtures."""
+    evaluated = fitted['evaluated']
+    figure, axes = _panels(len(evaluated) + 1, len(evaluated) + 1, 4, 4)
+    p = np.array(fitted['p'])                                                          # (n, m)
+    losses = np.array(fitted['loss'])                                                  # (n, k)
+    # The optimum is that of all runs, so the fits of single seeds would not belong to it.
+    laws = {fit['group']: fit for fit in fitted['fits'] if fit['seed'] == 'all'}
+    for axis, group, observed in zip(axes, evaluated, losses.T, strict=False):
+        _draw_fit(axis, laws[group], observed, _predict(laws[group], p))
 
+    def mean_loss(p):
+        return np.mean([_predict(laws[group], p) for group in evaluated], 0)
 
-def _draw_static(r):
-    """Predicted against observed losses, residuals, and the mean loss over the mixtures (two or three groups) with its lowest point."""
-    import matplotlib.pyplot as plt
-    k, m = len(r['evaluated']), len(r['groups'])
-    figure, axes = plt.subplots(1, k + 1, figsize=(4 * (k + 1), 4), layout='constrained', squeeze=False)
-    p, losses = np.array(r['p']), np.array(r['loss'])
-    laws = {fit['group']: fit for fit in r['fits'] if fit['seed'] == 'all'}
-
-    def predict(group, p):
-        fit = laws[group]
-        return fit['c'] + np.exp(fit['log_b'] - p @ np.array(fit['A']))
-    for i, group in enumerate(r['evaluated']):
-        predicted = predict(group, p)
-        ends = [min(losses[:, i].min(), predicted.min()), max(losses[:, i].max(), predicted.max())]
-        axes[0, i].plot(ends, ends, color='0.8')
-        axes[0, i].scatter(losses[:, i], predicted, s=12)
-        axes[0, i].set(title=f'{group}: R2 {laws[group]["fit"]["r2"]:.3f}, one out {laws[group]["leave_one_out"]["r2"]:.3f}', xlabel='observed (nats per token)',
-                       ylabel='predicted')
-        inset = axes[0, i].inset_axes([0.6, 0.08, 0.37, 0.28])
-        inset.axhline(0, color='0.8')
-        inset.scatter(losses[:, i], losses[:, i] - predicted, s=4)
-        inset.set_title('residuals', fontsize=7)
-        inset.tick_params(labelsize=6)
-    last, best = axes[0, -1], np.array(r['optimum']['p'])
-    if m == 3:
-        grid = np.array([(a, b, 1 - a - b) for a in np.linspace(0, 1, 61) for b in np.linspace(0, 1, 61) if a + b <= 1 + 1e-9])
-        mean = np.mean([predict(group, grid) for group in r['evaluated']], 0)
-        image = last.tricontourf(*_on_triangle(grid), mean, levels=np.quantile(mean, np.linspace(0, 1, 16)), cmap='viridis_r')
-        figure.colorbar(image, ax=last, format='%.2f')
-        last.scatter(*_on_triangle(p), s=10, color='k')
-        last.scatter(*_on_triangle(best[None]), marker='*', s=160, color='r')
-        for name, corner in zip(r['groups'], np.eye(3)):
-            x, y = _on_triangle(corner[None])
-            last.text(x[0], y[0] + (0.03 if y[0] > 0.5 else -0.07), name, ha='center')
-        last.set_axis_off()
-    elif m == 2:
-        line = np.linspace(0, 1, 101)
-        grid = np.column_stack((line, 1 - line))
-        last.plot(line, np.mean([predict(group, grid) for group in r['evaluated']], 0))
+    last = axes[-1]
+    best = fitted['optimum']
+    if len(fitted['groups']) == 3:
+        _draw_triangle(figure, last, fitted, mean_loss)
+    elif len(fitted['groups']) == 2:
+        share = np.linspace(0, 1, 101)
+        last.plot(share, mean_loss(np.column_stack((share, 1 - share))))
         last.scatter(p[:, 0], losses.mean(1), s=10, color='k')
-        last.axvspan(r['optimum']['low'][0], r['optimum']['high'][0], alpha=0.2)
-        last.set(xlabel=f'share of {r["groups"][0]}')
+        last.axvspan(best['low'][0], best['high'][0], alpha=0.2)
+        last.set(xlabel=f'share of {fitted["groups"][0]}')
     else:
-        last.bar(r['groups'], best, yerr=[np.maximum(best - r['optimum']['low'], 0), np.maximum(r['optimum']['high'] - best, 0)])
+        # The best mixture of all runs can lie outside the interval of its resamples.
+        below = np.subtract(best['p'], best['low'])
+        above = np.subtract(best['high'], best['p'])
+        last.bar(fitted['groups'], best['p'], yerr=np.maximum([below, above], 0))
         last.tick_params(axis='x', rotation=60)
     last.set_title('mean loss and its lowest mixture')
     return figure
 
 
+def _predict(law, p):
+    """The static law of one group: mixtures p (n, m) -> losses (n,)."""
+    return law['c'] + np.exp(law['log_b'] - p @ np.array(law['A']))
+
+
+def _draw_fit(axis, law, observed, predicted):
+    """Predicted against observed losses (n,) of one group, with an inset of the residuals."""
+    ends = [min(observed.min(), predicted.min()), max(observed.max(), predicted.max())]
+    axis.plot(ends, ends, color='0.8')
+    axis.scatter(observed, predicted, s=12)
+    left_out = law['leave_one_out']['r2']
+    axis.set_title(f'{law["group"]}: R2 {law["fit"]["r2"]:.3f}, one out {left_out:.3f}')
+    axis.set(xlabel='observed (nats per token)', ylabel='predicted')
+    inset = axis.inset_axes([0.6, 0.08, 0.37, 0.28])
+    inset.axhline(0, color='0.8')
+    inset.scatter(observed, observed - predicted, s=4)
+    inset.set_title('residuals', fontsize=7)
+    inset.tick_params(labelsize=6)
+
+
+def _draw_triangle(figure, axis, fitted, mean_loss):
+    """The mean loss over all mixtures of three groups, with the runs and the lowest mixture."""
+    shares = np.linspace(0, 1, 61)
+    # The tolerance keeps points on the edge, whose shares may sum to slightly more than 1.
+    grid = np.array([(a, b, 1 - a - b) for a in shares for b in shares if a + b <= 1 + 1e-9])
+    mean = mean_loss(grid)
+    # Levels at quantiles, because the loss is flat around its minimum and steep at the corners.
+    levels = np.quantile(mean, np.linspace(0, 1, 16))
+    image = axis.tricontourf(*_on_triangle(grid), mean, levels=levels, cmap='viridis_r')
+    figure.colorbar(image, ax=axis, format='%.2f')
+    axis.scatter(*_on_triangle(np.array(fitted['p'])), s=10, color='k')
+    axis.scatter(*_on_triangle(np.array([fitted['optimum']['p']])), marker='*', s=160, color='r')
+    for name, x, y in zip(fitted['groups'], *_on_triangle(np.eye(3)), strict=True):
+        axis.text(x, y + (0.03 if y > 0.5 else -0.07), name, ha='center')
+    axis.set_axis_off()
+
+
 def _on_triangle(p):
-    """Shares (n, 3) -> x, y of an equilateral triangle."""
+    """Shares (n, 3) -> x (n,) and y (n,) in an equilateral triangle."""
     return p[:, 1] + 0.5 * p[:, 2], p[:, 2] * 0.75**0.5
 
 
-def _draw_matrices(r):
-    """Heat maps of the fitted A of every parent, or of A* beside what the methods measured (means over seeds)."""
-    import matplotlib.pyplot as plt
-    panels = ([(fit['parent'], fit['A']) for fit in r['fits']] if 'fits' in r else
-              [(f'{name}: {what}', np.mean(m[key], 0)) for name, m in r['methods'].items() for what, key in (('A*', 'A_star'), ('measured A', 'A'))])
-    columns = 2 if 'methods' in r else min(3, len(panels))
-    figure, axes = plt.subplots(-(-len(panels) // columns), columns, figsize=(3.6 * columns, 3 * -(-len(panels) // columns)), layout='constrained', squeeze=False)
-    for axis in axes.flat:
-        axis.set_axis_off()
-    for axis, (title, A) in zip(axes.flat, panels):
-        A = np.array(A)
-        limit = np.abs(A).max() or 1.0
-        axis.set_axis_on()
-        axis.imshow(A, cmap='RdBu', vmin=-limit, vmax=limit)
-        for i, j in np.ndindex(A.shape):
-            axis.text(j, i, f'{A[i, j]:.3f}', ha='center', va='center', fontsize=8)
-        axis.set(title=title, xticks=range(A.shape[1]), xticklabels=r['groups'], yticks=range(A.shape[0]), yticklabels=r.get('evaluated', r['groups']))
+def _draw_matrices(fitted):
+    """Heat maps of A of every parent, or of A* and the measured A of every method (seed means)."""
+    panels = []
+    if 'methods' in fitted:
+        columns = 2
+        for name, method in fitted['methods'].items():
+            panels.append((f'{name}: A*', np.mean(method['A_star'], 0)))
+            panels.append((f'{name}: measured A', np.mean(method['A'], 0)))
+    else:
+        panels = [(fit['parent'], np.array(fit['A'])) for fit in fitted['fits']]
+        columns = min(3, len(panels))
+    rows = fitted.get('evaluated', fitted['groups'])
+    figure, axes = _panels(len(panels), columns, 3.6, 3)
+    for axis, (title, A) in zip(axes, panels, strict=True):
+        texts = [[f'{x:.3f}' for x in row] for row in A]
+        _heat_map(axis, A, texts, rows, fitted['groups'])
+        axis.set_title(title)
         axis.set_xlabel('trained', fontsize=8)
         axis.set_ylabel('evaluated', fontsize=8)
     return figure

@@ -1,100 +1,129 @@
-"""Text from a model, token by token in the terminal; with --chat=True a conversation.
+"""Writes text with a model, token by token in the terminal, or holds a conversation with it.
 
     python tools/sample.py --ckpt=out/run --prompt='The river'
-    python tools/sample.py --ckpt=HuggingFaceTB/SmolLM2-135M-Instruct --chat=True --temperature=0.6 --top_p=0.95
+    python tools/sample.py --ckpt=HuggingFaceTB/SmolLM2-135M-Instruct --chat=True --temperature=0.6
 
-ckpt is a run, a checkpoint, an imported folder, a Hugging Face folder or a hub name. A conversation is put into the model's own
-chat template, or the one of ours that fits its tokenizer. Thoughts (<think> ... </think>) are shown dim. In a conversation
-Ctrl-C ends an answer, /reset begins anew, /exit or Ctrl-D leaves.
+ckpt is a run, a checkpoint, an imported folder, a Hugging Face folder or a hub name. A conversation
+uses the model's own chat template, or else one of ours that fits its tokenizer. Thoughts (<think>
+... </think>) are dim. In a conversation, Ctrl-C ends an answer, /reset starts again, and /exit or
+Ctrl-D leaves.
 """
+
 import codecs
 import contextlib
+import functools
+import re
 import sys
 
 import torch
 
 if __name__ == '__main__':
-    import _path  # noqa: F401
+    import _path  # noqa: F401  (puts the project's folder on the import path)
 
-from configurator import BadInput, configure
+from configurator import BadInput, at_least, between, configure
 from lib import hf
 from lib.chat import encode_prompt, find_template
 from lib.device import pick_dtype, start_ranks, tune_malloc
-from lib.tokenizer import stop_ids
 
 # -- knobs --
-ckpt = ''                               # run, checkpoint, imported folder, Hugging Face folder or hub name
-prompt = ''                             # what the text begins with
-chat = False                            # a conversation; prompt, if there is one, is its first message
+ckpt = ''                               # run, checkpoint, imported folder, Hugging Face folder or
+                                        # hub name
+prompt = ''                             # beginning of the text
+chat = False                            # hold a conversation. `prompt` is its first message
 system = ''                             # chat: the system message
-chat_template = 'auto'                  # chat: auto (the model's own, or the one that fits) | llama3 | chatml
-n_samples = 1                           # texts, each with its own seed
-max_new_tokens = 256                    # tokens of a text or an answer, at most
-temperature = 0.8                       # 0: always the likeliest token
-top_k: int | None = 50                  # draw from that many of the likeliest tokens; None: from all
-top_p: float | None = None              # draw from the likeliest tokens with that much probability together
-seed = 1337                             # same seed, same text
+chat_template = 'auto'                  # chat: llama3 or chatml; auto: the model's own, or the one
+                                        # that fits
+n_samples = 1                           # number of texts, each with its own seed
+max_new_tokens: at_least(1) = 256       # maximum length of a text or an answer, in tokens
+temperature: at_least(0.0) = 0.8        # 0: always the most likely token
+top_k: at_least(1) | None = 50          # sample from this many of the most likely tokens; None: all
+top_p: between(1e-9, 1.0) | None = None # sample from the most likely tokens with this much
+                                        # probability together
+seed = 1337                             # the same seed gives the same text
 device = 'auto'                         # auto | cpu | cuda
 dtype = 'auto'                          # auto | float32 | bfloat16
-DIM, PLAIN = '\x1b[2m', '\x1b[0m'
+
+DIM = '\x1b[2m'
+PLAIN = '\x1b[0m'
+MARKS = ('<think>', '</think>')
+MARK = re.compile('|'.join(MARKS))
 
 
 def pieces(tokens, tokenizer):
-    """Ids -> text as soon as it is whole characters, without special tokens."""
+    """Turns ids into text as soon as characters are complete. Leaves out control tokens."""
+    # A character of several bytes may be spread over several tokens.
     decoder = codecs.getincrementaldecoder('utf-8')('replace')
     for token in tokens:
         if token not in tokenizer.control_ids:
-            with contextlib.suppress(KeyError):         # a row of the table that is no token
+            # A model may have more ids than the tokenizer.
+            with contextlib.suppress(KeyError):
                 yield decoder.decode(tokenizer.encoding.decode_single_token_bytes(token))
     yield decoder.decode(b'', final=True)
 
 
 def dimmed(texts, on):
-    """Passes text on, `on` and off around thoughts. What may be the beginning of a mark waits for the rest of it."""
-    marks, waiting = ('<think>', '</think>'), ''
+    """Yields the texts with `on` before and PLAIN after every thought. on='': unchanged."""
+    off = PLAIN if on else ''
+    waiting = ''
     for text in texts:
         waiting += text
-        while True:
-            at, mark = min((waiting.find(m), m) for m in marks if m in waiting) if any(m in waiting for m in marks) else (-1, '')
-            if at < 0:
-                break
-            yield waiting[:at] + (on + mark if mark == marks[0] else mark + (PLAIN if on else ''))
-            waiting = waiting[at + len(mark):]
-        kept = max((n for m in marks for n in range(1, len(m)) if waiting.endswith(m[:n])), default=0)
-        yield waiting[:len(waiting) - kept]
-        waiting = waiting[len(waiting) - kept:]
+        while match := MARK.search(waiting):
+            shown = on + match[0] if match[0] == '<think>' else match[0] + off
+            yield waiting[: match.start()] + shown
+            waiting = waiting[match.end() :]
+        # An end that may begin a mark waits for the next text.
+        end = len(waiting)
+        for mark in MARKS:
+            for n in range(1, len(mark)):
+                if waiting.endswith(mark[:n]):
+                    end = min(end, len(waiting) - n)
+        yield waiting[:end]
+        waiting = waiting[end:]
     yield waiting
 
 
-def answer(model, tokenizer, context, ids, number):
-    """Prints what follows the ids (list), as it comes. Returns its text. BadInput when the ids fill the context already."""
-    room = min(max_new_tokens, context - len(ids))
+def answer(model, tokenizer, context, sampling, ids, number, interruptible):
+    """Prints the continuation of ids (list) while it is generated, and returns its text.
+
+    context: of the model, in tokens; sampling: options of GPT.stream; number: added to the seed;
+    interruptible: Ctrl-C ends the continuation. Raises BadInput if the ids fill the context.
+    """
+    room = min(sampling['max_new_tokens'], context - len(ids))
     if room < 1:
-        raise BadInput(f'the text so far has {len(ids):,} tokens, the context of the model {context:,}: nothing can follow.')
-    stops, said = set(stop_ids(tokenizer)), []
+        raise BadInput(f'the text has {len(ids):,} tokens, the context of the model {context:,}.')
+    # With one seed for all, every sample would be the same text.
+    options = {**sampling, 'max_new_tokens': room, 'seed': sampling['seed'] + number}
+    prompt = torch.tensor([ids], device=next(model.parameters()).device)
+    new = []
 
     def until_stop():
-        for token in model.stream(torch.tensor([ids], device=next(model.parameters()).device), room, temperature, top_k, top_p, seed + number):
-            if token.item() in stops:
+        for token in model.stream(prompt, **options):
+            if token.item() in tokenizer.stop_ids:
                 return
-            said.append(token.item())
+            new.append(token.item())
             yield token.item()
-    colour = sys.stdout.isatty()
+
+    has_colour = sys.stdout.isatty()
     try:
-        for text in dimmed(pieces(until_stop(), tokenizer), DIM if colour else ''):
+        for text in dimmed(pieces(until_stop(), tokenizer), DIM if has_colour else ''):
             print(text, end='', flush=True)
     except KeyboardInterrupt:
-        if not chat:
+        if not interruptible:
             raise
-    print(PLAIN if colour else '')
-    return tokenizer.decode([i for i in said if i not in tokenizer.control_ids])
+    # Ctrl-C or the limit may end a text inside a thought, so the colour is always reset.
+    print(PLAIN if has_colour else '')
+    return tokenizer.decode([i for i in new if i not in tokenizer.control_ids])
 
 
-def converse(model, tokenizer, context, template):
-    """The conversation in the terminal."""
-    print(f'context of {context:,} tokens; /reset begins anew, /exit leaves')
+def converse(write, encode, system, first):
+    """Holds a conversation in the terminal.
+
+    write(ids, number) prints and returns an answer; encode(messages) makes the ids of its prompt;
+    system: the system message or ''; first: the first message, '' asks for it.
+    """
     beginning = [dict(role='system', content=system)] if system else []
-    messages, first, turn = [*beginning], prompt, 0
+    messages = list(beginning)
+    turn = 0
     while True:
         try:
             said = first or input('> ')
@@ -105,37 +134,42 @@ def converse(model, tokenizer, context, template):
         if said.strip() == '/exit':
             return
         if said.strip() == '/reset':
-            messages = [*beginning]
+            messages = list(beginning)
         elif said.strip():
             messages.append(dict(role='user', content=said))
             try:
-                reply = answer(model, tokenizer, context, encode_prompt(tokenizer, messages, template), turn)
+                reply = write(encode(messages), turn)
                 messages.append(dict(role='assistant', content=reply))
                 turn += 1
             except BadInput as error:
+                # A message that does not fit would make all later prompts too long as well.
                 messages.pop()
                 print(f'{error} /reset begins anew.')
 
 
-def main():
+if __name__ == '__main__':
+    configure(globals(), verbose=False)
     if not ckpt:
-        raise BadInput('say which model: --ckpt=out/run.')
-    for name, value, fine in (('temperature', temperature, temperature >= 0), ('top_k', top_k, top_k is None or top_k > 0),
-                              ('top_p', top_p, top_p is None or 0 < top_p <= 1), ('max_new_tokens', max_new_tokens, max_new_tokens > 0)):
-        if not fine:
-            raise BadInput(f'{name} = {value} is out of range.')
+        raise BadInput('ckpt is missing: name a model, for example --ckpt=out/run.')
     tune_malloc()
-    on = start_ranks(device)[2]
-    model, tokenizer, about = hf.open_model(ckpt, on, pick_dtype(dtype, on)[0])
+    _, _, here = start_ranks(device)
+    model, tokenizer, about = hf.open_model(ckpt, here, pick_dtype(dtype, here)[0])
+    context = about['context']
+    sampling = dict(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    sampling |= dict(top_k=top_k, top_p=top_p)
+    write = functools.partial(answer, model, tokenizer, context, sampling, interruptible=chat)
     if chat:
         import readline  # noqa: F401  (arrow keys and history in input())
-        return converse(model, tokenizer, about['context'], find_template(about['folder'], tokenizer, chat_template))
-    ids = tokenizer.encode_marked(prompt)
-    for i in range(n_samples):
-        print(prompt, end='', flush=True)
-        answer(model, tokenizer, about['context'], [tokenizer.bos_id] * (about['add_bos'] or not ids) + ids, i)
 
-
-if __name__ == '__main__':
-    config = configure(globals(), verbose=False)
-    main()
+        template = find_template(about['folder'], tokenizer, chat_template)
+        print(f'context of {context:,} tokens; /reset begins anew, /exit leaves')
+        encode = functools.partial(encode_prompt, tokenizer, template=template)
+        converse(write, encode, system, prompt)
+    else:
+        ids = tokenizer.encode_marked(prompt)
+        # Without a prompt there would be no position to predict the first token from.
+        if tokenizer.add_bos or not ids:
+            ids = [tokenizer.bos_id, *ids]
+        for i in range(n_samples):
+            print(prompt, end='', flush=True)
+            write(ids, i)

@@ -1,479 +1,693 @@
-"""Many runs of train.py: architectures, grids of any knobs, mixtures for the mixing laws, and the phases of methods that take several runs.
+"""Many runs of train.py: architectures, grids of knobs, mixtures, and methods of several runs.
 
-    python tools/sweep.py arch --n_params="[4.5e6, 5.5e6]" --out=out/arch config/...                         # shapes of a size; --dry_run=True lists them
-    python tools/sweep.py arch --grid.n_layer="[4, 8]" --grid.n_embd="[64, 96]" --out=out/arch config/...    # or of lists of your own
-    python tools/sweep.py grid --grid.learning_rate="[1e-3, 2e-3]" --seeds="[0, 1]" --out=out/lr config/...  # any knobs of train.py
-    python tools/sweep.py configs config/study/presence --seeds="[0, 1, 2]" --out=out/presence config/...    # every config file of a folder, but for _*.py
-    python tools/sweep.py collect out/arch                                                                   # their curves in one table: tools/curves.py
+    python tools/sweep.py arch --n_params="[4.5e6, 5.5e6]" --out=out/arch config/...
+    python tools/sweep.py arch --grid.n_layer="[4, 8]" --grid.n_embd="[64, 96]" config/...
+    python tools/sweep.py grid --grid.learning_rate="[1e-3, 2e-3]" --seeds="[0, 1]" config/...
+    python tools/sweep.py configs config/study/presence --seeds="[0, 1, 2]" --out=out/x config/...
+    python tools/sweep.py mixture --dirichlet --n=9 --seeds="[0, 1, 2]" --out=out/static config/...
+    python tools/sweep.py mixture --break_step=200 --method=aioli --out=out/aioli config/...
+    python tools/sweep.py method --method=doremi --out=out/doremi config/...
+    python tools/sweep.py collect out/arch
 
-    python tools/sweep.py mixture --dirichlet --n=9 --seeds="[0, 1, 2]" --out=out/static config/...          # every mixture with every seed
-    python tools/sweep.py mixture --dirichlet --break_step=200 --out=out/dynamic config/...                  # parents, each continued by every mixture
-    python tools/sweep.py mixture --dirichlet --break_step=200 --method=aioli --out=out/aioli config/...     # the same from a method's own trajectory
-    python tools/sweep.py method --method=doremi --out=out/doremi config/...                                 # skillit | doge | doremi | dml | regmix
+arch        shapes of a given size, or combinations of your own lists. --dry_run=True lists them
+grid        all combinations of any knobs of train.py
+configs     every config file of a folder except _*.py
+mixture     mixtures of the sources. With --break_step, runs that stop there (on fixed mixtures, or
+            of a method) and are continued on every mixture
+method      all phases of skillit, doge, doremi, dml or regmix. They end with a config file for
+            train.py and with their cost
+collect     the loss curves of a sweep in one table (tools/curves.py)
 
-What tools/sweep.py does not know itself (config files, --key=value) is train.py's. Every run has a folder of its own; one that fails does not stop the
-others; the same command again goes on where it stopped. --slurm=True writes array scripts in the place of running anything.
-`method` ends with a config file that train.py takes, and with what the phases have cost.
+Config files and --key=value that are not knobs of this script are passed on to train.py. Every run
+has its own folder. A run that fails does not stop the others. The same command continues a sweep
+that was stopped. `python tools/report.py out/arch --watch=True` shows the runs while they train.
 """
-import ast
 import fcntl
 import glob
 import itertools
 import json
+import math
 import os
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 
 import numpy as np
 from tqdm import tqdm
 
 if __name__ == '__main__':
-    import _path  # noqa: F401
+    import _path  # noqa: F401  (it puts the project's folder on the import path)
 
-from configurator import BadInput, RunFault, configure, did_you_mean, parse_knobs
+from configurator import (
+    BadInput,
+    RunFault,
+    at_least,
+    configure,
+    configure_script,
+    did_you_mean,
+    one_of,
+    pick,
+    read_json,
+    split_arguments,
+)
 from data import prepare_missing
-from lib.device import read_metrics
+from lib.log import read_metrics
 from lib.schedule import count_steps
 from model import ModelConfig, count_parameters
 from tools.curves import SHAPE, collect, parse_band
-from tools.runs import flops_of, is_finished, planned_steps, read_run, read_table, token_flops
+from tools.runs import (
+    flops_of,
+    is_finished,
+    losses_at,
+    read_run,
+    read_table,
+    token_flops,
+)
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-
-# -- knobs --
+# -- runs --
 out = 'out/sweep'                       # folder of the runs
-design = 'dirichlet'                    # mixtures: dirichlet (space-filling) | grid (equally spaced, endpoints left out)
-n = 9                                   # mixtures (a grid of three sources or more: at least)
-m: int | None = None                    # sources; None: as many as the config has. Only checked
 seeds = [0]                             # of train.py: initial weights and data order
-break_step: int | None = None           # step at which parents stop and children continue them; None: no children
-child_steps = 100                       # steps of a child
-method = ''                             # mixture: parents are runs of this method, with every seed | method: which one
-target = ''                             # method=regmix: source whose loss is to be low; '': the mean of all
-heads = [4, 6, 8, 10, 12, 14, 16]       # arch: n_head; the shapes are all combinations of these four, unless `grid` has a shape's knob
+jobs: at_least(1) = 1                   # runs at the same time
+threads: int | None = None              # threads of every run. None: cores / jobs
+slurm = False                           # write scripts for sbatch and run nothing
+# -- arch and grid --
+grid: dict[str, list] = {}              # values of train.py's knobs, all combinations
+heads = [4, 6, 8, 10, 12, 14, 16]       # arch: n_head. The shapes are all combinations of these
+                                        # four lists, unless `grid` has a knob of the shape
 head_widths = [8, 16, 24, 32, 40, 48, 56, 64]     # arch: n_embd / n_head
 ffn_ratios = [0.5, 1, 1.5, 2]           # arch: ffn_dim / n_embd
 extra_layers = [2, 4, 6, 8, 10, 12]     # arch: n_layer - n_head
-grid: dict[str, list] = {}              # arch, grid: values of train.py's knobs, all combinations
-n_params = [1e6, 3e8]                   # arch: parameters of a model, tables included: the fewest and the most
-bands: dict = {}                        # arch: further limits, such as {'5M': None} (10 % to either side) | collect: band -> point to compare at (None: `at`)
-unit = 'step'                           # collect: compare at equal step | tokens | flops
-at: float | None = None                 # collect: the point; None: the last that half of the runs came to
-loss = 'val'                            # collect: val | train
-least = 0.0                             # collect: parameters that a model must have to count for what depth, heads and inner width do
-dry_run = False                         # arch, grid: say what there is to run, write ablation_params.tsv, run nothing
-jobs = 1                                # runs at a time
-threads: int | None = None              # of every run; None: cores / jobs
-slurm = False                           # write scripts for sbatch, run nothing
+n_params = [1e6, 3e8]                   # arch: fewest and most parameters, embeddings included
+bands: dict = {}                        # arch: further limits, such as {'5M': None} for 10 % to
+                                        # either side. collect: band -> point to compare at
+                                        # (None: `at`)
+dry_run = False                         # list the runs, write ablation_params.tsv, run nothing
+# -- mixture and method --
+method = ''                             # mixture: the parents are runs of this method, one per
+                                        # seed. method: whose phases to run
+design: one_of('dirichlet', 'grid') = 'dirichlet'   # space-filling, or equally spaced without 0
+n: at_least(1) = 9                      # mixtures. A grid of three sources or more has at least n
+m: int | None = None                    # check that the config has this many sources. None: any
+break_step: int | None = None           # step at which parents stop and children continue them.
+                                        # None: no children
+child_steps: at_least(1) = 100          # steps of a child
+target = ''                             # regmix: source whose loss shall be low. '': mean of all
+# -- collect --
+unit: one_of('step', 'tokens', 'flops') = 'step'    # compare at equal step, tokens or flops
+at: float | None = None                 # the point. None: the last that half of the runs reached
+loss: one_of('val', 'train') = 'val'    # which loss
+least = 0.0                             # parameters that a model must have to count for the
+                                        # effects of depth, heads and inner width
 
-PHASED = ('skillit', 'doge', 'doremi', 'dml', 'regmix')
-
-
-# -- mixtures ----------------------------------------------------------------------------------------------------------
-
-def dirichlet_mixtures(n, m, seed=0):
-    """n mixtures of m groups that fill the simplex: 16 * n draws from Dirichlet(1.5), of which the closest two become their midpoint until n are left."""
-    p = np.random.default_rng(seed).dirichlet(np.full(m, 1.5), 16 * n)
-    distance = ((p[:, None] - p[None]) ** 2).sum(2)
-    np.fill_diagonal(distance, np.inf)
-    while len(p) > n:
-        i, j = np.unravel_index(distance.argmin(), distance.shape)
-        p[i] = (p[i] + p[j]) / 2
-        p, distance = np.delete(p, j, 0), np.delete(np.delete(distance, j, 0), j, 1)
-        i -= i > j
-        distance[i] = distance[:, i] = ((p - p[i]) ** 2).sum(1)
-        distance[i, i] = np.inf
-    return p
+PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+PHASED = ('skillit', 'doge', 'doremi', 'dml', 'regmix')         # methods of several runs
 
 
-def grid_mixtures(n, m):
-    """The coarsest grid of shares 1/k, 2/k, ... (none 0) with at least n mixtures: for two groups and 9 mixtures 0.1, 0.2, ... 0.9."""
-    def parts(k, m):
-        return [[k]] if m == 1 else [[first, *rest] for first in range(1, k - m + 2) for rest in parts(k - first, m - 1)]
-    k = m
-    while len(parts(k, m)) < n:
-        k += 1
-    return np.array(parts(k, m)) / k
+# -- runs ------------------------------------------------------------------------------------------
 
 
-# -- runs --------------------------------------------------------------------------------------------------------------
+@dataclass
+class Launch:
+    """How the runs of a sweep are launched."""
+    out: str                        # folder of the sweep
+    arguments: list                 # config files and --key=value for train.py
+    parallel: int = 1               # runs at the same time
+    threads: int | None = None      # threads of every run. None: cores / parallel
+    slurm: bool = False             # write array scripts and run nothing
+
 
 @dataclass
 class Job:
-    """A run of train.py to be: its folder, what it sets beyond the command line, the run that has to be finished before it, its own config file."""
+    """A run of train.py that a sweep makes."""
     folder: str
-    knobs: dict = field(default_factory=dict)
-    after: 'Job | None' = None
-    file: str | None = None                 # comes after the command line's files, before its --key=value
+    knobs: dict                     # beyond those of the command line
+    after: 'Job | None' = None      # the job that has to be finished before
+    files: tuple = ()               # further config files
 
     def command(self, arguments):
-        """resume=True: what was there before a kill goes on."""
+        # A config file must not override a --key=value of the sweep.
+        files = [a for a in arguments if not a.startswith('--')]
+        given = [a for a in arguments if a.startswith('--')]
+        # resume=True continues a run that was killed.
         knobs = {**self.knobs, 'out_dir': self.folder, 'resume': True}
-        files = [a for a in arguments if not a.startswith('--')] + ([self.file] if self.file else [])
-        return [sys.executable, 'train.py', *files, *(a for a in arguments if a.startswith('--')), *(f'--{key}={value}' for key, value in knobs.items())]
+        knobs = [f'--{key}={value}' for key, value in knobs.items()]
+        return [sys.executable, 'train.py', *files, *self.files, *given, *knobs]
 
 
 def train_config(arguments):
-    """The config that train.py would have, without running it. BadInput for what train.py would not take."""
-    path = os.path.join(ROOT, 'train.py')
-    with open(path, encoding='utf-8') as f:
-        source = f.read()
-    knobs, scope = parse_knobs(source, path), {'__file__': path}
-    for node in ast.parse(source).body:
-        name = node.target.id if isinstance(node, ast.AnnAssign) else node.targets[0].id if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) else ''
-        if name in knobs and name not in scope:
-            scope[name] = ast.literal_eval(node.value)
-    return configure(scope, arguments, verbose=False)
+    """The config that train.py would have. Raises BadInput for what train.py would not take."""
+    return configure_script(os.path.join(PROJECT, 'train.py'), arguments)
 
 
 def check_same_run(job, arguments):
-    """BadInput when the folder holds a run with other knobs than the command's, which must not pass for this one."""
+    """Raises BadInput if the job's folder holds a run with other knobs."""
     path = os.path.join(job.folder, 'config.json')
     if not os.path.isfile(path):
         return
-    with open(path, encoding='utf-8') as f:
-        there = json.load(f)
+    there = read_json(path)
+    # JSON makes lists of tuples, so both sides have to go through it.
     wanted = json.loads(json.dumps(train_config(job.command(arguments)[2:])))
-    changed = [f'{key} {there.get(key)!r} there, {value!r} now' for key, value in wanted.items() if there.get(key) != value]
-    if changed:
-        raise BadInput(f"'{job.folder}' holds a run with other knobs: {'; '.join(changed[:5])}. Give the sweep another --out, or take the run away.")
+    for key, value in wanted.items():
+        if there.get(key) != value:
+            raise BadInput(
+                f"'{job.folder}' holds a run with other knobs: {key} {there.get(key)!r} there, "
+                f'{value!r} now. Give the sweep another --out, or remove the run.')
 
 
 def start(job, arguments, environment):
-    """The process of a run, its log locked for as long as it lives: a sweep that was killed may have left it behind."""
+    """Starts the process of a job."""
     os.makedirs(job.folder, exist_ok=True)
+    # The process inherits the lock and holds it until it ends, even if the sweep is killed before.
     log = open(os.path.join(job.folder, 'log.txt'), 'a', encoding='utf-8')
     try:
         fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise BadInput(f"'{job.folder}' is being trained by another process, perhaps of a sweep that was killed. Wait for it, or end it.") from None
+        raise BadInput(
+            f"'{job.folder}' is being trained by another process. Wait for it, or end it."
+        ) from None
+    # Truncated only now, because the log belongs to whoever holds the lock.
     log.truncate(0)
-    return subprocess.Popen(job.command(arguments), cwd=ROOT, env=environment, stdout=log, stderr=log)
+    return subprocess.Popen(
+        job.command(arguments), cwd=PROJECT, env=environment, stdout=log, stderr=log)
+
+
+def reason_of(folder):
+    """The last line of a run's log that names an error, else the last line."""
+    with open(os.path.join(folder, 'log.txt'), encoding='utf-8', errors='replace') as f:
+        lines = [line.strip() for line in f.read().replace('\r', '\n').split('\n')]
+    lines = [line for line in lines if line] or ['it printed nothing']
+    errors = [line for line in lines if 'error' in line.lower()]
+    return (errors or lines)[-1]
 
 
 def interrupt(*_):
     raise KeyboardInterrupt
 
 
-def run_all(runs, arguments, what):
-    """Trains all that are not finished, `jobs` at a time, those they wait for first. RunFault at the end names the ones that failed."""
-    for job in runs:
-        check_same_run(job, arguments)
-    if slurm:
-        return write_slurm(runs, arguments)
-    signal.signal(signal.SIGTERM, interrupt)
-    waiting, running, failed = [job for job in runs if not is_finished(job.folder)], {}, []
-    lines = [tqdm(total=1, position=i + 1, leave=False, disable=None, bar_format='{desc:<50.50}{n_fmt:>8}/{total_fmt} steps{postfix}') for i in range(jobs)]
-    environment = {**os.environ, 'OMP_NUM_THREADS': str(threads or max(1, os.cpu_count() // jobs))}
-    with tqdm(total=len(runs), initial=len(runs) - len(waiting), desc=what, unit='run') as bar:
-        try:
-            while waiting or running:
-                for job in waiting[:]:
-                    if job.after is not None and job.after.folder in failed:
-                        waiting.remove(job)
-                        failed.append(job.folder)
-                    elif len(running) < jobs and (job.after is None or is_finished(job.after.folder)):
-                        waiting.remove(job)
-                        running[start(job, arguments, environment)] = job
-                time.sleep(0.1)
-                for line, job in itertools.zip_longest(lines, running.values()):
-                    show(line, job)
-                for process in [p for p in running if p.poll() is not None]:
-                    job = running.pop(process)
-                    if process.returncode or not is_finished(job.folder):
-                        failed.append(job.folder)
-                        tqdm.write(f'{job.folder} failed (exit code {process.returncode}): {reason(job.folder)}')
-                    bar.update()
-        except KeyboardInterrupt:
-            raise RunFault('stopped; the runs under way were saved. The same command again goes on.') from None
-        finally:                                               # those that an error leaves behind are saved and ended as well
-            for line in lines:
-                line.close()
-            for process in running:
-                process.send_signal(signal.SIGINT)
-            for process in running:
-                process.wait()
-    if failed:
-        raise RunFault(f'{len(failed)} of {len(runs)} runs failed: {", ".join(failed[:5])}{" ..." if len(failed) > 5 else ""}; see log.txt in their folders. '
-                       'The same command again tries them anew.')
+def end_all(processes):
+    """Interrupts processes of train.py, which save a checkpoint and end."""
+    for process in processes:
+        process.send_signal(signal.SIGINT)
+    for process in processes:
+        process.wait()
 
 
-def show(line, job):
-    """A line of the live table: a run's step and loss, from what it has logged, read every two seconds. Empty without a run."""
-    if line.disable or time.monotonic() - getattr(line, 'shown', 0) < 2:
-        return
-    line.shown = time.monotonic()
-    if job is None:
-        return line.clear()
-    records, path = read_metrics(job.folder), os.path.join(job.folder, 'config.json')
-    logged = [r for r in records[-20:] if 'train/loss' in r]
-    if os.path.isfile(path):
-        with open(path, encoding='utf-8') as f:
-            line.total = planned_steps(json.load(f)) or 0
-    line.n = logged[-1]['step'] + 1 if logged else 0
-    line.set_description_str(os.path.basename(job.folder), refresh=False)
-    line.set_postfix_str(f'loss {logged[-1]["train/loss"]:.3f}, {logged[-1]["train/tokens_per_second"]:,.0f} tokens/s' if logged else 'starts')
+def train_all(queue, launch, what):
+    """Trains all jobs that are not finished. Returns the folders of those that failed."""
+    threads = launch.threads or max(1, os.cpu_count() // launch.parallel)
+    # PyTorch takes all cores by default, and runs beside each other would fight for them.
+    environment = {**os.environ, 'OMP_NUM_THREADS': str(threads)}
+    waiting = [job for job in queue if not is_finished(job.folder)]
+    running = {}            # process -> job
+    failed = []
+    bar = tqdm(total=len(queue), initial=len(queue) - len(waiting), desc=what, unit='run')
+    try:
+        while waiting or running:
+            for job in list(waiting):
+                parent = job.after
+                if parent is not None and parent.folder in failed:
+                    waiting.remove(job)
+                    failed.append(job.folder)
+                elif len(running) < launch.parallel and (
+                        parent is None or is_finished(parent.folder)):
+                    waiting.remove(job)
+                    running[start(job, launch.arguments, environment)] = job
+            time.sleep(0.1)
+            for process, job in list(running.items()):
+                code = process.poll()
+                if code is None:
+                    continue
+                del running[process]
+                bar.update()
+                # A run that was stopped by a signal saves and ends with exit code 0, too.
+                if code != 0 or not is_finished(job.folder):
+                    failed.append(job.folder)
+                    tqdm.write(f'{job.folder} failed (exit code {code}): {reason_of(job.folder)}')
+    finally:
+        bar.close()
+        end_all(running)
+    return failed
 
 
-def reason(folder):
-    """The last line of a run's log that says something."""
-    with open(os.path.join(folder, 'log.txt'), encoding='utf-8', errors='replace') as f:
-        lines = [line.strip() for line in f.read().replace('\r', '\n').split('\n') if line.strip()]
-    return next((line for line in lines[::-1] if 'error' in line.lower()), lines[-1] if lines else 'it printed nothing')
-
-
-def write_slurm(runs, arguments):
-    """Array scripts in `out`: one for the runs that wait for none, one for their children."""
-    os.makedirs(out, exist_ok=True)
-    before = ''
-    for name, part in (('first', [j for j in runs if j.after is None]), ('then', [j for j in runs if j.after is not None])):
+def write_slurm(queue, launch):
+    """Writes array scripts: one for the jobs that wait for no other, and one for their children."""
+    os.makedirs(launch.out, exist_ok=True)
+    parents = [job for job in queue if job.after is None]
+    children = [job for job in queue if job.after is not None]
+    # Two arrays, because sbatch makes one array wait for all of another.
+    for name, part in (('first', parents), ('then', children)):
         if not part:
             continue
-        commands, script = os.path.join(out, f'{name}.txt'), os.path.join(out, f'{name}.sh')
+        # Task i of the array runs line i + 1 of the list of commands.
+        commands = os.path.join(launch.out, f'{name}.txt')
+        script = os.path.join(launch.out, f'{name}.sh')
         with open(commands, 'w', encoding='utf-8') as f:
-            f.writelines(shlex.join(['python', *job.command(arguments)[1:]]) + '\n' for job in part)
+            for job in part:
+                command = ['python', *job.command(launch.arguments)[1:]]
+                f.write(shlex.join(command) + '\n')
         with open(script, 'w', encoding='utf-8') as f:
-            f.write(f'#!/bin/bash\n#SBATCH --array=0-{len(part) - 1}%{jobs}\n#SBATCH --gpus=1\n#SBATCH --requeue\n'
-                    f'cd {shlex.quote(ROOT)} || exit 1\neval "$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" {shlex.quote(os.path.abspath(commands))})"\n')
-        print(f'written: {script}, {len(part)} runs: {before}sbatch {script}' + (' --dependency=afterok:<that job>' if before else ''))
-        before = 'after the first, '
+            f.write(
+                f'#!/bin/bash\n#SBATCH --array=0-{len(part) - 1}%{launch.parallel}\n'
+                f'#SBATCH --gpus=1\n#SBATCH --requeue\ncd {shlex.quote(PROJECT)} || exit 1\n'
+                'eval "$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" '
+                f'{shlex.quote(os.path.abspath(commands))})"\n')
+        after = ' --dependency=afterok:<id of the first job>' if name == 'then' else ''
+        print(f'written: {script}, {len(part)} runs: sbatch{after} {script}')
 
 
-# -- architectures and grids -------------------------------------------------------------------------------------------
+def run_all(queue, launch, what):
+    """Trains all jobs that are not finished, or writes SLURM scripts for all.
 
-def arch_shapes():
-    """The grid of heads, head_widths, ffn_ratios and extra_layers; as they are by default, that of the published sweep."""
-    return [dict(n_head=h, n_kv_head=h, n_layer=h + more, n_embd=h * width, ffn_dim=int(h * width * ratio), head_dim=None)
-            for h in heads for more in extra_layers for width in head_widths for ratio in ffn_ratios]
-
-
-def combinations(lists):
-    """All combinations of {name: list} as dicts; BadInput for what is no list."""
-    for name, values in lists.items():
-        if not isinstance(values, (list, tuple)) or not values:
-            raise BadInput(f"--grid.{name}={values!r} must be a list of values, such as --grid.{name}='[1, 2]'.")
-    return [dict(zip(lists, values)) for values in itertools.product(*lists.values())]
-
-
-def grid_sweep(config, arguments, arch):
-    """Runs of every combination with every seed. arch: shapes whose parameters are within the budget."""
-    unknown = [name for name in grid if name not in config]
-    if unknown:
-        raise BadInput(f"--grid.{unknown[0]}: train.py has no knob '{unknown[0]}'.{did_you_mean(unknown[0], config)}")
-    if not arch and not grid:
-        raise BadInput("give a list, such as --grid.learning_rate='[1e-3, 2e-3]'.")
-    in_model = [f.name for f in fields(ModelConfig)]
-    shapes = arch_shapes() if arch and not set(grid) & set(SHAPE) else [{}]
-    limits, jobs_to_run, rows, impossible, outside = [parse_band(name) for name in bands], [], [], [], 0
-    for shape, values in itertools.product(shapes, combinations(grid)):
-        knobs = {**shape, **values}
-        if arch and 'n_head' in knobs and 'n_kv_head' not in knobs:
-            knobs['n_kv_head'] = knobs['n_head']
-        full = {**config, **knobs}
-        name = '_'.join([*([str(full[k]) for k in SHAPE] if arch else ()), *(f'{k}={v}' for k, v in values.items() if not arch or k not in SHAPE)])
-        if arch:
-            try:
-                n = count_parameters(ModelConfig(**{k: full[k] for k in in_model}))['total']
-            except BadInput as error:
-                impossible.append(f'{name}: {error}')
-                continue
-            if not n_params[0] <= n <= n_params[1] or limits and not any(low <= n <= high for low, high in limits):
-                outside += 1
-                continue
-            rows.append((*(full[k] for k in SHAPE), n))
-        jobs_to_run += [Job(os.path.join(out, name.replace('/', '_') + f'_seed{seed}'), {**knobs, 'seed': seed}) for seed in seeds]
-    if impossible:
-        print(f'{len(impossible)} combinations are not possible, the first is {impossible[0]}')
-    if arch:
-        rows = list(dict.fromkeys(rows))
-        print(f'{len(rows)} models' + (f' of {min(r[-1] for r in rows):,} to {max(r[-1] for r in rows):,} parameters' if rows else '') + f'; {outside} are outside of the budget')
-        os.makedirs(out, exist_ok=True)
-        with open(os.path.join(out, 'ablation_params.tsv'), 'w', encoding='utf-8') as f:
-            f.writelines('\t'.join(map(str, row)) + '\n' for row in rows)
-        print(f'written: {os.path.join(out, "ablation_params.tsv")} ({", ".join(SHAPE)}, parameters)')
-    if not jobs_to_run:
-        raise BadInput('nothing is left to run. Widen n_params or bands, or give other lists.')
-    if dry_run:
-        print(f'{len(jobs_to_run)} runs')
-        return
-    sources_of(config)
-    run_all(jobs_to_run, arguments, 'runs')
-    print(f'python tools/sweep.py collect {out}')
-
-
-def config_sweep(folder, arguments):
-    """Runs of every config file in a folder with every seed, in the order of their names."""
-    files = sorted(glob.glob(os.path.join(glob.escape(folder), '[!_]*.py'))) if os.path.isdir(folder) else []
-    if not files:
-        raise BadInput(f"'{folder}' has no config file in it. Say `tools/sweep.py configs FOLDER`, a folder of files that train.py takes.")
-    jobs_to_run = [Job(os.path.join(out, f'{os.path.basename(file)[:-3]}_seed{seed}'), dict(seed=seed), file=os.path.abspath(file)) for seed in seeds for file in files]
-    for job in jobs_to_run[:len(files)]:
-        sources_of(train_config(job.command(arguments)[2:]))
-    run_all(jobs_to_run, arguments, 'runs')
-    print(f'python tools/report.py {out}')
-
-
-# -- sweeps of mixtures ------------------------------------------------------------------------------------------------
-
-def as_sources(names, p):
-    return {name: round(float(x), 6) for name, x in zip(names, p)}
-
-
-def designed(names, seed=0):
-    """The sweep's mixtures: list of dicts source -> share."""
-    if design not in ('dirichlet', 'grid'):
-        raise BadInput(f"design = '{design}' must be dirichlet or grid.")
-    points = dirichlet_mixtures(n, len(names), seed) if design == 'dirichlet' else grid_mixtures(n, len(names))
-    return [as_sources(names, p) for p in points]
-
-
-def static_jobs(folder, names, seeds):
-    """Every mixture with every seed. Every seed has mixtures of its own under design='dirichlet', as the published sweeps do, but the first
-    three are the first seed's: where mixtures are repeated, seed noise is known.
+    queue   list of Job. A job starts when the one it waits for has finished
+    what    label of the progress bar
+    A run that fails does not stop the others. Raises RunFault at the end if some have failed, and
+    when the sweep is interrupted.
     """
-    shared = designed(names, seeds[0])
-    return [Job(os.path.join(folder, f'mix{i:02d}_seed{seed}'), dict(mixture='fixed', sources=p, seed=seed)) for seed in seeds
-            for i, p in enumerate(shared[:3] + designed(names, seed)[3:] if design == 'dirichlet' else shared)]
-
-
-def child_jobs(folder, parents, names, config):
-    """Every parent continued by every mixture."""
-    return [Job(os.path.join(folder, f'{os.path.basename(parent.folder)}_to{i:02d}'), dict(
-        mixture='fixed', sources=p, seed=parent.knobs['seed'], continue_from=parent.folder, stop_step=break_step + child_steps,
-        save_interval=config['max_steps']), parent) for parent in parents for i, p in enumerate(designed(names, seeds[0]))]
-
-
-def mixture_sweep(config, arguments):
-    names = sources_of(config)
-    if slurm and method in ('skillit', 'doremi'):
-        raise BadInput(f"--slurm=True cannot make what {method} starts from (its own runs, one after the other). Submit this command itself as a job.")
-    if m is not None and m != len(names):
-        raise BadInput(f'm = {m}, and the config has {len(names)} sources with a weight: {", ".join(names)}.')
-    if len(names) < 2:
-        raise BadInput('a sweep of mixtures needs two sources or more with a weight.')
-    if break_step is None:
-        if method:
-            raise BadInput(f"--method={method} goes with --break_step: runs of the method are stopped there, and continued by fixed mixtures.")
-        run_all(static_jobs(out, names, seeds), arguments, 'runs')
-        print(f'python tools/mixing_laws.py fit-static {out}')
+    for job in queue:
+        check_same_run(job, launch.arguments)
+    if launch.slurm:
+        write_slurm(queue, launch)
         return
-    last = count_steps(config, None)
-    if not 0 < break_step <= last - child_steps:
-        raise BadInput(f'break_step = {break_step} and {child_steps} steps of a child go beyond the {last} steps of a run (max_steps), or there is nothing before.')
-    parents_folder, children_folder = os.path.join(out, 'parents'), os.path.join(out, 'children')
-    if method:
-        folders = {seed: os.path.join(out, 'phases', f'seed{seed}') for seed in seeds}
-        before = {seed: jobs_before(method, folders[seed], names, seed) for seed in seeds}
-        if any(before.values()):
-            run_all([job for seed in seeds for job in before[seed]], arguments, 'runs that the method starts from')
-        parents = [Job(os.path.join(parents_folder, f'{method}_seed{seed}'), dict(
-            mixture=method, seed=seed, stop_step=break_step, **needs_of(method, folders[seed], names, before[seed]))) for seed in seeds]
-    else:
-        parents = [Job(os.path.join(parents_folder, f'mix{i:02d}_seed{seed}'), dict(mixture='fixed', sources=p, seed=seed, stop_step=break_step))
-                   for seed in seeds for i, p in enumerate(designed(names, seeds[0]))]
-    run_all(parents + child_jobs(children_folder, parents, names, config), arguments, 'parents and children')
-    print(f'python tools/mixing_laws.py {"a-star" if method else "fit-dynamic"} {children_folder}')
+    # Schedulers end a job with SIGTERM. It has to end the runs as Ctrl-C does.
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        failed = train_all(queue, launch, what)
+    except KeyboardInterrupt:
+        raise RunFault('stopped and saved. The same command continues the runs.') from None
+    if failed:
+        names = ', '.join(failed[:5]) + (' ...' if len(failed) > 5 else '')
+        raise RunFault(
+            f'{len(failed)} of {len(queue)} runs failed: {names}. See log.txt in their folders. '
+            'The same command tries them again.')
 
 
-def sources_of(config):
-    """Names of the sources with a weight; prepares what is not there, before runs at the same time would."""
+def make_job(out, name, seed, knobs, files=()):
+    folder = os.path.join(out, f'{name}_seed{seed}')
+    return Job(folder, {**knobs, 'seed': seed}, files=files)
+
+
+def prepare_sources(config):
+    """Makes missing sources, before several runs would make them at once.
+
+    Returns the names of the sources that have a weight.
+    Raises BadInput if the runs would not all have the same number of steps.
+    """
     if config['epochs'] is not None or count_steps(config, None) is None:
-        raise BadInput('a sweep needs max_steps or max_tokens, and no epochs: its runs have to be equally long.')
+        raise BadInput('runs of equal length need max_steps or max_tokens, and no epochs.')
     if config['prepare'] is not None:
         prepare_missing(config['prepare'], config['data_dir'], config['sources'])
     return [name for name, weight in config['sources'].items() if weight > 0]
 
 
-# -- methods of several runs -------------------------------------------------------------------------------------------
+# -- architectures and grids -----------------------------------------------------------------------
+
+
+def arch_shapes(heads, extra_layers, head_widths, ffn_ratios):
+    """All combinations as knobs of the model. The defaults are those of the published sweep."""
+    shapes = []
+    for h, more, width, ratio in itertools.product(heads, extra_layers, head_widths, ffn_ratios):
+        shapes.append(dict(
+            n_head=h, n_kv_head=h, n_layer=h + more, n_embd=h * width,
+            ffn_dim=int(h * width * ratio), head_dim=None))
+    return shapes
+
+
+def combinations(grid, config):
+    """All combinations of {name: list} as dicts. Raises BadInput for what train.py cannot take."""
+    for name, values in grid.items():
+        if name not in config:
+            hint = did_you_mean(name, config)
+            raise BadInput(f"--grid.{name}: train.py has no knob '{name}'.{hint}")
+        if not isinstance(values, (list, tuple)) or not values:
+            raise BadInput(f"--grid.{name}={values!r} must be a list, such as '[1, 2]'.")
+    return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+
+
+def name_of(values):
+    return '_'.join(f'{key}={value}' for key, value in values.items()).replace('/', '_')
+
+
+def grid_jobs(config, out, grid, seeds):
+    if not grid:
+        raise BadInput("give a list, such as --grid.learning_rate='[1e-3, 2e-3]'.")
+    queue = []
+    for knobs in combinations(grid, config):
+        queue += [make_job(out, name_of(knobs), seed, knobs) for seed in seeds]
+    return queue
+
+
+def arch_jobs(config, out, grid, shapes, limits, seeds):
+    """Jobs of all shapes whose parameters are within one of the limits.
+
+    grid    further knobs, all combinations. If it has a knob of the shape, it replaces `shapes`
+    shapes  list of dicts (`arch_shapes`)
+    limits  list of (low, high) parameters
+    Writes ablation_params.tsv to the folder `out`: the values of SHAPE and the parameters.
+    """
+    # Lists for n_layer or n_embd would contradict the shapes made from heads and ratios.
+    if set(grid) & set(SHAPE):
+        shapes = [{}]
+    queue = []
+    rows = {}               # line of the file -> parameters. A dict, because shapes may repeat
+    impossible = []
+    n_outside = 0
+    for shape, values in itertools.product(shapes, combinations(grid, config)):
+        knobs = {**shape, **values}
+        if 'n_head' in knobs:
+            knobs.setdefault('n_kv_head', knobs['n_head'])
+        full = {**config, **knobs}
+        dimensions = [str(full[key]) for key in SHAPE]
+        others = name_of({k: v for k, v in values.items() if k not in SHAPE})
+        name = '_'.join([*dimensions, others] if others else dimensions)
+        # Parameters are counted from the config, no model is built. ModelConfig refuses shapes such
+        # as a width that is not a multiple of the heads.
+        try:
+            n_params = count_parameters(pick(ModelConfig, full))['total']
+        except BadInput as error:
+            impossible.append(f'{name}: {error}')
+            continue
+        if not any(low <= n_params <= high for low, high in limits):
+            n_outside += 1
+            continue
+        rows['\t'.join([*dimensions, str(n_params)])] = n_params
+        queue += [make_job(out, name, seed, knobs) for seed in seeds]
+    if impossible:
+        print(f'{len(impossible)} combinations are not possible, the first is {impossible[0]}')
+    sizes = f' of {min(rows.values()):,} to {max(rows.values()):,} parameters' if rows else ''
+    print(f'{len(rows)} models{sizes}; {n_outside} are outside the limits')
+    os.makedirs(out, exist_ok=True)
+    path = os.path.join(out, 'ablation_params.tsv')
+    with open(path, 'w', encoding='utf-8') as f:
+        f.writelines(row + '\n' for row in rows)
+    print(f'written: {path} ({", ".join(SHAPE)}, parameters)')
+    if not queue:
+        raise BadInput('nothing is left to run. Widen n_params or bands, or give other lists.')
+    return queue
+
+
+def config_jobs(folder, launch, seeds):
+    """A Job for every config file in a folder with every seed, in the order of their names."""
+    pattern = os.path.join(glob.escape(folder), '[!_]*.py')
+    files = sorted(glob.glob(pattern)) if folder else []
+    if not files:
+        raise BadInput(f"'{folder}' has no config file in it. Name a folder of config files.")
+    queue = []
+    for seed, file in itertools.product(seeds, files):
+        name = os.path.basename(file).removesuffix('.py')
+        queue.append(make_job(launch.out, name, seed, {}, (os.path.abspath(file),)))
+    # Every file may name other sources. Seeds do not change them, so one job per file is enough.
+    for job in queue[:len(files)]:
+        prepare_sources(train_config(job.command(launch.arguments)[2:]))
+    return queue
+
+
+# -- sweeps of mixtures ----------------------------------------------------------------------------
+
+
+def dirichlet_mixtures(n, m, seed=0):
+    """n mixtures of m sources that fill the simplex: (n, m) float64, rows sum to 1.
+
+    Draws 16 * n points from Dirichlet(1.5) and merges the closest two into their midpoint until n
+    are left.
+    """
+    p = np.random.default_rng(seed).dirichlet(np.full(m, 1.5), 16 * n)
+    distance = ((p[:, None] - p[None]) ** 2).sum(2)
+    np.fill_diagonal(distance, np.inf)
+    while len(p) > n:
+        i, j = np.unravel_index(distance.argmin(), distance.shape)
+        p[i] = (p[i] + p[j]) / 2
+        p = np.delete(p, j, 0)
+        distance = np.delete(np.delete(distance, j, 0), j, 1)
+        # Only the distances of the merged point are new.
+        i -= i > j
+        distance[i] = ((p - p[i]) ** 2).sum(1)
+        distance[:, i] = distance[i]
+        distance[i, i] = np.inf
+    return p
+
+
+def grid_mixtures(n, m):
+    """The coarsest grid of shares 1/k, 2/k, ... (none 0) with at least n mixtures of m sources.
+
+    Two sources and n = 9 give 0.1, 0.2, ... 0.9. Returns (at least n, m) float64, rows sum to 1.
+    """
+    k = m
+    while math.comb(k - 1, m - 1) < n:
+        k += 1
+    # A bar of length k that is cut at m - 1 of its k - 1 inner places has m parts of at least 1.
+    cuts = itertools.combinations(range(1, k), m - 1)
+    return np.array([np.diff([0, *places, k]) for places in cuts]) / k
+
+
+def as_sources(names, p):
+    return {name: round(float(share), 6) for name, share in zip(names, p, strict=True)}
+
+
+@dataclass
+class Design:
+    """The mixtures of a sweep."""
+    kind: str               # dirichlet (space-filling) | grid (equally spaced, without 0)
+    n: int                  # mixtures
+    seeds: list             # of the runs
+
+    def mixtures(self, names, seed):
+        """list of dicts source -> share"""
+        if self.kind == 'dirichlet':
+            points = dirichlet_mixtures(self.n, len(names), seed)
+        else:
+            points = grid_mixtures(self.n, len(names))
+        return [as_sources(names, p) for p in points]
+
+
+def static_jobs(folder, names, design):
+    """Every mixture with every seed.
+
+    As in the published sweeps, every seed has its own mixtures under kind='dirichlet'. Only the
+    first three are the same for all seeds, because repeated mixtures tell the noise of the seeds.
+    """
+    shared = design.mixtures(names, design.seeds[0])
+    queue = []
+    for seed in design.seeds:
+        mixtures = shared
+        if design.kind == 'dirichlet':
+            mixtures = shared[:3] + design.mixtures(names, seed)[3:]
+        for i, p in enumerate(mixtures):
+            queue.append(make_job(folder, f'mix{i:02d}', seed, dict(mixture='fixed', sources=p)))
+    return queue
+
 
 def jobs_before(method, folder, names, seed):
-    """The runs that have to be there before a run of the method."""
+    """Jobs that have to be finished before a run of the method."""
+    if method == 'doremi':
+        return [Job(os.path.join(folder, 'reference'), dict(mixture='stratified', seed=seed))]
+    queue = []
     if method == 'skillit':
-        return [Job(os.path.join(folder, f'only_{name}'), dict(mixture='fixed', sources=as_sources(names, [float(o == name) for o in names]), seed=seed))
-                for name in names]
-    return [Job(os.path.join(folder, 'reference'), dict(mixture='stratified', seed=seed))] if method == 'doremi' else []
+        for name in names:
+            only = as_sources(names, [float(other == name) for other in names])
+            knobs = dict(mixture='fixed', sources=only, seed=seed)
+            queue.append(Job(os.path.join(folder, f'only_{name}'), knobs))
+    return queue
 
 
-def needs_of(method, folder, names, before):
-    """What a run of the method has to have (Skill-It's graph, DoReMi's reference), of `jobs_before`: the knobs that say where it is."""
-    if method == 'skillit':
-        graph = []
-        for job in before:
-            first, last = read_run(job.folder, at=0), read_run(job.folder)
-            graph.append(((first.loss - last.loss) / first.loss).tolist())
-        path = os.path.join(folder, 'graph.json')
-        with open(path, 'w', encoding='utf-8') as f:
-            json.dump(dict(groups=names, graph=graph), f, indent=1)
-        return dict(skillit_graph=path)
-    return dict(doremi_reference=before[0].folder) if method == 'doremi' else {}
+def knobs_from(method, folder, names, before):
+    """The knobs that tell a run of the method where the results of `jobs_before` are."""
+    if method == 'doremi':
+        return dict(doremi_reference=before[0].folder)
+    if method != 'skillit':
+        return {}
+    # An edge is the share of a source's loss that training on one source alone takes away.
+    graph = []
+    for job in before:
+        run = read_run(job.folder)
+        first, _ = losses_at(run, 0)
+        last, _ = losses_at(run, None)
+        graph.append([(first[name] - last[name]) / first[name] for name in names])
+    path = os.path.join(folder, 'graph.json')
+    with open(path, 'w', encoding='utf-8') as f:
+        json.dump(dict(groups=names, graph=graph), f, indent=1)
+    return dict(skillit_graph=path)
 
 
-def method_phases(config, arguments):
+def method_parents(launch, names, method, break_step, seeds):
+    """One Job of the method per seed that stops at break_step. Trains what the method needs."""
+    folders = [os.path.join(launch.out, 'phases', f'seed{seed}') for seed in seeds]
+    before = []             # per seed a list of jobs
+    for seed, folder in zip(seeds, folders, strict=True):
+        before.append(jobs_before(method, folder, names, seed))
+    if any(before):
+        run_all(list(itertools.chain(*before)), launch, 'runs that the method starts from')
+    parents = []
+    for seed, folder, needed in zip(seeds, folders, before, strict=True):
+        knobs = dict(mixture=method, stop_step=break_step)
+        knobs |= knobs_from(method, folder, names, needed)
+        parents.append(make_job(os.path.join(launch.out, 'parents'), method, seed, knobs))
+    return parents
+
+
+def continued_jobs(config, launch, names, design, method, break_step, child_steps):
+    """Parents that stop at break_step, and children that continue each of them on every mixture.
+
+    method  the parents are runs of this method. '': they are runs on the design's mixtures
+    """
+    n_steps = count_steps(config, None)
+    if not 0 < break_step <= n_steps - child_steps:
+        raise BadInput(
+            f'break_step = {break_step} and {child_steps} steps of a child go beyond the {n_steps} '
+            'steps of a run (max_steps), or break_step is below 1.')
+    if launch.slurm and method in ('skillit', 'doremi'):
+        raise BadInput(
+            f'--slurm=True cannot make the runs that {method} starts from, which have to be '
+            'finished first. Submit this command itself as a job.')
+    mixtures = list(enumerate(design.mixtures(names, design.seeds[0])))
+    parents = []
+    if method:
+        parents = method_parents(launch, names, method, break_step, design.seeds)
+    else:
+        for seed, (i, p) in itertools.product(design.seeds, mixtures):
+            knobs = dict(mixture='fixed', sources=p, stop_step=break_step)
+            folder = os.path.join(launch.out, 'parents')
+            parents.append(make_job(folder, f'mix{i:02d}', seed, knobs))
+    children = []
+    for parent, (i, p) in itertools.product(parents, mixtures):
+        name = f'{os.path.basename(parent.folder)}_to{i:02d}'
+        # Nothing continues a child, so it saves only at its end.
+        knobs = dict(
+            mixture='fixed', sources=p, seed=parent.knobs['seed'], continue_from=parent.folder,
+            stop_step=break_step + child_steps, save_interval=config['max_steps'])
+        children.append(Job(os.path.join(launch.out, 'children', name), knobs, parent))
+    return parents + children
+
+
+# -- methods of several runs -----------------------------------------------------------------------
+
+
+def learn_mixture(launch, names, design, method, target, seed):
+    """Runs all phases of a method. Returns the knobs of train.py that they end with."""
     if method not in PHASED:
-        raise BadInput(f"method = '{method}' must be one of {', '.join(PHASED)}." + (f' `train.py --mixture={method}` needs no other run.'
-                       if method in ('fixed', 'stratified', 'influence', 'aioli') else ''))
-    if slurm:
-        raise BadInput('--slurm=True is of `tools/sweep.py mixture`: phases wait for each other. Submit this command itself as a job.')
-    names, seed = sources_of(config), config['seed']
-    before = jobs_before(method, out, names, seed)
+        hint = ''
+        if method in ('fixed', 'stratified', 'influence', 'aioli'):
+            hint = f' `train.py --mixture={method}` needs no other run.'
+        raise BadInput(f"method = '{method}' must be one of {', '.join(PHASED)}.{hint}")
+    if launch.slurm:
+        raise BadInput(
+            '--slurm=True is not for methods: phases wait for each other. Submit this command '
+            'itself as a job.')
+    before = jobs_before(method, launch.out, names, seed)
     if before:
-        run_all(before, arguments, 'runs that the method starts from')
-    knobs = needs_of(method, out, names, before)
-    weights = None
+        run_all(before, launch, 'runs that the method starts from')
+    knobs = knobs_from(method, launch.out, names, before)
+    if method == 'skillit':
+        return dict(mixture='skillit', **knobs)
     if method in ('doge', 'doremi'):
-        proxy = Job(os.path.join(out, 'proxy'), dict(mixture=method, seed=seed, **knobs))
-        run_all([proxy], arguments, 'the proxy')
-        last = [r for r in read_metrics(proxy.folder) if f'mixture/average_{names[0]}' in r][-1]
-        weights = {name: last[f'mixture/average_{name}'] for name in names}
-    elif method in ('dml', 'regmix'):
-        from tools import mixing_laws
-        folder = os.path.join(out, 'runs')
-        run_all(static_jobs(folder, names, seeds), arguments, 'runs')
-        table = read_table(folder)
-        found = (mixing_laws.fit_static_runs(table, None)['optimum'] if method == 'dml' else mixing_laws.regmix_runs(table, target))['p']
-        weights = as_sources(table.groups, found)
+        proxy = Job(os.path.join(launch.out, 'proxy'), dict(mixture=method, seed=seed, **knobs))
+        run_all([proxy], launch, 'the proxy')
+        # Both papers take the average of the proxy's weights over all steps, not the last ones.
+        averages = [r for r in read_metrics(proxy.folder) if f'mixture/average_{names[0]}' in r]
+        shares = [averages[-1][f'mixture/average_{name}'] for name in names]
+        return dict(mixture='fixed', sources=as_sources(names, shares))
+    # The other two methods fit a law to the losses of runs on many mixtures.
+    from tools import mixing_laws
+    folder = os.path.join(launch.out, 'runs')
+    run_all(static_jobs(folder, names, design), launch, 'runs')
+    table = read_table(folder)
+    if method == 'dml':
+        shares = mixing_laws.fit_static_runs(table, None)['optimum']['p']
+    else:
+        shares = mixing_laws.regmix_runs(table, target)['p']
+    return dict(mixture='fixed', sources=as_sources(table.groups, shares))
+
+
+def write_mixture(config, out, method, knobs):
+    """Writes mixture.py, a config file for train.py, and cost.json to the folder `out`."""
     path = os.path.join(out, 'mixture.py')
     with open(path, 'w', encoding='utf-8') as f:
-        f.write(f'# The mixture of {method}, learned by: python tools/sweep.py method {shlex.join(sys.argv[2:])}\n'
-                + (f"mixture = 'skillit'\nskillit_graph = {knobs['skillit_graph']!r}\n" if method == 'skillit' else
-                   f"mixture = 'fixed'\nsources = { {name: round(w, 6) for name, w in weights.items()} }\n"))
+        f.write(
+            f'# The mixture of {method}, learned by: python tools/sweep.py method '
+            f'{shlex.join(sys.argv[2:])}\n')
+        f.writelines(f'{name} = {value!r}\n' for name, value in knobs.items())
+    # Every run of the phases is in a folder below `out`, or below `out`/runs.
+    spent = 0.0
+    for depth in ('*', 'runs/*'):
+        for metrics in glob.glob(os.path.join(glob.escape(out), depth, 'metrics.jsonl')):
+            run = read_run(os.path.dirname(metrics))
+            # A run that continues another one begins at the step where that one ended.
+            steps = run.step - run.records[0]['step']
+            tokens = steps * config['total_batch_tokens']
+            spent += sum(flops_of(run.config, tokens, run.records))
     final = count_steps(config, None) * config['total_batch_tokens'] * token_flops(config)
-    done = [read_run(os.path.dirname(path)) for depth in ('*', 'runs/*') for path in glob.glob(os.path.join(glob.escape(out), depth, 'metrics.jsonl'))]
-    spent = sum(sum(flops_of(run.config, run.tokens, run.records)) for run in done)
     with open(os.path.join(out, 'cost.json'), 'w', encoding='utf-8') as f:
         json.dump(dict(method=method, flops=spent, share_of_this_run=spent / final), f, indent=1)
-    print(f'{method}: ' + (', '.join(f'{name} {w:.4f}' for name, w in weights.items()) if weights else f'graph {knobs["skillit_graph"]}'))
-    print(f'cost of its phases: {spent:.3g} FLOPs, {spent / final:.2f} times a run of this config\ntrain.py ... {path}')
+    print(f'{method}: {knobs}')
+    print(f'cost of its phases: {spent:.3g} FLOPs, {spent / final:.2f} times a run of this config')
+    print(f'train.py ... {path}')
 
 
-# -- the command line --------------------------------------------------------------------------------------------------
+# -- the command line ------------------------------------------------------------------------------
 
 if __name__ == '__main__':
-    command = sys.argv[1] if len(sys.argv) > 1 else '--help'
-    with open(__file__, encoding='utf-8') as _f:
-        own = parse_knobs(_f.read(), __file__)
+    command = sys.argv[1] if len(sys.argv) > 1 else ''
+    rest = sys.argv[2:]
+    folder = rest.pop(0) if command in ('configs', 'collect') and rest else ''
+    # `--dirichlet` and `--grid` without a value are short for --design=...
+    rest = [f'--design={a[2:]}' if a in ('--dirichlet', '--grid') else a for a in rest]
+    mine, theirs = split_arguments(globals(), rest)
     if command == 'collect':
-        configure(globals(), sys.argv[3:], verbose=False)
-        folder = sys.argv[2] if len(sys.argv) > 2 else ''
-        collect(folder, out if out != 'out/sweep' else folder if os.path.isdir(folder) else os.path.dirname(folder) or '.', bands, unit, at, loss, least)
-        sys.exit()
-    first = 3 if command == 'configs' else 2
-    given = [f'--design={a[2:]}' if a in ('--grid', '--dirichlet') else a for a in sys.argv[first:]]
-    mine = [a for a in given if a.startswith('--') and a[2:].partition('=')[0].partition('.')[0] in own]
-    theirs = [a for a in given if a not in mine]
-    configure(globals(), mine if command in ('arch', 'grid', 'configs', 'mixture', 'method') else ['--help'], verbose=False)
-    for a in theirs:
-        if a.startswith(('--out_dir=', '--resume=')):
-            raise BadInput(f'{a}: tools/sweep.py sets that for every run. --out=folder says where they all go.')
-    if command == 'configs':
-        config_sweep(sys.argv[2] if len(sys.argv) > 2 else '', theirs)
-        sys.exit()
-    train_knobs = train_config(theirs)
-    if command in ('arch', 'grid'):
-        grid_sweep(train_knobs, theirs, command == 'arch')
+        mine = rest
+    elif command not in ('arch', 'grid', 'configs', 'mixture', 'method'):
+        mine = ['--help']
+    configure(globals(), mine, verbose=False)
+    for argument in theirs:
+        if argument.startswith(('--out_dir=', '--resume=')):
+            raise BadInput(f'{argument}: tools/sweep.py sets that for every run below --out.')
+    launch = Launch(out, theirs, jobs, threads, slurm)
+    mixtures = Design(design, n, seeds)
+    queue = []
+    next_command = ''
+    if command == 'collect':
+        if out == 'out/sweep':
+            out = folder if os.path.isdir(folder) else os.path.dirname(folder) or '.'
+        collect(folder, out, bands, unit, at, loss, least)
+    elif command == 'configs':
+        queue = config_jobs(folder, launch, seeds)
+        next_command = f'report.py {out}'
     else:
-        (mixture_sweep if command == 'mixture' else method_phases)(train_knobs, theirs)
+        config = train_config(theirs)
+    if command in ('arch', 'grid'):
+        next_command = f'sweep.py collect {out}'
+        if command == 'grid':
+            queue = grid_jobs(config, out, grid, seeds)
+        else:
+            limits = [parse_band(name) for name in bands] or [n_params]
+            limits = [(max(low, n_params[0]), min(high, n_params[1])) for low, high in limits]
+            shapes = arch_shapes(heads, extra_layers, head_widths, ffn_ratios)
+            queue = arch_jobs(config, out, grid, shapes, limits, seeds)
+        if not dry_run:
+            prepare_sources(config)
+    elif command == 'method':
+        names = prepare_sources(config)
+        knobs = learn_mixture(launch, names, mixtures, method, target, config['seed'])
+        write_mixture(config, out, method, knobs)
+    elif command == 'mixture':
+        names = prepare_sources(config)
+        if m not in (None, len(names)):
+            raise BadInput(f'm = {m}, and the config has {len(names)} sources with a weight.')
+        if len(names) < 2:
+            raise BadInput('a sweep of mixtures needs two sources or more with a weight.')
+        if method and break_step is None:
+            raise BadInput(f'--method={method} needs --break_step, where its runs are continued.')
+        if break_step is None:
+            queue = static_jobs(out, names, mixtures)
+            next_command = f'mixing_laws.py fit-static {out}'
+        else:
+            queue = continued_jobs(
+                config, launch, names, mixtures, method, break_step, child_steps)
+            law = 'a-star' if method else 'fit-dynamic'
+            next_command = f'mixing_laws.py {law} {out}/children'
+    if dry_run:
+        print(f'{len(queue)} runs')
+    elif queue:
+        run_all(queue, launch, 'runs')
+        print(f'python tools/{next_command}')
