@@ -1,6 +1,7 @@
-# Stage 1, pre-training phase 1 of MobileLLM-R1: 2T tokens, 500k steps of 128 GPUs x 16 rows x 2048 tokens; 4 to 5 days there.
-# Expected loss at the end: 2.8 (140M), 2.6 (360M), 2.4 (950M), as published; not measured here.
-# torchrun --nnodes=16 --nproc_per_node=8 ... train.py config/model/mobilellm_140m.py config/stage1.py
+# Stage 1, pre-training phase 1 of MobileLLM-R1: 2T tokens, 500k steps of 128 GPUs x 16 rows x 2048
+# tokens. Published: 4 to 5 days, final loss 2.8 (140M), 2.6 (360M), 2.4 (950M). Not measured here.
+# torchrun --nnodes=16 --nproc_per_node=8 ... train.py \
+#     config/model/mobilellm_140m.py config/stage1.py
 out_dir = 'out/stage1'
 sources = {                     # share of tokens
     'starcoder': 0.1066,

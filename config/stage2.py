@@ -1,6 +1,8 @@
-# Stage 2, pre-training phase 2 of MobileLLM-R1: goes on from stage 1 for 2T tokens, the mixture re-weighted by influence.
-# The probe sets are made by prepare/probe.py; with --mixture=fixed it trains on these shares.
-# torchrun --nnodes=16 --nproc_per_node=8 ... train.py config/model/mobilellm_140m.py config/stage2.py
+# Stage 2, pre-training phase 2 of MobileLLM-R1: continues stage 1 for 2T tokens, and influence
+# re-weights the mixture. prepare/probe.py makes the probe sets. With --mixture=fixed it keeps these
+# shares. Not measured here.
+# torchrun --nnodes=16 --nproc_per_node=8 ... train.py \
+#     config/model/mobilellm_140m.py config/stage2.py
 out_dir = 'out/stage2'
 init_from = 'out/stage1'
 sources = {                     # share of tokens
@@ -22,7 +24,7 @@ sources = {                     # share of tokens
 mixture = 'influence'
 mixture_interval = 2000
 probe = {'code': 1.0, 'math': 1.0, 'web': 1.0}
-probe_rows = 512                # 128 ranks need 256 at least
+probe_rows = 512                # at least 256 for 128 ranks
 influence_rows = 512
 block_size = 2048
 batch_size = 16

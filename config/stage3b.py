@@ -1,5 +1,7 @@
-# Stage 3, mid-training phase 2 of MobileLLM-R1: as stage3.py, from its result, on more mathematics and code; another 100B tokens.
-# torchrun --nnodes=16 --nproc_per_node=8 ... train.py config/model/mobilellm_140m.py config/stage3b.py
+# Stage 3, mid-training phase 2 of MobileLLM-R1: like stage3.py, starting from its result, with more
+# mathematics and code, for another 100B tokens.
+# torchrun --nnodes=16 --nproc_per_node=8 ... train.py \
+#     config/model/mobilellm_140m.py config/stage3b.py
 out_dir = 'out/stage3b'
 init_from = 'out/stage3'
 teacher = 'meta-llama/Llama-3.1-8B-Instruct'

@@ -1,6 +1,8 @@
-# Stage 4, general SFT of MobileLLM-R1 on Tulu 3: 866K conversations, 2 epochs, 128 GPUs x 4 rows x 4096 tokens; 2 hours there.
-# Loss on the assistant's words only, whole conversations packed into rows. No expected loss: not run here at this size.
-# torchrun --nnodes=16 --nproc_per_node=8 ... train.py config/model/mobilellm_140m.py config/stage4.py
+# Stage 4, general SFT of MobileLLM-R1 on Tulu 3: 866K conversations, 2 epochs, 128 GPUs x 4 rows x
+# 4096 tokens. Published: 2 hours. Full conversations are packed into rows, and only the assistant's
+# tokens are supervised. Not run here at this size, so there is no loss to expect.
+# torchrun --nnodes=16 --nproc_per_node=8 ... train.py \
+#     config/model/mobilellm_140m.py config/stage4.py
 out_dir = 'out/stage4'
 init_from = 'out/stage3b'
 sources = {'tulu3': 1.0}

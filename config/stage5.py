@@ -1,11 +1,17 @@
-# Stage 5, long-reasoning SFT of MobileLLM-R1: 6.2M conversations, 4 epochs, 128 GPUs x 8 rows x 32,768 tokens; 2.5 days there. (Another
-# account of the recipe has 3 epochs at 1e-5.) The base of the rotary positions is that of the model's config times 8, so the model's file
-# comes first. --dry_run=True says what it takes; no expected loss: not run here at this size.
-# torchrun --nnodes=16 --nproc_per_node=8 ... train.py config/model/mobilellm_140m.py config/stage5.py
+# Stage 5, long-reasoning SFT of MobileLLM-R1: 6.2M conversations, 4 epochs, 128 GPUs x 8 rows x
+# 32,768 tokens. Published: 2.5 days. (Another account of the recipe has 3 epochs at 1e-5.) RoPE
+# theta is 8 times that of the model's config, so the model's file comes first. --dry_run=True
+# prints the cost. Not run here at this size, so there is no loss to expect.
+# torchrun --nnodes=16 --nproc_per_node=8 ... train.py \
+#     config/model/mobilellm_140m.py config/stage5.py
 out_dir = 'out/stage5'
 init_from = 'out/stage4'
-sources = {'openmathreasoning': 1.0, 'opensciencereasoning': 1.0, 'opencodereasoning': 1.0}     # 3.2M, 803K, 2.16M conversations
-weigh_by = 'size'               # every one of them is read `epochs` times
+sources = {
+    'openmathreasoning': 1.0,           # 3.2M conversations
+    'opensciencereasoning': 1.0,        # 803K
+    'opencodereasoning': 1.0,           # 2.16M
+}
+weigh_by = 'size'               # each source is read `epochs` times
 rope_theta = 8 * rope_theta
 packing = 'document'
 overlong = 'truncate'

@@ -1,7 +1,9 @@
-# Mixing laws and rival mixtures at nano scale: three of the demo's sources, a model of 0.6M parameters, 300 steps of 1,024 tokens: half a minute
-# of one CPU core. Muon and an output table of its own: after so few steps they keep the noise of the seed small.
-# python tools/sweep.py mixture --dirichlet --n=9 --seeds="[0, 1, 2]" --jobs=2 --out=out/static config/ablation/mixing.py
-# On text of your own: --prepare=None --data_dir=... --sources="{...}" --vocab_size=...
+# Mixing laws and baseline mixtures at a small scale: three of the demo's sources, a model of 0.6M
+# parameters, 300 steps of 1,024 tokens. A run takes half a minute of one CPU core.
+# Muon and an untied output table keep the noise of the seed small after so few steps.
+# python tools/sweep.py mixture --dirichlet --n=9 --seeds="[0, 1, 2]" --jobs=2 \
+#     --out=out/static config/ablation/mixing.py
+# For your own text: --prepare=None --data_dir=... --sources="{...}" --vocab_size=...
 data_dir = 'data/demo'
 prepare = 'prepare/demo.py'
 sources = {'code': 1.0, 'docs': 1.0, 'math': 1.0}
@@ -25,11 +27,11 @@ warmup_steps = 20
 schedule = 'cosine'
 weight_decay = 0.01
 
-mixture_interval = 100               # a round of aioli explores for 4 * 4 * 3 of them
+mixture_interval = 100               # a round of aioli explores for 4 * 4 * 3 of these steps
 mixture_warmup = 0
 max_epochs = None
 mixture_rows = 96
-one_hot_factor = 0.5                 # 8 : 4 : 4 of a batch's 16 rows
+one_hot_factor = 0.5                 # the favoured source has 8 of a batch's 16 rows
 
 log_interval = 1
 eval_interval = 300

@@ -1,15 +1,6 @@
-# The self-influence ablation (PRESENCE), direct: what is new to the model counts more all along.
-# smollm2_135m, stage-2 sources with fixed weights, 5000 steps of 8 micro-batches of 4 rows (on one GPU). Not run yet: no figure to expect.
-# python train.py config/model/smollm2_135m.py config/ablation/presence_direct.py
+# PRESENCE, direct: micro-batches that are new to the model count more.
+# It comes after config/ablation/base.py.
 out_dir = 'out/presence_direct'
-sources = {'dclm': 0.25, 'fineweb_edu': 0.30, 'github_code': 0.15, 'finemath': 0.15, 'slimpajama': 0.15}
+batch_size = 4                  # 8 micro-batches in a step on one GPU
 presence = 'store'
 presence_tau = 1.0
-block_size = 2048
-batch_size = 4
-total_batch_tokens = 32 * 2048
-max_steps = 5000
-learning_rate = 4e-3
-warmup_steps = 250
-eval_interval = 250
-save_interval = 1000

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# SLURM, one task a GPU:  sbatch --nodes=4 config/launch/slurm.sh config/model/mobilellm_7b.py config/stage1.py --tp=4
-# Two minutes before its time is up, or when it is preempted, the job gets SIGTERM: the run saves after its step and ends with 143, and is queued again.
-# So it is after a fault (1), up to 20 times. A mistake in the config (2) ends it.
+# SLURM, one task for each GPU:
+#   sbatch --nodes=4 config/launch/slurm.sh config/model/mobilellm_7b.py config/stage1.py --tp=4
+# The job gets SIGTERM two minutes before its time is up, or when it is preempted. The run then
+# saves after the current step, ends with exit code 143, and is queued again. After a fault (exit
+# code 1) it is also queued again, up to 20 times. A mistake in the config (exit code 2) ends it.
 #SBATCH --job-name=train
 #SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8

@@ -1,5 +1,7 @@
-# MobileLLM-type 671B (674.8B by count): 3 dense layers, then 256 routed experts (8 for a token) and a shared one; 41.4B parameters for a token.
-# On 256 or more GPUs of 80 GB: --tp=8 --ep=16 --activation_checkpointing=full (python tools/plan.py).
+# MobileLLM-type 671B (674.8B parameters by count, 41.4B active per token): 3 dense layers, then
+# layers of 256 routed experts, 8 active per token, and a shared one.
+# It needs 256 or more GPUs of 80 GB: --tp=8 --ep=16 --activation_checkpointing=full
+# (python tools/plan.py).
 vocab_size = 128256
 n_layer = 61
 n_head = 128

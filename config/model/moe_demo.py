@@ -1,5 +1,7 @@
-# The demo's model with experts: 6.6M parameters, of which a token passes through 3.8M (8 routed experts of 192, two for a token, one shared; the first layer is
-# dense). python train.py config/demo.py config/model/moe_demo.py --out_dir=out/moe_demo, or on two ranks with --ep=2
+# The demo's model with experts: 6.6M parameters, 3.8M active per token. The first layer is dense.
+# The others have 8 routed experts of width 192, two active per token, and a shared one.
+# python train.py config/demo.py config/model/moe_demo.py --out_dir=out/moe_demo
+# On two ranks, add --ep=2.
 vocab_size = 4096
 n_layer = 6
 n_head = 6

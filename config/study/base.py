@@ -1,5 +1,6 @@
-# The studies on real text: 0.35M parameters, 400 steps of 2,048 tokens, a minute of one CPU core. The data: prepare/folder.py.
-# Five sources, one of them noise. Muon and an output table of its own: after so few steps they keep the noise of the seed small.
+# The studies on real text: 0.35M parameters, 400 steps of 2,048 tokens, a minute of one CPU core.
+# prepare/folder.py makes the data: five sources, one of them noise. Muon and an untied output table
+# keep the noise of the seed small after so few steps.
 data_dir = 'data/study'
 sources = {'code': 1.0, 'math': 1.0, 'web_edu': 1.0, 'wiki': 1.0, 'noise': 1.0}
 

@@ -1,5 +1,8 @@
-# All stages in small, on a laptop: a model of 1.3M parameters and the demo's data, a minute or two each on two CPU cores.
-#     for s in 1 2 3 3b 4 5: python train.py config/tiny/model.py config/tiny/stage$s.py      (before 3: config/tiny/teacher.py)
+# All stages on a laptop: a model of 1.3M parameters and the demo's data. Each takes a minute or two
+# on two CPU cores. config/tiny/teacher.py comes before stage 3.
+#     for s in 1 2 3 3b 4 5; do
+#         python train.py config/tiny/model.py config/tiny/stage$s.py
+#     done
 data_dir = 'data/demo'
 prepare = 'prepare/demo.py'
 

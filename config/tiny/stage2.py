@@ -1,4 +1,5 @@
-# Pre-training phase 2 in small, the mixture re-weighted by influence: python train.py config/tiny/model.py config/tiny/stage2.py
+# Pre-training phase 2 at a small scale: influence re-weights the mixture.
+# python train.py config/tiny/model.py config/tiny/stage2.py
 out_dir = 'out/tiny/stage2'
 init_from = 'out/tiny/stage1'
 sources = {'code': 0.35, 'docs': 0.3, 'math': 0.25, 'noise': 0.1}

@@ -1,4 +1,5 @@
-# Mid-training phase 1 in small, distilled from a teacher that runs along: python train.py config/tiny/model.py config/tiny/stage3.py
+# Mid-training phase 1 at a small scale: distilled from a teacher that runs beside the student.
+# python train.py config/tiny/model.py config/tiny/stage3.py
 out_dir = 'out/tiny/stage3'
 init_from = 'out/tiny/stage2'
 teacher = 'out/tiny/teacher'

@@ -1,6 +1,7 @@
-# Mid-training phase 2 in small, distilled from what the teacher said before:
-#     python kd.py cache --teacher=out/tiny/teacher --source=math --data_dir=data/demo --block_size=256 --batch_size=16
-#     python train.py config/tiny/model.py config/tiny/stage3b.py
+# Mid-training phase 2 at a small scale: distilled from a cache of the teacher.
+# python kd.py cache --teacher=out/tiny/teacher --source=math --data_dir=data/demo \
+#     --block_size=256 --batch_size=16
+# python train.py config/tiny/model.py config/tiny/stage3b.py
 out_dir = 'out/tiny/stage3b'
 init_from = 'out/tiny/stage3'
 teacher = 'out/tiny/teacher'

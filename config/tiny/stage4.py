@@ -1,4 +1,5 @@
-# General SFT in small, on conversations that a generator wrote: python train.py config/tiny/model.py config/tiny/stage4.py
+# General SFT at a small scale, on conversations from a generator.
+# python train.py config/tiny/model.py config/tiny/stage4.py
 out_dir = 'out/tiny/stage4'
 init_from = 'out/tiny/stage3b'
 sources = {'chat': 1.0}

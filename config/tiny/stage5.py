@@ -1,4 +1,5 @@
-# Long-reasoning SFT in small, rows four times as long: python train.py config/tiny/model.py config/tiny/stage5.py
+# Long-reasoning SFT at a small scale: rows are four times as long.
+# python train.py config/tiny/model.py config/tiny/stage5.py
 out_dir = 'out/tiny/stage5'
 init_from = 'out/tiny/stage4'
 sources = {'reasoning': 1.0}

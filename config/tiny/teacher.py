@@ -1,4 +1,5 @@
-# A teacher for stage 3 in small, of 2.5M parameters, trained on the spot: python train.py config/tiny/model.py config/tiny/teacher.py
+# The teacher of stage 3 at a small scale: 2.5M parameters.
+# python train.py config/tiny/model.py config/tiny/teacher.py
 out_dir = 'out/tiny/teacher'
 sources = {'code': 0.3, 'docs': 0.3, 'math': 0.4}
 n_layer = 6

@@ -1,4 +1,5 @@
-# The distillation study's teacher, after config/study/base.py: 1.8M parameters, 3.3M tokens of the four sources of real text.
+# The teacher of the distillation study, after config/study/base.py: 1.8M parameters, 3.3M tokens of
+# the four sources of real text.
 out_dir = 'out/study_teacher'
 sources = {'code': 1.0, 'math': 1.0, 'web_edu': 1.0, 'wiki': 1.0}
 n_layer = 4

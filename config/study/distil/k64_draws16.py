@@ -1,3 +1,3 @@
-# from a cache: the 64 likeliest ids of a token, 16 draws from the rest
+# Distilled from a cache with the 64 most likely ids per token and 16 draws from the rest.
 sources = {'math': 1.0, 'web_edu': 1.0}
 kd_cache = 'k64_draws16'

@@ -1,4 +1,4 @@
-# influence on probes of three domains, every 25 steps
+# Influence on the probe sets of three domains, every 25 steps.
 mixture = 'influence'
 mixture_interval = 25
 mixture_warmup = 50

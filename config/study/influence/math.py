@@ -1,4 +1,4 @@
-# influence on the math probe alone
+# Influence on the math probe set alone, every 25 steps.
 mixture = 'influence'
 mixture_interval = 25
 mixture_warmup = 50

@@ -1,3 +1,3 @@
-# plain accumulation
-batch_size = 4                   # 8 micro-batches of a step
+# Micro-batches have equal weights.
+batch_size = 4                   # 8 micro-batches in a step
 presence = 'off'

@@ -1,4 +1,4 @@
-# what is new to the model counts less, all along
-batch_size = 4                   # 8 micro-batches of a step
+# Micro-batches that are new to the model count less, for the whole run.
+batch_size = 4                   # 8 micro-batches in a step
 presence = 'store'
 presence_tau = -1.0

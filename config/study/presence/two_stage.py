@@ -1,4 +1,4 @@
-# more at first, less after 10 % of the run
-batch_size = 4                   # 8 micro-batches of a step
+# New micro-batches count more in the first 10 % of the run, then less.
+batch_size = 4                   # 8 micro-batches in a step
 presence = 'store'
 presence_schedule = 'two_stage'
