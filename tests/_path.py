@@ -1,7 +1,12 @@
-"""Puts the project's folder on the import path in place of this one, for scripts that run from here."""
+"""Puts the project's folder first on the import path, and this folder last.
+
+Python puts the folder of a script first. There its files would hide installed packages of the same
+name. It stays on the path, because a worker process imports the script, and so this module, again.
+"""
 import os
 import sys
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
-sys.path[:] = [os.path.dirname(HERE)] + [folder for folder in sys.path if os.path.abspath(folder) != HERE]
+others = [folder for folder in sys.path if os.path.abspath(folder) != HERE]
+sys.path[:] = [os.path.dirname(HERE), *others, HERE]

@@ -1,4 +1,4 @@
-"""Shared fixtures: paths, a small source of real structure, and a way to run the scripts as a user does."""
+"""Shared fixtures, small sources that can be learned, and ways to run scripts as a user does."""
 import json
 import multiprocessing
 import os
@@ -18,23 +18,29 @@ import pytest
 import torch
 
 from data import open_shard, shard_bytes
+from lib.tokenizer import DIGITS_PATTERN, make_tokenizer, save_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / 'shared' / 'data'          # real text, present on some machines only
 
-
-torch.set_num_threads(1)       # as the subprocesses: sums in another order would differ in the last bit
+# The subprocesses have one thread, too. Another number of threads sums in another order, and the
+# last bits of runs that must be equal would differ.
+torch.set_num_threads(1)
 
 
 def pytest_xdist_auto_num_workers(config):
-    """One more than there are cores: many tests wait for processes of theirs."""
+    """One more than there are cores, because many tests wait for processes of their own."""
     return (os.cpu_count() or 1) + 1
 
 
-TINY = dict(vocab_size=64, n_layer=2, n_head=2, n_kv_head=1, n_embd=32, ffn_dim=48, block_size=16, batch_size=2,
-            total_batch_tokens=64, max_steps=12, warmup_steps=2, learning_rate=1e-2, log_interval=1, eval_interval=6,
-            eval_rows=4, save_interval=4, dtype='float32', compile=False)
+# Knobs of train.py for a run that takes less than a second.
+TINY = dict(
+    vocab_size=64, n_layer=2, n_head=2, n_kv_head=1, n_embd=32, ffn_dim=48, block_size=16,
+    batch_size=2, total_batch_tokens=64, max_steps=12, warmup_steps=2, learning_rate=1e-2,
+    log_interval=1, eval_interval=6, eval_rows=4, save_interval=4, dtype='float32', compile=False)
 
+
+# -- data ------------------------------------------------------------------------------------------
 
 @pytest.fixture
 def shared_data():
@@ -44,43 +50,83 @@ def shared_data():
 
 
 def write_shard(path, tokens, vocab_size=64):
-    open_shard.cache_clear()   # a test may write a shard anew under the same name
+    open_shard.cache_clear()        # a test may write another shard under the same name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(b''.join(shard_bytes(tokens, vocab_size)))
 
 
+def progression(rng, n_tokens, stride, vocab_size):
+    """Counts up by `stride` modulo the vocabulary, with a random step in one of ten places."""
+    is_regular = rng.random(n_tokens) < 0.9
+    steps = np.where(is_regular, stride, rng.integers(0, vocab_size, n_tokens))
+    return np.cumsum(steps) % vocab_size
+
+
 def make_source(data_dir, name, n_tokens=4000, vocab_size=64, seed=0):
-    """A source of arithmetic progressions modulo the vocabulary: easy to learn, different for every name."""
+    """Writes a source of arithmetic progressions, easy to learn. The name sets the stride."""
     stride = 1 + sum(name.encode()) % 5
     for split, n in (('train', n_tokens), ('val', n_tokens // 10)):
-        rng = np.random.default_rng([seed, stride, n])
-        tokens = (np.cumsum(np.where(rng.random(n) < 0.9, stride, rng.integers(0, vocab_size, n))) % vocab_size)
-        half = n // 2
-        write_shard(data_dir / name / split / '000000.bin', tokens[:half], vocab_size)
-        write_shard(data_dir / name / split / '000001.bin', tokens[half:], vocab_size)
+        tokens = progression(np.random.default_rng([seed, stride, n]), n, stride, vocab_size)
+        folder = data_dir / name / split
+        write_shard(folder / '000000.bin', tokens[:n // 2], vocab_size)
+        write_shard(folder / '000001.bin', tokens[n // 2:], vocab_size)
 
 
 @pytest.fixture
 def tiny_data(tmp_path):
-    """Two sources, 'a' and 'b', without meta.json, as other projects' shards are."""
+    """Two sources, 'a' and 'b', without meta.json, like the shards of other projects."""
     data_dir = tmp_path / 'data'
     make_source(data_dir, 'a')
     make_source(data_dir, 'b')
     return data_dir
 
 
+def write_data(folder):
+    """Writes the sources 'a' and 'b', and a probe set 'm' that resembles one of them more."""
+    make_source(folder, 'a')
+    make_source(folder, 'b')
+    tokens = progression(np.random.default_rng(5), 1600, 3, 64)
+    write_shard(folder / 'probe/m/probe/0.bin', tokens)
+
+
+@pytest.fixture(scope='module')
+def layout_data(tmp_path_factory):
+    """The folder that `write_data` fills, shared by the tests of a file that run several ranks."""
+    folder = tmp_path_factory.mktemp('layouts') / 'data'
+    write_data(folder)
+    return folder
+
+
+# -- ways to run a script --------------------------------------------------------------------------
+
+def options(knobs):
+    """The command-line arguments for a dict of knobs."""
+    return [f'--{key}={value}' for key, value in knobs.items()]
+
+
 def train_command(out_dir, data_dir, *extra, ranks=1, **knobs):
+    launch = [sys.executable]
+    if ranks > 1:
+        launch += ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={ranks}']
     values = {**TINY, 'sources': {'a': 0.75, 'b': 0.25}, **knobs}
-    launch = [sys.executable] if ranks == 1 else [
-        sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={ranks}']
-    return [*launch, 'train.py', *extra, f'--out_dir={out_dir}', f'--data_dir={data_dir}',
-            *(f'--{key}={value}' for key, value in values.items())]
+    folders = [f'--out_dir={out_dir}', f'--data_dir={data_dir}']
+    return [*launch, 'train.py', *extra, *folders, *options(values)]
+
+
+def script_arguments(command):
+    """The part of a command that begins with the script."""
+    first = next(i for i, part in enumerate(command) if part.endswith('.py'))
+    return command[first:]
 
 
 def run(command, timeout=300, cwd=ROOT, **env):
-    """Runs a command in the project's folder with one thread: subprocess.CompletedProcess, text output."""
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout,
-                          env={**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': '', **env})
+    """Runs a command in the project's folder with one thread and without a GPU.
+
+    Returns subprocess.CompletedProcess with text output.
+    """
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': '', **env}
+    return subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, timeout=timeout, env=environment)
 
 
 def run_script(path):
@@ -91,24 +137,32 @@ def run_script(path):
 
 
 def run_here(command):
-    """Runs a script of ours with its arguments in this process (a start of torch costs seconds). Returns the exit code."""
+    """Runs one of our scripts with its arguments in this process. Returns the exit code.
+
+    A new process would need seconds to import torch.
+    """
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    before, folder, hook, path = sys.argv, os.getcwd(), sys.excepthook, sys.path[:]
-    sys.argv = command[next(i for i, part in enumerate(command) if part.endswith('.py')):]
+    arguments = sys.argv
+    folder = os.getcwd()
+    hook = sys.excepthook
+    path = sys.path[:]
+    sys.argv = script_arguments(command)
     os.chdir(ROOT)
     try:
         run_script(sys.argv[0])
     except SystemExit as stop:
         return stop.code
     finally:
-        sys.argv, sys.excepthook, sys.path[:] = before, hook, path
+        sys.argv = arguments
+        sys.excepthook = hook
+        sys.path[:] = path
         os.chdir(folder)
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
 def as_rank(arguments, environment, log):
-    """What a process of `start` does."""
+    """The work of a process that `start` has started."""
     os.environ.update(environment)
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(out, 1)
@@ -128,18 +182,29 @@ def as_rank(arguments, environment, log):
         os._exit(1)
 
 
+# Modules that the server has imported before it forks a process.
+PRELOADED = [
+    'tests.conftest', 'kd', 'lib.checkpoint', 'lib.parallel', 'lib.validate', 'methods.presence',
+    'methods.reweight', 'tqdm', 'matplotlib.pyplot']
+
+
 def start(command, log, environment):
-    """A script of ours in a process that is forked from one which has imported torch, for a start costs seconds: multiprocessing.Process."""
+    """Starts one of our scripts in a process of its own: multiprocessing.Process.
+
+    The process is forked from one that has imported torch, because that import takes seconds.
+    """
     context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['tests.conftest', 'kd', 'lib.checkpoint', 'lib.parallel', 'lib.validate', 'methods.presence', 'methods.reweight', 'tqdm', 'matplotlib.pyplot'])
-    arguments = command[next(i for i, part in enumerate(command) if part.endswith('.py')):]
-    process = context.Process(target=as_rank, args=(arguments, environment, str(log)))
+    context.set_forkserver_preload(PRELOADED)
+    process = context.Process(
+        target=as_rank, args=(script_arguments(command), environment, str(log)))
     process.start()
     return process
 
 
 def free_port():
-    """A port that is free and stays so: below those that the system gives to outgoing connections, which would take one that is only found free."""
+    """A port that is free and stays free."""
+    # The system gives ports above this range to outgoing connections. It could give away a port of
+    # that range between this look and its use.
     while True:
         port = random.SystemRandom().randint(12000, 31000)
         with socket.socket() as probe:
@@ -150,32 +215,47 @@ def free_port():
         return port
 
 
-def run_ranks(command, ranks, timeout=300, during=lambda processes: None):
-    """Runs a script of ours as so many ranks, without torchrun; 1: a process without a group, as `python` starts it.
+def wait_for_all(processes, timeout):
+    """Waits until all processes have ended. After a failure or the timeout it kills the others."""
+    deadline = time.monotonic() + timeout
+    while any(p.is_alive() for p in processes):
+        wait([p.sentinel for p in processes if p.is_alive()], timeout=1)
+        if any(p.exitcode for p in processes) or time.monotonic() > deadline:
+            for p in processes:
+                p.join(5)               # time for a rank to print its own message
+                p.kill()
+                p.join()
 
-    during: called with the processes when all are started. Returns subprocess.CompletedProcess, what all printed in stdout and stderr alike.
+
+def run_ranks(command, ranks, timeout=300, during=lambda processes: None):
+    """Runs one of our scripts on several ranks without torchrun.
+
+    ranks   1: a process without a group, as `python` starts it
+    during  is called with the list of processes when all have been started
+    Returns subprocess.CompletedProcess. Its stdout and stderr both hold what all ranks printed.
     """
+    environment = dict(OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='')
+    if ranks > 1:
+        environment |= dict(
+            MASTER_ADDR='localhost', MASTER_PORT=str(free_port()), WORLD_SIZE=str(ranks))
     with tempfile.TemporaryDirectory() as folder:
-        group = dict(MASTER_ADDR='localhost', MASTER_PORT=str(free_port()), WORLD_SIZE=str(ranks)) if ranks > 1 else {}
         log = os.path.join(folder, 'log')
-        processes = [start(command, log, {**group, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': '', **({'RANK': str(r), 'LOCAL_RANK': str(r)} if group else {})})
-                     for r in range(ranks)]
+        processes = []
+        for r in range(ranks):
+            if ranks > 1:
+                environment = {**environment, 'RANK': str(r), 'LOCAL_RANK': str(r)}
+            processes.append(start(command, log, environment))
         during(processes)
-        deadline = time.monotonic() + timeout
-        while any(p.is_alive() for p in processes):
-            wait([p.sentinel for p in processes if p.is_alive()], timeout=1)
-            if any(p.exitcode for p in processes) or time.monotonic() > deadline:
-                for p in processes:
-                    p.join(5)                # so long may the others take to say what they have to say
-                    p.kill()
-                    p.join()
-        text = Path(log).read_text(errors='replace') if os.path.exists(log) else ''
+        wait_for_all(processes, timeout)
+        text = ''
+        if os.path.exists(log):
+            text = Path(log).read_text(errors='replace')
     failed = [p.exitcode for p in processes if p.exitcode]
     return subprocess.CompletedProcess(command, failed[0] if failed else 0, text, text)
 
 
 def train(out_dir, data_dir, ranks=1, **knobs):
-    """A training run that must succeed; returns its metrics by step: {step: record}."""
+    """Trains a run that must succeed. Returns its metrics by step: {step: record}."""
     command = train_command(out_dir, data_dir, ranks=ranks, **knobs)
     if ranks == 1:
         assert run_here(command) == 0
@@ -186,6 +266,7 @@ def train(out_dir, data_dir, ranks=1, **knobs):
 
 
 def metrics(out_dir):
+    """The records of metrics.jsonl, those of one step merged: {step: record}."""
     by_step = {}
     for line in (Path(out_dir) / 'metrics.jsonl').read_text().splitlines():
         record = json.loads(line)
@@ -194,12 +275,15 @@ def metrics(out_dir):
 
 
 def assert_one_sentence(done, code, *parts):
-    """A user's mistake: this exit code, no traceback, and these parts in the message."""
+    """Checks how a user's mistake ends: the exit code, no traceback, and parts of the message."""
     assert done.returncode == code, f'exit {done.returncode}\n{done.stdout}\n{done.stderr}'
     assert 'Traceback' not in done.stderr, done.stderr
-    messages = [line for line in done.stderr.splitlines() if 'error: ' in line]         # of several ranks, that of one
+    # With several ranks, the message of one of them must have all parts.
+    messages = [line for line in done.stderr.splitlines() if 'error: ' in line]
     assert any(all(part in message for part in parts) for message in messages), messages
 
+
+# -- results that many tests share -----------------------------------------------------------------
 
 @pytest.fixture(scope='session')
 def demo_data(tmp_path_factory):
@@ -213,19 +297,26 @@ def demo_data(tmp_path_factory):
 @pytest.fixture(scope='session')
 def trained(tmp_path_factory):
     """The folder of a short run on text, with a byte-level tokenizer that has ChatML's tokens."""
-    from lib.tokenizer import DIGITS_PATTERN, make_tokenizer, save_tokenizer
     folder = tmp_path_factory.mktemp('trained')
     (folder / 'tokenizer').mkdir()
-    ranks = {bytes([b]): 3 + b for b in range(256)} | {b' t': 259, b'he': 260, b' the': 261, b'in': 262, b'ing': 263, b'er': 264}
-    save_tokenizer(str(folder / 'tokenizer'), make_tokenizer(
-        'bytes', ranks, DIGITS_PATTERN, {'<|endoftext|>': 0, '<|im_start|>': 1, '<|im_end|>': 2}, '<|endoftext|>'))
-    documents = [' '.join(f'{a} times {b} is {a * b}, and the {w} is in the {w}ing.' for b in range(12)) for a in range(40)
-                 for w in ('cat', 'river', 'number')]
-    (folder / 'text.jsonl').write_text(''.join(json.dumps({'text': d}) + '\n' for d in documents))
-    result = run([sys.executable, 'prepare/text.py', '--source=a', f'--input={folder}/text.jsonl', f'--out={folder}/data',
-                  f'--tokenizer={folder}/tokenizer', '--val_fraction=0.1', '--workers=0'])
-    assert result.returncode == 0, result.stdout + result.stderr
-    command = train_command(folder / 'run', folder / 'data', vocab_size=265, sources={'a': 1.0}, max_steps=60, warmup_steps=5,
-                            block_size=64, total_batch_tokens=1024, batch_size=16, save_interval=60, eval_interval=60)
-    assert run_here(command) == 0
+    merges = {b' t': 259, b'he': 260, b' the': 261, b'in': 262, b'ing': 263, b'er': 264}
+    ranks = {bytes([b]): 3 + b for b in range(256)} | merges
+    special = {'<|endoftext|>': 0, '<|im_start|>': 1, '<|im_end|>': 2}
+    tokenizer = make_tokenizer('bytes', ranks, DIGITS_PATTERN, special, '<|endoftext|>')
+    save_tokenizer(str(folder / 'tokenizer'), tokenizer)
+    with open(folder / 'text.jsonl', 'w') as f:
+        for a in range(40):
+            for w in ('cat', 'river', 'number'):
+                sentences = [
+                    f'{a} times {b} is {a * b}, and the {w} is in the {w}ing.' for b in range(12)]
+                f.write(json.dumps({'text': ' '.join(sentences)}) + '\n')
+    done = run([
+        sys.executable, 'prepare/text.py', '--source=a', f'--input={folder}/text.jsonl',
+        f'--out={folder}/data', f'--tokenizer={folder}/tokenizer', '--val_fraction=0.1',
+        '--workers=0'])
+    assert done.returncode == 0, done.stdout + done.stderr
+    train(
+        folder / 'run', folder / 'data', vocab_size=265, sources={'a': 1.0}, max_steps=60,
+        warmup_steps=5, block_size=64, total_batch_tokens=1024, batch_size=16, save_interval=60,
+        eval_interval=60)
     return folder / 'run'

@@ -1,21 +1,34 @@
-"""Distillation against plain training on the same tokens, and what a cache costs in accuracy (docs/RESULTS.md). Not collected by pytest.
+"""Distillation against plain training on the same tokens, and the accuracy that a cache costs.
 
-    python prepare/folder.py --input=folder --sources="['code', 'math', 'web_edu', 'wiki', 'noise']" --out=data/study
-    python tests/distil_study.py --data=data/study          # an hour of two cores beside other work; what is complete is not made again
+    python prepare/folder.py --input=folder --out=data/study \\
+        --sources="['code', 'math', 'web_edu', 'wiki', 'noise']"
+    python tests/distil_study.py --data=data/study      # an hour of two cores
 
-Trains the teacher of config/study/distil/_teacher.py, takes the first `tokens` of every source's training shards, caches the teacher on them in three
-ways, and trains the students of config/study/distil/ on them; then compares losses and gradients of the caches with the whole divergence on
-validation rows.
+It prints the tables of docs/RESULTS.md. Finished parts are kept.
+
+1. It trains the teacher of config/study/distil/_teacher.py.
+2. It takes the first `tokens` of every source's training shards and caches the teacher on them in
+   three ways.
+3. It trains the students of config/study/distil/ on these tokens.
+4. It compares losses and gradients of caches with the full divergence on validation rows.
 """
-import json
 import os
 import shutil
 import statistics
 
-from configurator import configure
-from tests.studies import ROOT, read_arms, run
-from tools.report import difference, mean_and_range, paired, read_entry
-from tools.runs import is_finished, token_flops
+import numpy as np
+import torch
+
+if __name__ == '__main__':
+    import _path  # noqa: F401
+
+import kd
+from configurator import configure, read_json
+from data import Source, batch_of, open_shard, shard_bytes
+from lib.hf import open_model
+from tests.studies import ROOT, print_header, print_row, read_arms, run
+from tools.report import difference, mean_and_range, paired
+from tools.runs import is_finished, read_run, token_flops
 
 # -- knobs --
 data = 'data/study'                 # folder of prepared sources
@@ -24,94 +37,131 @@ tokens = 450_000                    # of every source: the students stay below o
 seeds = [0, 1, 2]
 jobs = 2                            # runs at the same time, of one thread each
 
-NAMES, TEACHER = ('math', 'web_edu'), os.path.join(ROOT, 'out', 'study_teacher')          # as config/study/distil/ has them
-CACHES = {'k64_draws16': (64, 16), 'k0_draws16': (0, 16), 'k64_draws0': (64, 0)}          # name -> likeliest ids, draws from the rest
+NAMES = ('math', 'web_edu')                                     # the sources of the students
+TEACHER = os.path.join(ROOT, 'out', 'study_teacher')            # the out_dir of _teacher.py
+# Name of a cache -> the most likely ids that it keeps, and its draws from the rest.
+CACHES = {'k64_draws16': (64, 16), 'k0_draws16': (0, 16), 'k64_draws0': (64, 0)}
 ARMS = ('cross_entropy', 'teacher', 'teacher_half', *CACHES)
+COMPARED = (
+    (4, 0), (16, 0), (64, 0), (256, 0), (0, 4), (0, 16), (0, 64), (16, 4), (48, 16), (64, 16))
 
 
-def cut_sources(folder):
-    """Copies of the sources with the first `tokens` tokens of training text."""
-    import numpy as np
+def cut_source(source, target, n_tokens):
+    """Copies a source with the first n_tokens of its training text."""
+    if os.path.isdir(target):
+        return
+    # Written aside and renamed, so that a killed study leaves no half source.
+    part = f'{target}.tmp'
+    shutil.copytree(source, part, dirs_exist_ok=True)
+    vocab_size = read_json(f'{part}/meta.json')['vocab_size']
+    shards = []
+    for name in sorted(os.listdir(f'{part}/train')):
+        if name.endswith('.bin'):
+            shards.append(open_shard(f'{source}/train/{name}')[:n_tokens])
+    shutil.rmtree(f'{part}/train')
+    os.makedirs(f'{part}/train')
+    with open(f'{part}/train/00000.bin', 'wb') as f:
+        f.writelines(shard_bytes(np.concatenate(shards)[:n_tokens], vocab_size))
+    os.rename(part, target)
 
-    from data import open_shard, shard_bytes
-    for name in NAMES:
-        if os.path.isdir(f'{folder}/{name}'):
-            continue
-        shutil.copytree(f'{data}/{name}', f'{folder}/{name}.tmp', dirs_exist_ok=True)
-        with open(f'{folder}/{name}.tmp/meta.json', encoding='utf-8') as f:
-            vocab_size = json.load(f)['vocab_size']
-        paths = sorted(os.listdir(f'{folder}/{name}.tmp/train'))
-        kept = np.concatenate([open_shard(f'{data}/{name}/train/{p}')[:tokens] for p in paths if p.endswith('.bin')])[:tokens]
-        shutil.rmtree(f'{folder}/{name}.tmp/train')
-        os.makedirs(f'{folder}/{name}.tmp/train')
-        with open(f'{folder}/{name}.tmp/train/00000.bin', 'wb') as f:
-            f.writelines(shard_bytes(kept, vocab_size))
-        os.rename(f'{folder}/{name}.tmp', f'{folder}/{name}')
 
-
-def print_table(folder):
+def print_students(folder, seeds):
     entries = read_arms(folder, ARMS, seeds)
 
     def loss(e):
         return statistics.mean(e.final[f'val/loss_{name}'] for name in NAMES)
-    teacher, student = read_entry(TEACHER), entries[ARMS[0], seeds[0]]
-    print(f'\nthe teacher: {loss(teacher):.4f}; its forward takes {token_flops(teacher.config) / 3 / token_flops(student.config):.2f} times the FLOPs of a student\'s step. '
-          f'Students: {student.tokens:,} tokens\n\n| trained by | mean loss (range) | against cross-entropy (95 %) | {" | ".join(NAMES)} |\n|---|---|---|---|---|')
+
+    teacher = read_run(TEACHER)
+    student = entries[ARMS[0], seeds[0]]
+    # A forward takes a third of a step's FLOPs.
+    forward = token_flops(teacher.config) / 3 / token_flops(student.config)
+    print(f'\nThe teacher has a loss of {loss(teacher):.4f}.')
+    print(f"Its forward takes {forward:.2f} times the FLOPs of a student's step.")
+    print(f'The students are trained on {student.tokens:,} tokens.')
+    print_header('trained by', 'mean loss (range)', 'against cross-entropy (95 %)', *NAMES)
     for arm in ARMS:
-        own = [entries[arm, seed] for seed in seeds]
-        gap = '' if arm == ARMS[0] else difference(paired(list(entries.values()), arm, ARMS[0], loss), 3)
-        print(f'| {arm} | {mean_and_range([loss(e) for e in own], 3)} | {gap} | ' + ' | '.join(mean_and_range([e.final[f'val/loss_{n}'] for e in own], 3) for n in NAMES) + ' |')
+        local = [entries[arm, seed] for seed in seeds]
+        gap = ''
+        if arm != ARMS[0]:
+            gap = difference(paired(list(entries.values()), arm, ARMS[0], loss), 3)
+        cells = []
+        for name in NAMES:
+            cells.append(mean_and_range([e.final[f'val/loss_{name}'] for e in local], 3))
+        print_row(arm, mean_and_range([loss(e) for e in local], 3), gap, *cells)
 
 
-def compare_caches(folder, runs):
-    """Losses and gradients of caches against the whole divergence, on 32 validation rows, for the distilled student of the first seed."""
-    import torch
+def compare_caches(data, student):
+    """Compares losses and gradients of caches with the full divergence on 32 validation rows.
 
-    import kd
-    import teacher_cache
-    from data import Source, batch_of
-    from lib.hf import open_model
-    cpu, vocab_size = torch.device('cpu'), read_entry(TEACHER).config['vocab_size']
-    rows = torch.from_numpy(Source(folder, NAMES[0], 'val', 256, 0, vocab_size).rows(range(32)))
-    inputs, targets, _ = batch_of(rows)
-    big = open_model(TEACHER, cpu, torch.float32, needs_tokenizer=False)[0]
-    student = open_model(f'{runs}/teacher_seed{seeds[0]}', cpu, torch.float32, needs_tokenizer=False)[0]
+    data  folder of the sources     student  run of a distilled student
+    """
+    cpu = torch.device('cpu')
+    vocab_size = read_run(TEACHER).config['vocab_size']
+    rows = Source(data, NAMES[0], 'val', 256, 0, vocab_size).rows(range(32))
+    inputs, targets, _ = batch_of(torch.from_numpy(rows))
+    teacher = open_model(TEACHER, cpu, torch.float32, needs_tokenizer=False)[0]
+    student = open_model(student, cpu, torch.float32, needs_tokenizer=False)[0]
+    flat = targets.flatten()                                                           # (N,)
     with torch.no_grad():
-        h, theirs = student(inputs).flatten(0, 1), (big(inputs).flatten(0, 1), big.output_weight)
-    flat = targets.flatten()
+        h = student(inputs).flatten(0, 1)                                              # (N, C)
+        full = (teacher(inputs).flatten(0, 1), teacher.output_weight)
 
-    def loss_and_gradient(what):
+    def loss_and_gradient(teacher):
         x = h.clone().requires_grad_()
-        total, _ = kd.distillation_loss(x, student.output_weight.detach(), flat, teacher=what)
+        weight = student.output_weight.detach()
+        total, _ = kd.distillation_loss(x, weight, flat, teacher=teacher)
         total.backward()
         return total.item() / len(flat), x.grad
-    exact, gradient = loss_and_gradient(theirs)
-    print(f'\nthe whole divergence: {exact:.4f} nats per token\n\n| likeliest ids | draws | bytes per token | loss | its error | gradient: bias, share of its norm | '
-          'distance of one cache |\n|---|---|---|---|---|---|---|')
-    for k, draws in ((4, 0), (16, 0), (64, 0), (256, 0), (0, 4), (0, 16), (0, 64), (16, 4), (48, 16), (64, 16)):
-        record, found = teacher_cache.record_dtype(vocab_size, k, draws), []
+
+    exact, gradient = loss_and_gradient(full)
+    norm = gradient.norm().item()
+    print(f'\nThe full divergence is {exact:.4f} nats per token.')
+    columns = ['most likely ids', 'draws', 'bytes per token', 'loss', 'its error']
+    bias_column = 'gradient: bias, share of its norm'
+    print_header(*columns, bias_column, 'distance of one cache')
+    for k, draws in COMPARED:
+        record = kd.record_dtype(vocab_size, k, draws)
+        losses = []
+        gradients = []
+        # Only draws are random. Without them, all caches are the same.
         for seed in range(24 if draws else 1):
-            records, beyond = teacher_cache.records_of(*theirs, flat, record, 1.0, torch.Generator().manual_seed(seed))
+            generator = torch.Generator().manual_seed(seed)
+            records, beyond = kd.records_of(*full, flat, record, 1.0, generator)
             rest = torch.from_numpy(beyond / beyond.sum() + 1e-8).log().float()[None]
-            found.append(loss_and_gradient(kd.read_cached([records], [0], rest, cpu)))
-        mean_loss, mean = statistics.mean(x for x, _ in found), torch.stack([g for _, g in found]).mean(0)
-        distance = statistics.mean((g - gradient).norm().item() for _, g in found) / gradient.norm().item()
-        noise = '' if not draws else f' (noise of {len(found)} caches: {distance / len(found)**0.5:.3f})'
-        print(f'| {k} | {draws} | {record.itemsize} | {mean_loss:.4f} | {mean_loss / exact - 1:+.2%} | {((mean - gradient).norm() / gradient.norm()).item():.3f}'
-              f'{noise} | {distance:.3f} |', flush=True)
+            cached = kd.read_cached([records], [0], rest, cpu)
+            loss, local = loss_and_gradient(cached)
+            losses.append(loss)
+            gradients.append(local)
+        loss = statistics.mean(losses)
+        bias = (torch.stack(gradients).mean(0) - gradient).norm() / gradient.norm()
+        distance = statistics.mean((g - gradient).norm().item() for g in gradients) / norm
+        bias_text = f'{bias.item():.3f}'
+        if draws:
+            noise = distance / len(gradients)**0.5
+            bias_text += f' (noise of {len(gradients)} caches: {noise:.3f})'
+        error = f'{loss / exact - 1:+.2%}'
+        size = record.itemsize
+        print_row(k, draws, size, f'{loss:.4f}', error, bias_text, f'{distance:.3f}')
 
 
 if __name__ == '__main__':
     configure(globals(), verbose=False)
-    data, out = os.path.abspath(data), os.path.abspath(out)
+    data = os.path.abspath(data)
+    out = os.path.abspath(out)
     folder = os.path.join(out, 'data')
     os.makedirs(folder, exist_ok=True)
+    base = 'config/study/base.py'
     if not is_finished(TEACHER):
-        run('train.py', 'config/study/base.py', 'config/study/distil/_teacher.py', f'--data_dir={data}', '--resume=True')
-    cut_sources(folder)
+        teacher = 'config/study/distil/_teacher.py'
+        run('train.py', base, teacher, f'--data_dir={data}', '--resume=True')
+    for name in NAMES:
+        cut_source(f'{data}/{name}', f'{folder}/{name}', tokens)
     for name, (k, draws) in CACHES.items():
-        run('kd.py', 'cache', f'--teacher={TEACHER}', f'--source={",".join(NAMES)}', f'--name={name}', f'--data_dir={folder}', '--block_size=64', '--batch_size=64',
-            f'--k={k}', f'--draws={draws}')
-    run('tools/sweep.py', 'configs', 'config/study/distil', f'--seeds={seeds}', f'--jobs={jobs}', '--threads=1', f'--out={out}/runs', 'config/study/base.py', f'--data_dir={folder}')
-    print_table(f'{out}/runs')
-    compare_caches(folder, f'{out}/runs')
+        cache = [f'--teacher={TEACHER}', f'--source={",".join(NAMES)}', f'--data_dir={folder}']
+        cache += [f'--name={name}', f'--k={k}', f'--draws={draws}']
+        run('kd.py', 'cache', *cache, '--block_size=64', '--batch_size=64')
+    options = [f'--seeds={seeds}', f'--jobs={jobs}', '--threads=1', f'--out={out}/runs']
+    arms = 'config/study/distil'
+    run('tools/sweep.py', 'configs', arms, *options, base, f'--data_dir={folder}')
+    print_students(out, seeds)
+    compare_caches(folder, f'{out}/runs/teacher_seed{seeds[0]}')

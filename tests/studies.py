@@ -1,25 +1,64 @@
-"""What the scripts of the studies share: a command of the project, and the runs that it left as arms by seed."""
+"""What the scripts of the studies share: commands of the project, runs of several arms, tables."""
 import os
+import shutil
 import subprocess
 import sys
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
+from configurator import BadInput
+from tools.runs import read_run
 
-from configurator import BadInput  # noqa: E402
-from tools.report import read_entry  # noqa: E402
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def run(*command):
-    """Runs a script of the project, its output in the terminal. BadInput when it fails."""
+    """Runs a script of the project, with its output in the terminal. Raises BadInput if it fails.
+
+    The script runs in the project's folder, so paths in the command must be absolute.
+    """
     print('\n$ python', *command, flush=True)
     if subprocess.run([sys.executable, *command], cwd=ROOT).returncode:
-        raise BadInput(f'{command[0]} failed; its message stands above. The same command again goes on.')
+        raise BadInput(f'{command[0]} failed, see above. The same command again continues.')
+
+
+def write_config(path, knobs):
+    """Writes a config file of train.py. Returns its path."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, 'w', encoding='utf-8') as f:
+        f.writelines(f'{name} = {value!r}\n' for name, value in knobs.items())
+    return path
+
+
+def train_arms(folder, arms, seeds, jobs, *files):
+    """Trains every arm with every seed in folder/runs/<arm>_seed<seed>. Finished runs are kept.
+
+    arms   dict, arm -> knobs of train.py       jobs  runs at the same time, of one thread each
+    files  config files that come before those of the arms
+    """
+    place = os.path.join(folder, 'arms')
+    shutil.rmtree(place, ignore_errors=True)        # the sweep trains every arm that it finds there
+    for arm, knobs in arms.items():
+        write_config(os.path.join(place, f'{arm}.py'), knobs)
+    options = [f'--seeds={seeds}', f'--jobs={jobs}', '--threads=1', f'--out={folder}/runs']
+    run('tools/sweep.py', 'configs', place, *options, *files)
 
 
 def read_arms(folder, arms, seeds):
-    """{(arm, seed): report.Entry} of the runs folder/<arm>_seed<seed>."""
-    entries = {(arm, seed): read_entry(os.path.join(folder, f'{arm}_seed{seed}')) for arm in arms for seed in seeds}
-    for (arm, _), entry in entries.items():
-        entry.arm = arm
+    """Reads the runs of train_arms: dict, (arm, seed) -> tools.report.Entry."""
+    entries = {}
+    for arm in arms:
+        for seed in seeds:
+            entry = read_run(os.path.join(folder, 'runs', f'{arm}_seed{seed}'))
+            entry.arm = arm
+            entries[arm, seed] = entry
     return entries
+
+
+def print_row(*cells):
+    """Prints a line of a Markdown table."""
+    print('| ' + ' | '.join(str(cell) for cell in cells) + ' |', flush=True)
+
+
+def print_header(*cells):
+    print()
+    print_row(*cells)
+    print('|---' * len(cells) + '|')

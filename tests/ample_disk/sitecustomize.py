@@ -1,4 +1,7 @@
-"""On PYTHONPATH of the hub's tests: their datasets are small, but announce the size of the real ones, for which a machine need not have room."""
+"""Reports a disk with plenty of room. The hub's tests put this folder on PYTHONPATH.
+
+Their datasets are small but announce the size of the real ones, which may not fit on the machine.
+"""
 import collections
 import shutil
 
