@@ -17,7 +17,8 @@ their plain sum. `make_taker` returns an object with
     state_dict()        as above
 
 or None for the plain sum. The rules are in rules.py, and they know nothing of torch. To add a
-method, write its rule there, a class that measures for it, and one `elif` here.
+method, write its rule there, a class that measures for it (baselines.Online has the losses and the
+limits), and one line in `make`. Then add its name to `mixture` in train.py.
 """
 from dataclasses import dataclass
 
