@@ -186,14 +186,14 @@ if prepare is not None:
     if run.is_master:
         prepare_missing(prepare, data_dir, sources)
     devices.barrier()
+row_options = dict(vocab_size=model_config.vocab_size, packing=packing, overlong=overlong)
 train_sources = []
 val_sources = []
 for name in sources:
-    options = dict(vocab_size=model_config.vocab_size, packing=packing, overlong=overlong)
-    train_sources.append(Source(data_dir, name, 'train', block_size, seed, **options))
-    val_sources.append(Source(data_dir, name, 'val', block_size, 0, **options))
+    train_sources.append(Source(data_dir, name, 'train', block_size, seed, **row_options))
+    val_sources.append(Source(data_dir, name, 'val', block_size, 0, **row_options))
 active = [source for source in train_sources if sources[source.name] > 0]
-probes = [open_probe(data_dir, domain, block_size, **options) for domain in config['probe']]
+probes = [open_probe(data_dir, domain, block_size, **row_options) for domain in config['probe']]
 all_sources = train_sources + val_sources + probes
 shards_tokenizer = common_tokenizer(all_sources)        # what meta.json records, None: unknown
 if packing == 'document' and run.is_master:
@@ -258,8 +258,8 @@ run.compile_blocks, compile_reason = parallel.choose_compile(
     config['compile'], total_flops, peak, run)
 parallel.split(model, layout)
 parallel.prepare_blocks(model, run.compile_blocks, config['activation_checkpointing'])
-for module, options in parallel.fsdp_parts(model, layout, run.dtype, reshard_after_forward):
-    fully_shard(module, **options)
+for module, fsdp_options in parallel.fsdp_parts(model, layout, run.dtype, reshard_after_forward):
+    fully_shard(module, **fsdp_options)
 parallel.finish_sharding(model, layout)
 model.to_empty(device=run.device)
 model.balance_loss = balance_loss
