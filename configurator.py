@@ -276,15 +276,18 @@ def check_type(value, wanted, default):
     raise TypeError(f'must be {wanted}, got {type(value).__name__} {value!r}')
 
 
-def check_limits(name, value, knob):
-    """Raises BadInput if a value is not among a knob's choices or is out of range. None passes."""
+def check_limits(name, value, knob, where):
+    """Raises BadInput if a value is not among a knob's choices or is out of range. None passes.
+
+    where: 'path:line: ' or the argument that set the value, '' for a default
+    """
     if value is None:
         return
     if knob.choices and value not in knob.choices:
-        raise BadInput(f"{name} = '{value}' must be one of {', '.join(knob.choices)}.")
+        raise BadInput(f"{where}{name} = '{value}' must be one of {', '.join(knob.choices)}.")
     if isinstance(value, (int, float)) and not knob.low <= value <= knob.high:
         most = f' and at most {knob.high:g}' if knob.high < math.inf else ''
-        raise BadInput(f'{name} = {value} must be at least {knob.low:g}{most}.')
+        raise BadInput(f'{where}{name} = {value} must be at least {knob.low:g}{most}.')
 
 
 def parse_literal(text, wanted):
@@ -426,7 +429,8 @@ def configure(scope, argv=None, verbose=None, owners=()):
             assign(name, {**values[name], entry: parse_literal(text, '')}, where)
     # Limits are checked at the end: a later argument may correct an earlier one.
     for name, knob in knobs.items():
-        check_limits(name, values[name], knob)
+        where = f'{origin[name]}: ' if name in origin else ''
+        check_limits(name, values[name], knob, where)
         if name in scope:
             scope[name] = values[name]
 
@@ -456,6 +460,8 @@ def configure_script(path, argv):
         if isinstance(call, ast.Call) and ast.unparse(call.func) == 'configure':
             break
         top.append(node)
+    else:
+        raise ValueError(f'{path} does not call configure(...)')
     # Another name than '__main__', so that nothing of the script starts.
     scope = {'__file__': path, '__name__': 'configured'}
     exec(compile(ast.Module(top, []), path, 'exec'), scope)

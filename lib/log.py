@@ -98,11 +98,14 @@ class Progress:
     """
 
     def __init__(self, bar, metrics_log, batch_tokens, flops_per_token, peak, device, last_good):
-        """bar: tqdm; metrics_log: MetricsLog, None on ranks that do not log
-
-        batch_tokens, flops_per_token: of a step; peak: FLOP/s of all devices together, None:
-        unknown last_good(): path of the last complete checkpoint or 'none', for the error about a
-        bad step
+        """
+        bar                 tqdm bar of the run's steps
+        metrics_log         MetricsLog, None on ranks that do not log
+        batch_tokens        tokens of a step, over all ranks
+        flops_per_token     FLOPs of forward and backward
+        peak                FLOP/s of all devices together, None: unknown
+        last_good()         path of the last complete checkpoint or 'none', for the error about a
+                            step whose loss is not finite
         """
         self.bar = bar
         self.log = metrics_log

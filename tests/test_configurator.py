@@ -136,6 +136,19 @@ def test_mistakes_in_a_file_are_errors_with_their_line(script, tmp_path, text, p
         assert part in str(error.value)
 
 
+def test_values_outside_their_limits_name_their_place(tmp_path):
+    path = config_file(tmp_path, SCRIPT.replace('n = 3 ', 'n: at_least(2) = 3 '), 'limits.py')
+    scope = dict(
+        __file__=path, out_dir='out', steps=None, rate=0.1, n=3, flag=False, sources={'a': 1.0},
+        name=None)
+    low = config_file(tmp_path, 'flag = True\nn = 1\n')
+    with pytest.raises(BadInput, match=r'c\.py:2: n = 1 must be at least 2\.'):
+        configurator.configure(scope, [low], verbose=False)
+    with pytest.raises(BadInput, match='--n=0: n = 0 must be at least 2'):
+        configurator.configure(scope, ['--n=0'], verbose=False)
+    assert configurator.configure(scope, [low, '--n=2'], verbose=False)['n'] == 2
+
+
 def test_help_shows_every_knob_with_default_and_comment(script, capsys):
     with pytest.raises(SystemExit) as stop:
         script('--help')

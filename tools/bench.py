@@ -281,8 +281,9 @@ def build_side(who, work, device):
         use(work.kernels, device)
         model = make_model(shape, device)
         if work.compiled:
-            # Blocks are alike, so they share one graph. Compiled by blocks, smollm2_135m started in
-            # 34 s, and transformers as a whole in 116 s (two-core Zen 3, docs/BENCHMARKS.md).
+            # Blocks have one shape, so they share one graph. Compiled by blocks, smollm2_135m
+            # started in 34 s, and transformers as a whole in 116 s (two-core Zen 3,
+            # docs/BENCHMARKS.md).
             for block in model.blocks:
                 block.compile()
         return model, lambda x, y: model.loss(x, y)[0] / y.numel()
