@@ -26,15 +26,19 @@ This file also holds what every script needs: the errors `BadInput` and `RunFaul
 that prints them as one sentence, and `read_json`.
 """
 import ast
+import atexit
 import copy
 import difflib
 import errno
+import hashlib
 import io
 import json
 import math
 import os
 import re
+import signal
 import sys
+import time
 import tokenize
 import types
 from dataclasses import MISSING, dataclass, fields
@@ -51,49 +55,191 @@ class RunFault(RuntimeError):
     """A fault during a run, such as a NaN loss. Scripts print the message and exit with code 1."""
 
 
-def report_error(kind, error, traceback):
-    """sys.excepthook that prints one sentence for the faults that a user can mend.
+# Faults of the machine while it runs. Every other OSError with a path is a mistake in that path.
+MACHINE_FAULTS = (
+    errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ENOMEM)
 
-    BadInput exits with code 2. RunFault, a full disk and a lost connection between ranks exit with
-    code 1. Every other exception is a bug of ours and keeps its traceback.
+
+def sentence_of(error):
+    """Returns (message, exit code) for an exception that a user can mend, None for a bug of ours.
+
+    2: a mistake in config, data or a path. 1: a fault while running. 128 + signal: an interruption,
+    whose message is short or ''.
     """
-    sys.stdout.flush()
-    is_parallel = int(os.environ.get('WORLD_SIZE', 1)) > 1
-    rank = f"[rank {os.environ['RANK']}] " if is_parallel else ''
-    if issubclass(kind, (BadInput, RunFault)):
-        print(f'\n{rank}error: {error}', file=sys.stderr, flush=True)
-        raise SystemExit(2 if issubclass(kind, BadInput) else 1)
-    if issubclass(kind, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        print(
-            f'{rank}error: {error.strerror} while writing {error.filename or "a file"}. Free some '
-            'space. Files that were complete before are intact.', file=sys.stderr, flush=True)
-        raise SystemExit(1)
-    lost = kind.__name__ in ('DistBackendError', 'DistNetworkError', 'DistStoreError')
-    if lost or kind is RuntimeError and 'gloo' in str(error):
-        reason = str(error).strip().splitlines()[0][:200]
-        print(
-            f'\n{rank}error: the connection to another rank broke ({reason}). That rank ended or '
-            'was killed. Its own message, if there is one, says why. Continue with --resume=True.',
-            file=sys.stderr, flush=True)
-        raise SystemExit(1)
-    sys.__excepthook__(kind, error, traceback)
+    if isinstance(error, BadInput):
+        return str(error), 2
+    if isinstance(error, RunFault):
+        return str(error), 1
+    if isinstance(error, KeyboardInterrupt):
+        return 'interrupted.', 128 + signal.SIGINT
+    if isinstance(error, BrokenPipeError):
+        return '', 128 + signal.SIGPIPE
+    text = str(error)
+    first_line = text.strip().partition('\n')[0][:200]
+    name = type(error).__name__
+    if isinstance(error, MemoryError) or 'OutOfMemory' in name or 'DefaultCPUAllocator' in text:
+        return (
+            f'out of memory ({first_line}). Use a smaller model, batch_size or block_size, or '
+            'more ranks. `train.py --dry_run=True` estimates what a run needs.'), 1
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return (
+            f'{error.strerror} while writing {error.filename or "a file"}. Free some space. Files '
+            'that were complete before are intact.'), 1
+    if isinstance(error, OSError) and error.errno == errno.EBADF and error.filename is None:
+        return 'stdout or stderr cannot be written to. Look at how they are redirected.', 1
+    if isinstance(error, OSError) and error.errno in MACHINE_FAULTS:
+        return f'{error.filename or "a file"}: {error.strerror}. Run again when it is mended.', 1
+    if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
+        return (
+            f"'{os.fsdecode(error.filename)}' cannot be read or written: {error.strerror}. Give "
+            'another path, or change what is there.'), 2
+    is_lost = name in ('DistBackendError', 'DistNetworkError', 'DistStoreError')
+    if is_lost or type(error) is RuntimeError and 'gloo' in text:
+        return (
+            f'the connection to another rank broke ({first_line}). That rank ended or was killed. '
+            'Its own message, if there is one, says why. Continue with --resume=True.'), 1
+    return None
+
+
+def report_error(kind, error, traceback):
+    """sys.excepthook that prints one sentence for what `sentence_of` knows, and exits by its code.
+
+    Every other exception is a bug of ours and keeps its traceback.
+    """
+    found = sentence_of(error)
+    flush_or_drop(sys.stdout, OSError)
+    if found is None:
+        sys.__excepthook__(kind, error, traceback)
+        return
+    message, code = found
+    if message:
+        print_once(f'error: {message}')
+    flush_or_drop(sys.stderr, OSError)
+    raise SystemExit(code)
+
+
+def say(sentence):
+    """Prints a line to stderr, or to stdout if stderr takes nothing (full disk, closed pipe)."""
+    for stream in (sys.stderr, sys.stdout):
+        try:
+            print(f'\n{sentence}', file=stream, flush=True)
+            return
+        except OSError:
+            drop(stream)
+
+
+def print_once(sentence):
+    """Prints an error to stderr, once for all ranks of a node that report the same.
+
+    torchrun ends with 70 lines of its own, the last of which quote the file that it names in
+    TORCHELASTIC_ERROR_FILE. The sentence goes there, so that it comes last, unless torchrun will
+    restart the ranks and not quote it.
+    """
+    is_parallel = os.environ.get('WORLD_SIZE', '1') != '1'
+    rank = f"[rank {os.environ.get('RANK')}] " if is_parallel else ''
+    path = os.environ.get('TORCHELASTIC_ERROR_FILE')
+    if not path:
+        say(rank + sentence)
+        return
+    # The ranks of a node have a common folder, and only one of them can create a file in it.
+    digest = hashlib.sha256(sentence.encode()).hexdigest()[:16]
+    try:
+        open(os.path.join(os.path.dirname(os.path.dirname(path)), digest), 'x').close()
+    except FileExistsError:
+        return
+    except OSError:
+        path = None         # torchrun's folder is gone or full
+    restarts = os.environ.get('TORCHELASTIC_RESTART_COUNT')
+    if path is not None and restarts == os.environ.get('TORCHELASTIC_MAX_RESTARTS'):
+        about = dict(timestamp=str(int(time.time())), py_callstack=rank + sentence)
+        try:
+            with open(path, 'w', encoding='utf-8') as f:
+                json.dump(dict(message=dict(message=sentence, extraInfo=about)), f)
+            return
+        except OSError:
+            pass            # printed below
+    say(rank + sentence)
+
+
+def drop(stream):
+    """Sends what stdout or stderr did not take nowhere. Python would try again when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def flush_or_drop(stream, faults=BrokenPipeError):
+    """Flushes stdout or stderr. What a reader that has closed the pipe did not take is dropped."""
+    try:
+        stream.flush()
+    except faults:
+        drop(stream)
+
+
+def flush_at_end():
+    if sys.stdout.closed:
+        return
+    try:
+        flush_or_drop(sys.stdout)
+    except OSError as error:            # a full disk. Python would end with code 0 or 120
+        drop(sys.stdout)
+        say(f'error: the output is not complete: {error.strerror}.')
+        os._exit(1)
+
+
+def open_streams():
+    """Gives a process that was started without stdin, stdout or stderr (`>&-`) an empty one.
+
+    Otherwise the next file that is opened gets the number of the stream, and what libraries print
+    is written into that file. What the encoding of a stream lacks is printed as an escape.
+    """
+    for number, name, mode in ((0, 'stdin', 'r'), (1, 'stdout', 'w'), (2, 'stderr', 'w')):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)      # it gets the lowest free number, which is this one
+            os.set_inheritable(number, True)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding='utf-8'))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == 'strict':
+            stream.reconfigure(errors='backslashreplace')
+
+
+def install_hook():
+    """Makes `report_error` the hook for exceptions.
+
+    A script calls it before it imports torch, because Ctrl-C may come in these seconds, too.
+    """
+    open_streams()
+    sys.excepthook = report_error
+    atexit.unregister(flush_at_end)
+    atexit.register(flush_at_end)
 
 
 def did_you_mean(name, known):
     """Returns " Did you mean 'x'?" for the nearest of the known names, or ''."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    # A hidden file is nobody's config, and the same name would be no help.
+    offered = [k for k in known if k != name and not os.path.basename(k).startswith('.')]
+    near = difflib.get_close_matches(name, offered, n=1, cutoff=0.6)
     return f" Did you mean '{near[0]}'?" if near else ''
+
+
+def parse_json(content, path):
+    """Returns the value of JSON text (bytes). Raises BadInput, which names `path`, if it fails."""
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:       # a UnicodeDecodeError is a ValueError
+        raise BadInput(
+            f'{path} is no valid JSON ({error}). It was cut off or damaged: restore or delete it.'
+        ) from None
 
 
 def read_json(path):
     """Returns the content of a JSON file. Raises BadInput if it is missing or no valid JSON."""
     try:
-        with open(path, encoding='utf-8') as f:
-            return json.load(f)
+        with open(path, 'rb') as f:
+            return parse_json(f.read(), path)
     except FileNotFoundError:
         raise BadInput(f'{path} does not exist.') from None
-    except ValueError as error:
-        raise BadInput(f'{path} is no valid JSON: {error}.') from None
 
 
 # -- types of knobs with limits --------------------------------------------------------------------
@@ -204,8 +350,11 @@ def parse_knobs(source, filename, owner=None):
 
 
 def read_source(path):
-    with open(path, encoding='utf-8') as f:
-        return f.read()
+    try:
+        with open(path, encoding='utf-8') as f:
+            return f.read()
+    except UnicodeDecodeError as error:
+        raise BadInput(f'{path} is not UTF-8 text ({error}). Save it as UTF-8.') from None
 
 
 def knobs_of(scope, owners):
@@ -258,7 +407,10 @@ def check_type(value, wanted, default):
         if base == 'int' and is_number and (isinstance(value, int) or value.is_integer()):
             return int(value)
         if base == 'float' and is_number:
-            return float(value)
+            try:
+                return float(value)
+            except OverflowError:       # an int of more than 308 digits
+                break
         if base == 'str' and isinstance(value, str):
             return value
         if base in ('list', 'tuple') and isinstance(value, (list, tuple)):
@@ -283,8 +435,15 @@ def check_limits(name, value, knob, where):
     """
     if value is None:
         return
+    names = value if isinstance(value, dict) else (value,)
+    if any(isinstance(text, str) and '\0' in text for text in names):
+        raise BadInput(f'{where}{name} = {value!r} holds a zero byte, which no name or path has.')
     if knob.choices and value not in knob.choices:
         raise BadInput(f"{where}{name} = '{value}' must be one of {', '.join(knob.choices)}.")
+    inside = value.values() if isinstance(value, dict) else value
+    for number in inside if isinstance(value, (dict, list, tuple)) else (value,):
+        if isinstance(number, float) and not math.isfinite(number):
+            raise BadInput(f'{where}{name} = {value} must be finite.')
     if isinstance(value, (int, float)) and not knob.low <= value <= knob.high:
         most = f' and at most {knob.high:g}' if knob.high < math.inf else ''
         raise BadInput(f'{where}{name} = {value} must be at least {knob.low:g}{most}.')
@@ -320,6 +479,9 @@ def run_config_file(path, values, knobs):
         raise BadInput(
             f"config file '{path}' does not exist.{did_you_mean(path, paths)} "
             'Arguments are config files or --key=value.')
+    if not path.endswith('.py'):
+        raise BadInput(
+            f"config file '{path}' does not end in .py. Config files are Python that sets knobs.")
     source = read_source(path)
     # A copy, because a file may change a dict in place, and the defaults must stay as they are.
     scope = {**copy.deepcopy(values), '__file__': path}
@@ -327,7 +489,7 @@ def run_config_file(path, values, knobs):
     try:
         tree = ast.parse(source, path)
         exec(compile(tree, path, 'exec'), scope)
-    except Exception as error:          # the file is the user's code, which may raise anything
+    except (Exception, SystemExit) as error:    # the user's code, which may raise anything
         line = getattr(error, 'lineno', None)
         traceback = error.__traceback__
         while traceback is not None:
@@ -372,6 +534,14 @@ def print_help(script, doc, knobs):
             print(f'        {knob.comment}')
 
 
+class Config(dict):
+    """Knobs by name, as `configure` resolved them. `defaults` has their default values."""
+
+    def __init__(self, values, defaults):
+        super().__init__(values)
+        self.defaults = defaults
+
+
 def configure(scope, argv=None, verbose=None, owners=()):
     """Overrides the knobs in `scope`, a script's globals(), from config files and --key=value.
 
@@ -379,12 +549,12 @@ def configure(scope, argv=None, verbose=None, owners=()):
     verbose  print what differs from the defaults. None: on rank 0 only (environment variable RANK)
     owners   dataclasses whose fields are knobs of the script as well. Their values are only in
              the result
-    Returns the resolved config, name -> value, in the order of declaration, and installs
+    Returns the resolved Config, name -> value, in the order of declaration, and installs
     `report_error` as sys.excepthook. Raises BadInput for an unknown name, a wrong type, a value
     outside its limits, or a config file that is missing or fails. `--help` exits with code 0.
     """
     # Installed first, so that a mistake in the arguments is already printed as one sentence.
-    sys.excepthook = report_error
+    install_hook()
     knobs = knobs_of(scope, owners)
     values = {name: knob.default for name, knob in knobs.items()}
     origin = {}
@@ -392,6 +562,7 @@ def configure(scope, argv=None, verbose=None, owners=()):
     argv = sys.argv[1:] if argv is None else argv
     if '--help' in argv or '-h' in argv:
         print_help(script, scope.get('__doc__'), knobs)
+        sys.stdout.flush()          # `--help | head` closes the pipe
         raise SystemExit(0)
 
     def type_of(name):
@@ -434,7 +605,7 @@ def configure(scope, argv=None, verbose=None, owners=()):
         if name in scope:
             scope[name] = values[name]
 
-    if verbose or verbose is None and int(os.environ.get('RANK', 0)) == 0:
+    if verbose or verbose is None and os.environ.get('RANK', '0') == '0':
         changed = [name for name in knobs if values[name] != knobs[name].default]
         print(
             f'config: {len(knobs)} knobs, {len(changed)} differ from the defaults of {script}'
@@ -442,7 +613,7 @@ def configure(scope, argv=None, verbose=None, owners=()):
         for name in changed:
             default = knobs[name].default
             print(f'  {name} = {values[name]!r}    (default {default!r}; {origin[name]})')
-    return values
+    return Config(values, {name: knob.default for name, knob in knobs.items()})
 
 
 def configure_script(path, argv):

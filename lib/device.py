@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from configurator import BadInput, one_of, report_error
+from configurator import BadInput, RunFault, one_of, report_error
 from ops.kernels import use as use_kernels
 
 GIB = 2**30
@@ -101,7 +101,7 @@ def start(config):
 def is_restarted():
     """Whether a launcher (torchrun or SLURM) has restarted this run after a failure."""
     names = ('TORCHELASTIC_RESTART_COUNT', 'SLURM_RESTART_COUNT')
-    return any(int(os.environ.get(name) or 0) > 0 for name in names)
+    return any(os.environ.get(name, '0') not in ('', '0') for name in names)
 
 
 def meeting_point(hosts=False):
@@ -118,6 +118,39 @@ def meeting_point(hosts=False):
     return dist.PrefixStore(f'attempt_{attempt}', store)
 
 
+def environment_number(name, default=0):
+    """The number in an environment variable of a launcher; default where it is not set or empty.
+
+    Raises BadInput for anything but a whole number that can be a count of ranks, or a port.
+    """
+    value = os.environ.get(name) or str(default)
+    most = 65535 if name == 'MASTER_PORT' else 10**7
+    if not value.isdecimal() or int(value) > most:
+        raise BadInput(
+            f"the environment variable {name} = '{value}' must be a number from 0 to {most}.")
+    return int(value)
+
+
+def launched_ranks(join):
+    """(rank, world size) of a process that a launcher has started, by its environment."""
+    needed = ['RANK', 'WORLD_SIZE']
+    if join:
+        needed += ['MASTER_ADDR', 'MASTER_PORT']
+    missing = [name for name in needed if not os.environ.get(name)]
+    if missing:
+        raise BadInput(
+            f'the environment sets RANK but not {", ".join(missing)}. Start the ranks with '
+            'torchrun, or unset RANK for a single process.')
+    numbers = {}
+    for name in needed:
+        if name != 'MASTER_ADDR':
+            numbers[name] = environment_number(name)
+    if not numbers['RANK'] < numbers['WORLD_SIZE']:
+        raise BadInput(
+            f"RANK = {numbers['RANK']} must be below WORLD_SIZE = {numbers['WORLD_SIZE']}.")
+    return numbers['RANK'], numbers['WORLD_SIZE']
+
+
 def start_ranks(device, join=True):
     """Joins torchrun's process group, if there is one. Returns (rank, world_size, torch.device).
 
@@ -129,12 +162,16 @@ def start_ranks(device, join=True):
     kind = 'cuda' if device != 'cpu' and torch.cuda.is_available() else 'cpu'
     if 'RANK' not in os.environ:
         return 0, 1, torch.device(kind)
-    rank = int(os.environ['RANK'])
-    world_size = int(os.environ['WORLD_SIZE'])
+    rank, world_size = launched_ranks(join)
     here = torch.device('cpu')
     if kind == 'cuda':
-        local_rank = os.environ.get('LOCAL_RANK') or rank % torch.cuda.device_count()
-        here = torch.device('cuda', int(local_rank))
+        n_devices = torch.cuda.device_count()
+        local_rank = environment_number('LOCAL_RANK', rank % n_devices)
+        if local_rank >= n_devices:
+            raise BadInput(
+                f'LOCAL_RANK = {local_rank}, and this machine shows {n_devices} GPU(s). Start one '
+                'rank per GPU (--nproc_per_node), or look at CUDA_VISIBLE_DEVICES.')
+        here = torch.device('cuda', local_rank)
         torch.cuda.set_device(here)
     if join:
         # lib/watch.py ends a run that hangs. A short timeout here would end one whose rank 0
@@ -159,6 +196,27 @@ def leave_ranks(code):
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def on_master(work):
+    """Calls work() on rank 0. All ranks return its result, or raise the user's error in it."""
+    found = None
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            found = work()
+        except (BadInput, RunFault, OSError) as error:
+            found = error
+    if dist.is_initialized():
+        # An error is sent, too. If rank 0 raised it here, the others would wait for it.
+        box = [found]
+        dist.broadcast_object_list(box, 0)
+        found = box[0]
+    try:
+        if isinstance(found, Exception):
+            raise found
+        return found
+    finally:
+        del found           # an error and the frame that it refers to would keep each other
 
 
 def barrier():
@@ -216,6 +274,38 @@ def device_name(device):
     if device.type == 'cuda':
         return torch.cuda.get_device_name(device)
     return f'{platform.processor() or platform.machine()} CPU'
+
+
+def memory_of(device):
+    """Bytes of memory of the GPU, or of this machine with its swap, within the container's limit.
+
+    None where the system does not say it.
+    """
+    if device.type == 'cuda':
+        return torch.cuda.get_device_properties(device).total_memory
+    found = []
+    try:
+        with open('/proc/meminfo', encoding='ascii') as f:
+            kib = {line.split(':')[0]: int(line.split()[1]) for line in f}
+        found.append((kib['MemTotal'] + kib.get('SwapTotal', 0)) * 1024)
+        with open('/sys/fs/cgroup/memory.max', encoding='ascii') as f:
+            found.append(int(f.read()))
+    except (OSError, ValueError, KeyError):     # another system, or no limit ('max')
+        pass
+    return min(found, default=None)
+
+
+def check_memory(needed, device, what):
+    """Raises BadInput if `needed` bytes cannot fit into the memory of the device at all.
+
+    what: what needs them, as the beginning of the sentence
+    """
+    there = memory_of(device)
+    if there is not None and needed > there:
+        raise BadInput(
+            f'{what} needs {needed / GIB:,.1f} GiB, and {device_name(device)} has '
+            f'{there / GIB:,.1f} GiB. Take a smaller model, bfloat16, more ranks or a larger '
+            'machine. `train.py ... --dry_run=True` shows where the memory goes.')
 
 
 def tune_malloc():
