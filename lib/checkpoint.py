@@ -2,22 +2,32 @@
 generators and config.
 
     out/run/ckpt/step_000500/     *.distcp and .metadata (DCP), state.json, rng_<rank>.pt, and
-                                  manifest.json (every file and its size), which is written last
+                                  manifest.json (bytes, sha256 and stamp of every file), written
+                                  last
     out/run/ckpt/latest           the name of the newest complete checkpoint
 
 A checkpoint is complete when it has a manifest. A run that is killed at any moment therefore leaves
 the checkpoint before intact, on a disk and in an object store (lib/storage.py). Tensors are stored
 in full, so another number or layout of ranks can read them. On CUDA they are copied to the CPU and
 a thread writes them while training continues.
+
+Before a checkpoint is read, its files are compared with the manifest, and the ranks share this
+work. A file whose stamp (times of change and inode) is still the one of the manifest was not
+touched since, and is not hashed again: this makes the check of a resumed run free. Nothing in a
+checkpoint can run code: see `read_metadata`.
 """
+import concurrent.futures
 import contextlib
 import datetime
+import hashlib
 import io
 import json
 import os
+import pickle
 import random
 import re
 import signal
+import sys
 import time
 import warnings
 from dataclasses import dataclass
@@ -28,10 +38,12 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import StorageMeta, TensorStorageMetadata
 
-from configurator import BadInput, RunFault, at_least
+from configurator import BadInput, RunFault, at_least, parse_json
 from lib import storage
-from lib.device import barrier
+from lib.device import barrier, on_master
+from model import ModelConfig
 from ops.ranks import full_shape, stored_form
 
 # knobs that a resumed run cannot change
@@ -62,17 +74,83 @@ def torn_checkpoints(folder):
     return [name for name in _steps(folder) if not _is_complete(os.path.join(folder, name))]
 
 
-def fault_of(checkpoint):
-    """What is wrong with a checkpoint folder; '' for an intact one."""
+def read_manifest(checkpoint):
+    """A checkpoint's manifest: dict name -> dict(bytes, sha256, stamp). Raises BadInput if damaged.
+
+    A manifest of an older version holds bytes alone. They are then all that can be compared.
+    """
+    path = os.path.join(checkpoint, 'manifest.json')
+    found = parse_json(storage.read(path), path)
+    if not isinstance(found, dict) or not {'.metadata', 'state.json'} <= found.keys():
+        raise BadInput(f'{path} does not list the files of a checkpoint.')
+    if all(type(entry) is int for entry in found.values()):
+        return {name: dict(bytes=entry, sha256=None) for name, entry in found.items()}
+    for name, entry in found.items():
+        if not isinstance(entry, dict) or type(entry.get('bytes')) is not int:
+            raise BadInput(f'{path} does not say how many bytes {name} has.')
+        if not isinstance(entry.get('sha256'), str):
+            raise BadInput(f'{path} does not say the sha256 of {name}.')
+    return found
+
+
+def sha256_of(path):
+    """The sha256 of a file on a disk or in a store: hex digits. 0.6 s per GB on one core."""
+    fs, at = storage.system(path)
+    with fs.open(at, 'rb') as f:
+        return hashlib.file_digest(f, 'sha256').hexdigest()
+
+
+# A file may change again within a tick of the file system's clock, and its stamp stays the same.
+SETTLED_NS = 50_000_000
+
+
+def stamp_of(path):
+    """What changes when a local file is touched: [times in ns, inode]. None for one in a store."""
+    if storage.is_remote(path):
+        return None
+    about = os.stat(path)
+    return [about.st_mtime_ns, about.st_ctime_ns, about.st_ino]
+
+
+def is_untouched(path, entry, manifest_ns):
+    """Whether a file is as it was when its manifest was written. False: it may have changed."""
+    stamp = entry.get('stamp')
+    if not isinstance(stamp, list) or stamp != stamp_of(path):
+        return False
+    return stamp[1] + SETTLED_NS < manifest_ns
+
+
+def fault_of(checkpoint, rank=0, world_size=1, trusts_stamps=True):
+    """What is wrong with a checkpoint folder; '' for an intact one.
+
+    Names and sizes of all files are compared, and the hashes of every world_size-th file. With
+    trusts_stamps, those of untouched files are not.
+    """
     if not _is_complete(checkpoint):
         return 'it was never finished (no manifest.json)'
-    found = storage.sizes(checkpoint)
-    manifest = storage.read(os.path.join(checkpoint, 'manifest.json'))
-    for name, size in json.loads(manifest).items():
-        if name not in found:
-            return f'{name} is missing'
-        if found[name] != size:
-            return f'{name} has {found[name]:,} bytes, not {size:,}'
+    try:
+        manifest = read_manifest(checkpoint)
+        found = storage.sizes(checkpoint)
+        for name, entry in manifest.items():
+            if name not in found:
+                return f'{name} is missing'
+            if found[name] != entry['bytes']:
+                return f'{name} has {found[name]:,} bytes, not {entry["bytes"]:,}'
+        for name in found:
+            if name not in manifest and re.fullmatch(r'__\d+_\d+\.distcp|rng_\d+\.pt', name):
+                return f'{name} is not listed in manifest.json'
+        written = stamp_of(os.path.join(checkpoint, 'manifest.json'))
+        for name in sorted(manifest)[rank::world_size]:
+            path = os.path.join(checkpoint, name)
+            entry = manifest[name]
+            if trusts_stamps and written and is_untouched(path, entry, written[0]):
+                continue
+            if entry['sha256'] is not None and sha256_of(path) != entry['sha256']:
+                return f'{name} has other bytes than were written'
+    except BadInput as error:
+        return str(error)
+    except OSError as error:
+        return f'it cannot be read ({error.strerror or error})'
     return ''
 
 
@@ -85,8 +163,9 @@ class CheckpointConfig:
 
 
 def _remove(checkpoint):
-    # The manifest goes first. A kill half-way then leaves nothing that looks complete.
-    if _is_complete(checkpoint):
+    # The manifest goes first. A kill half-way then leaves nothing that looks complete. What a
+    # symbolic link points to may belong to another run.
+    if not os.path.islink(checkpoint) and _is_complete(checkpoint):
         storage.remove_file(os.path.join(checkpoint, 'manifest.json'))
     storage.remove_folder(checkpoint)
 
@@ -154,17 +233,26 @@ def untouched_rng():
     set_rng_state(before)
 
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE)
+
+
 class StopRequest:
-    """`signal` is SIGTERM or SIGINT once one has arrived: save after this step and exit.
+    """`signal` is one of SIGNALS once it has arrived: save after this step and exit.
 
     A second signal ends the process at once, unless it arrives within 5 s: that is torchrun's copy.
+    SIGPIPE stands for a reader of stdout or stderr that has gone away.
     """
 
     def __init__(self):
         self.signal = 0
         self.time = 0.0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.take)
+        for number in SIGNALS:
+            # nohup makes a process ignore SIGHUP. Python itself ignores SIGPIPE, and a write to a
+            # closed pipe raises BrokenPipeError instead.
+            if number != signal.SIGPIPE and signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self.take)
+        sys.stdout = Pipe(sys.stdout, self)
+        sys.stderr = Pipe(sys.stderr, self)
 
     def take(self, number, _frame):
         if not self.signal:
@@ -173,6 +261,47 @@ class StopRequest:
         elif time.monotonic() - self.time > 5:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
+
+
+class Pipe:
+    """stdout or stderr of a run. When its reader goes away (`| head`), it asks the run to stop."""
+
+    def __init__(self, stream, stop):
+        self.stream = stream
+        self.stop = stop
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        try:
+            return self.stream.write(text)
+        except BrokenPipeError:
+            self.lose()
+            return len(text)
+
+    def flush(self):
+        try:
+            self.stream.flush()
+        except BrokenPipeError:
+            self.lose()
+
+    def lose(self):
+        """Sends the rest of the output nowhere."""
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        self.stop.take(signal.SIGPIPE, None)
+
+
+def entries_of(folder):
+    """The manifest's entries of the files that this rank has written into a checkpoint."""
+    entries = {}
+    for name, size in storage.sizes(folder).items():
+        # DCP's files are __<rank>_<number>.distcp. Rank 0 wrote those without a rank.
+        of_rank = re.match(r'(?:__|rng_)(\d+)[_.]', name)
+        if int(of_rank[1] if of_rank else 0) == _rank():
+            path = os.path.join(folder, name)
+            entries[name] = dict(bytes=size, sha256=sha256_of(path), stamp=stamp_of(path))
+    return entries
 
 
 class Checkpointer:
@@ -190,15 +319,20 @@ class Checkpointer:
         self.asynchronous = asynchronous
         self.pending = None          # (future, folder, step) of a save that a thread is writing
         self.while_pending = contextlib.ExitStack()
+        self.thread = concurrent.futures.ThreadPoolExecutor(1, 'manifest')
         self.group = None
         if asynchronous and dist.is_initialized():
             # The thread's collectives need their own group: in a shared one they would be mixed
             # with those of training.
             self.group = dist.new_group(backend='gloo', timeout=datetime.timedelta(days=1))
-        if _rank() == 0:
-            for name in torn_checkpoints(self.folder):              # left by a killed run
-                storage.remove_folder(os.path.join(self.folder, name))
-        barrier()
+        on_master(self.clean)
+
+    def clean(self):
+        """Removes what a killed run has left half-written."""
+        if storage.is_file(self.folder):
+            raise BadInput(f'{self.folder} is a file. It must be a folder for checkpoints.')
+        for name in torn_checkpoints(self.folder):
+            storage.remove_folder(os.path.join(self.folder, name))
 
     def save(self, step, model, optimizers, state):
         """Saves the run as it is before `step` is trained. Returns the seconds that this took.
@@ -213,7 +347,7 @@ class Checkpointer:
         try:
             if _rank() == 0:
                 # A run that was resumed from an older checkpoint saves this step again.
-                if storage.is_folder(folder):
+                if storage.is_folder(folder) or os.path.islink(folder):
                     _remove(folder)
                 storage.make_folder(folder)
             barrier()
@@ -228,12 +362,17 @@ class Checkpointer:
             if self.asynchronous:
                 # DCP warns from its thread, so the warning is silenced until `finish`.
                 self.while_pending.enter_context(_no_warning())
-                future = dcp.async_save(tensors, checkpoint_id=folder, process_group=self.group)
-                self.pending = future, folder, step
+                written = dcp.async_save(tensors, checkpoint_id=folder, process_group=self.group)
+
+                def hash_when_written():
+                    written.result()
+                    return entries_of(folder)
+
+                self.pending = self.thread.submit(hash_when_written), folder, step
             else:
                 with _no_warning():
                     dcp.save(tensors, checkpoint_id=folder)
-                self._publish(folder, step)
+                self._publish(folder, step, entries_of(folder))
         except (OSError, CheckpointException) as error:
             self._fail(folder, step, error)
         return time.perf_counter() - start
@@ -246,8 +385,8 @@ class Checkpointer:
         self.pending = None
         try:
             with self.while_pending:
-                future.result()
-            self._publish(folder, step)
+                entries = future.result()
+            self._publish(folder, step, entries)
         except (OSError, CheckpointException) as error:
             self._fail(folder, step, error)
 
@@ -271,12 +410,16 @@ class Checkpointer:
             if done.item():
                 self.finish()
 
-    def _publish(self, folder, step):
+    def _publish(self, folder, step, entries):
         # The manifest lists every file, so all ranks must have written theirs.
-        barrier()
+        parts = [entries]
+        if dist.is_initialized():
+            parts = [None] * dist.get_world_size()
+            dist.all_gather_object(parts, entries)
         if _rank() == 0:
-            manifest = json.dumps(storage.sizes(folder), indent=1).encode()
-            storage.write(os.path.join(folder, 'manifest.json'), manifest)
+            manifest = {name: entry for part in parts for name, entry in part.items()}
+            content = json.dumps(manifest, indent=1, sort_keys=True).encode()
+            storage.write(os.path.join(folder, 'manifest.json'), content)
             storage.write(os.path.join(self.folder, 'latest'), os.path.basename(folder).encode())
             storage.upload(self.out_dir)
             if self.keep_last:
@@ -297,7 +440,8 @@ class Checkpointer:
         reason = str(error).strip().splitlines()[-1]
         raise RunFault(
             f'the checkpoint of step {step} could not be written to {self.folder} ({reason}): '
-            f'{last}. Free some space and continue with --resume=True.'
+            f'{last}. Free some space, or make the folder writable, and continue with '
+            '--resume=True.'
         ) from error
 
 
@@ -309,8 +453,18 @@ def is_of(out_dir, config):
     if not storage.is_file(path):
         return True
     # `resume` may differ, since a restart sets it. JSON makes lists of tuples, as in the file.
-    saved = {**json.loads(storage.read(path)), 'resume': None}
-    return saved == {**json.loads(json.dumps(config)), 'resume': None}
+    saved = parse_json(storage.read(path), path)
+    wanted = {**json.loads(json.dumps(config)), 'resume': None}
+    return isinstance(saved, dict) and {**saved, 'resume': None} == wanted
+
+
+def holds_run(out_dir):
+    """What of a run is in out_dir, as text; '' if nothing is, or only a run that never began."""
+    folder = os.path.join(out_dir, 'ckpt')
+    found = [f'ckpt/{name}' for name in complete_checkpoints(folder)]
+    if storage.sizes(out_dir).get('metrics.jsonl'):
+        found.append('metrics.jsonl')
+    return ', '.join(found)
 
 
 def find_checkpoint(path, may_be_missing=False):
@@ -319,56 +473,54 @@ def find_checkpoint(path, may_be_missing=False):
     In a run folder it is the checkpoint named in `latest`, or the newest intact one where that is
     damaged. Skipped checkpoints are reported. Returns None when a run has no checkpoint. Raises
     BadInput when the path does not exist (unless may_be_missing), and when the given checkpoint or
-    all of a run are damaged. Rank 0 looks, and all ranks return the same.
+    all of a run are damaged. All ranks call this and get the same.
     """
-    found = None
-    if _rank() == 0:
-        try:
-            found = _find(path, may_be_missing)
-        except BadInput as error:
-            found = error
-    if dist.is_initialized():
-        # An error is sent, too. If rank 0 raised it here, the others would wait forever.
-        box = [found]
-        dist.broadcast_object_list(box, 0)
-        found = box[0]
-    if isinstance(found, BadInput):
-        raise found
-    return found
-
-
-def _find(path, may_be_missing):
-    if not storage.is_folder(path):
-        if may_be_missing:
-            return None
-        raise BadInput(f"'{path}' is no folder. Give a run's out_dir or a ckpt/step_* in it.")
-    folder = os.path.join(path, 'ckpt')
-    parent, name = os.path.split(path.rstrip('/'))
-    if not storage.is_folder(folder) and name.startswith('step_'):
-        if fault := fault_of(path):
-            others = ', '.join(complete_checkpoints(parent)) or 'none'
-            raise BadInput(f'checkpoint {path} is damaged: {fault}. Others here: {others}.')
-        return path
-    candidates = _steps(folder)[::-1]
-    latest = os.path.join(folder, 'latest')
-    if storage.is_file(latest):
-        named = storage.read(latest).decode().strip()
-        candidates.sort(key=lambda name: name != named)     # the others keep their order
+    candidates = on_master(lambda: _candidates(path, may_be_missing))
     faults = []
-    for name in candidates:
-        checkpoint = os.path.join(folder, name)
-        fault = fault_of(checkpoint)
+    for checkpoint in candidates:
+        fault = _shared_fault_of(checkpoint)
         if not fault:
             return checkpoint
-        if _is_complete(checkpoint):
-            faults.append(f'{name}: {fault}')
-            print(f'checkpoint: {folder}/{name} is damaged ({fault}) and is skipped')
-        else:
-            print(f'checkpoint: {folder}/{name} was never finished and is skipped')
+        if checkpoint == path.rstrip('/'):
+            others = ', '.join(complete_checkpoints(os.path.dirname(checkpoint))) or 'none'
+            raise BadInput(f'checkpoint {path} is damaged: {fault}. Others here: {others}.')
+        is_torn = not _is_complete(checkpoint)
+        if _rank() == 0:
+            how = 'was never finished' if is_torn else f'is damaged ({fault})'
+            print(f'checkpoint: {checkpoint} {how} and is skipped')
+        if not is_torn:
+            faults.append(f'{os.path.basename(checkpoint)}: {fault}')
     if faults:
-        faults = '; '.join(faults)
-        raise BadInput(f'every checkpoint in {folder} is damaged: {faults}. Use another out_dir.')
+        raise BadInput(
+            f'every checkpoint in {path} is damaged: {"; ".join(faults)}. Use another out_dir.')
     return None
+
+
+def _candidates(path, may_be_missing):
+    """The checkpoint folders to look at in turn."""
+    if not storage.is_folder(path):
+        if may_be_missing:
+            return []
+        raise BadInput(f"'{path}' is no folder. Give a run's out_dir or a ckpt/step_* in it.")
+    folder = os.path.join(path, 'ckpt')
+    path = path.rstrip('/')
+    if not storage.is_folder(folder) and os.path.basename(path).startswith('step_'):
+        return [path]
+    names = _steps(folder)[::-1]
+    latest = os.path.join(folder, 'latest')
+    if storage.is_file(latest):
+        named = storage.read(latest).decode(errors='replace').strip()
+        names.sort(key=lambda name: name != named)      # the others keep their order
+    return [os.path.join(folder, name) for name in names]
+
+
+def _shared_fault_of(checkpoint):
+    """As `fault_of`, with the hashes shared among the ranks. The same on every rank."""
+    if not dist.is_initialized():
+        return fault_of(checkpoint)
+    faults = [None] * dist.get_world_size()
+    dist.all_gather_object(faults, fault_of(checkpoint, _rank(), dist.get_world_size()))
+    return next((fault for fault in faults if fault), '')
 
 
 def find_beginning(out_dir, resume, continue_from):
@@ -382,8 +534,41 @@ def find_beginning(out_dir, resume, continue_from):
 
 
 def read_state(checkpoint):
-    """A checkpoint's state.json, a dict: step, model, config, loader and so on."""
-    return json.loads(storage.read(os.path.join(checkpoint, 'state.json')))
+    """A checkpoint's state.json, a dict: step, model, config, loader and so on.
+
+    Raises BadInput if an entry is missing or not understood.
+    """
+    path = os.path.join(checkpoint, 'state.json')
+    state = parse_json(storage.read(path), path)
+    again = 'It was changed, or written by another version.'
+    step = state.get('step') if isinstance(state, dict) else None
+    if type(step) is not int or step < 0:
+        raise BadInput(f'{path} does not say which step it is of. {again}')
+    named = re.fullmatch(r'step_(\d+)', os.path.basename(checkpoint.rstrip('/')))
+    if named and int(named[1]) != step:
+        raise BadInput(
+            f'{path} is of step {step}, by its folder of step {int(named[1])}: the folder was '
+            'renamed, or the file belongs to another checkpoint. Put it back.')
+    if not isinstance(state.get('config', ''), dict | None):
+        raise BadInput(f'{path} has no config. {again}')
+    try:
+        ModelConfig(**state['model'])
+    except (KeyError, TypeError) as error:
+        raise BadInput(f'{path} does not describe a model ({error}). {again}') from None
+    return state
+
+
+@contextlib.contextmanager
+def understanding(checkpoint):
+    """Turns what a state.json of another structure causes into BadInput."""
+    try:
+        yield
+    except BadInput:
+        raise
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise BadInput(
+            f'{checkpoint}/state.json is not understood ({type(error).__name__}: {error}). It was '
+            'changed, or written by another version.') from error
 
 
 def check_same_model(checkpoint, saved, wanted):
@@ -443,10 +628,82 @@ def _empty_state(stored, name, parameter, layout, group):
     return state
 
 
+# Whatever torch's own metadata is made of, besides dtypes.
+METADATA_CLASSES = {
+    ('torch.distributed.checkpoint.metadata', name) for name in (
+        'ChunkStorageMetadata', 'Metadata', 'MetadataIndex', 'StorageMeta', 'TensorProperties',
+        'TensorStorageMetadata', '_MEM_FORMAT_ENCODING')} | {
+    ('torch.distributed.checkpoint.filesystem', '_StorageInfo'),
+    ('torch.serialization', '_get_layout'), ('torch', 'Size'), ('pathlib', 'PosixPath')}
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module, name):
+        is_dtype = module == 'torch' and isinstance(getattr(torch, name, None), torch.dtype)
+        if not is_dtype and (module, name) not in METADATA_CLASSES:
+            raise pickle.UnpicklingError(f'it names {module}.{name}')
+        return super().find_class(module, name)
+
+
+def read_metadata(checkpoint):
+    """DCP's metadata of a checkpoint, without running code that the file may hold.
+
+    torch reads the file with pickle.load, which calls whatever it names. Here it may name only the
+    classes of METADATA_CLASSES. It may describe nothing but tensors, because torch would unpickle
+    other entries freely, too. Raises BadInput for anything else.
+    """
+    path = os.path.join(checkpoint, '.metadata')
+    try:
+        found = _MetadataUnpickler(io.BytesIO(storage.read(path))).load()
+        entries = list(found.state_dict_metadata.values())
+        files = list(found.storage_data.values())
+        is_safe = all(isinstance(entry, TensorStorageMetadata) for entry in entries)
+        # A file outside the folder, or a transform of the bytes, is nothing that `save` writes.
+        is_safe = is_safe and all(
+            os.path.basename(info.relative_path) == info.relative_path
+            and not info.transform_descriptors for info in files)
+    except Exception as error:          # a damaged pickle may raise anything
+        raise BadInput(
+            f'{path} is not what torch writes ({error}), and it is not opened: it may be damaged, '
+            'or hold code of a stranger.') from None
+    if not is_safe:
+        raise BadInput(f'{path} describes other things than tensors, and it is not opened.')
+    return found
+
+
+def _reader(checkpoint):
+    """DCP's reader of a folder on a disk or in a store, with our `read_metadata`."""
+    kind = FsspecReader if storage.is_remote(checkpoint) else dcp.FileSystemReader
+    reader = kind(checkpoint)
+
+    def read(*_args, **_options):
+        found = read_metadata(checkpoint)
+        found.storage_meta = StorageMeta(load_id=reader.load_id)
+        return found
+
+    reader.read_metadata = read
+    return reader
+
+
 def load_weights(checkpoint, model, optimizers=()):
     """Reads weights, and the state that the optimizers have, in place, for any number of ranks."""
-    with _no_warning():
-        dcp.load(_tensors(model, optimizers), checkpoint_id=checkpoint)
+    tensors = _tensors(model, optimizers)
+    # torch checks neither, and would fail deep inside.
+    stored = read_metadata(checkpoint).state_dict_metadata
+    for name, tensor in tensors.items():
+        if name not in stored or tuple(stored[name].size) != tuple(tensor.shape):
+            there = tuple(stored[name].size) if name in stored else 'nothing'
+            raise BadInput(
+                f'checkpoint {checkpoint} holds {there} for {name}, and the model needs '
+                f'{tuple(tensor.shape)}. It belongs to another model.')
+    try:
+        with _no_warning():
+            dcp.load(tensors, storage_reader=_reader(checkpoint))
+    except (CheckpointException, EOFError, pickle.UnpicklingError, ValueError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise BadInput(
+            f'the weights in {checkpoint} cannot be read ({reason[-1]}): a file is damaged. '
+            'Restore it, or use another checkpoint.') from None
 
 
 def load(checkpoint, model, optimizers):
@@ -454,8 +711,7 @@ def load(checkpoint, model, optimizers):
 
     Returns a note for the user, or ''. Raises BadInput when the run had another optimizer.
     """
-    reader = FsspecReader if storage.is_remote(checkpoint) else dcp.FileSystemReader
-    stored = reader(checkpoint).read_metadata().state_dict_metadata
+    stored = read_metadata(checkpoint).state_dict_metadata
     names = {parameter: name for name, parameter in model.named_parameters()}
     # An optimizer has no state before its first step, so the tensors to read into are made here.
     for optimizer in optimizers:
@@ -469,8 +725,23 @@ def load(checkpoint, model, optimizers):
                     )
                 optimizer.state[parameter] = state
     load_weights(checkpoint, model, optimizers)
+    # Every step of the run is one of each optimizer.
+    step = read_state(checkpoint)['step']
+    for optimizer in optimizers:
+        for parameter, state in optimizer.state.items():
+            if 'step' in state and int(state['step']) != step:
+                raise BadInput(
+                    f"{checkpoint}/state.json is of step {step}, and the weights of step "
+                    f"{int(state['step'])} ({names[parameter]}): its files are of different "
+                    'checkpoints. Restore them, or use another checkpoint.')
     rng = os.path.join(checkpoint, f'rng_{_rank()}.pt')
     if not storage.is_file(rng):
         return f'rank {_rank()} is new since the checkpoint: its random generators start afresh'
-    set_rng_state(torch.load(io.BytesIO(storage.read(rng)), weights_only=True))
+    try:
+        set_rng_state(torch.load(io.BytesIO(storage.read(rng)), weights_only=True))
+    except Exception as error:          # a damaged pickle may raise anything
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise BadInput(
+            f'{rng} does not hold the random generators of a run ({reason[0][:200]}). Restore it, '
+            'or use another checkpoint.') from None
     return ''

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from configurator import RunFault, at_least, one_of
+from configurator import BadInput, RunFault, at_least, one_of
 
 
 @dataclass
@@ -25,23 +25,81 @@ class LogConfig:
 def read_metrics(out_dir):
     """The records of a run's metrics.jsonl: list of dict, [] when there is none.
 
-    The last line of a killed run may be torn. It is left out.
+    A killed run or machine may leave a torn end: half a line, or a block of zeros. It is left out,
+    and a message says so if it is more than the beginning of a line. Raises BadInput when lines are
+    damaged that others follow.
     """
     path = os.path.join(out_dir, 'metrics.jsonl')
     if not os.path.isfile(path):
         return []
-    with open(path, encoding='utf-8') as f:
-        complete = f.read().split('\n')[:-1]        # after the last newline: '' or a torn line
-    return [json.loads(line) for line in complete]
+    with open(path, 'rb') as f:
+        *complete, torn = f.read().split(b'\n')
+    records = []
+    for line in complete:
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            record = None
+        if not isinstance(record, dict) or type(record.get('step')) is not int:
+            record = None
+        elif not all(isinstance(value, int | float | None) for value in record.values()):
+            record = None
+        records.append(record)
+    while records and records[-1] is None:
+        records.pop()
+    n_torn = len(complete) - len(records)
+    if n_torn or torn and not torn.startswith(b'{'):
+        print(f'{path}: its end is torn, and {n_torn or "the last"} line(s) are left out')
+    if None in records:
+        raise BadInput(
+            f'{path}:{records.index(None) + 1} is no record of a run, and others follow it. Delete '
+            'this line.')
+    return records
+
+
+def put_aside(out_dir):
+    """Renames metrics.jsonl to the first free metrics.<n>.jsonl. Returns that name."""
+    n = 1
+    while os.path.exists(os.path.join(out_dir, f'metrics.{n}.jsonl')):
+        n += 1
+    name = f'metrics.{n}.jsonl'
+    os.rename(os.path.join(out_dir, 'metrics.jsonl'), os.path.join(out_dir, name))
+    return name
+
+
+def start_wandb(out_dir, config):
+    """Starts a run of W&B, None when it is disabled. Raises BadInput without a key or a network."""
+    if config['wandb_mode'] == 'disabled':
+        return None
+    try:
+        import wandb
+    except ImportError:
+        raise BadInput(
+            'wandb is not installed. `pip install wandb`, or set wandb_mode=disabled.') from None
+    try:
+        return wandb.init(
+            project=config['wandb_project'], dir=out_dir, config=config, mode=config['wandb_mode'])
+    except wandb.Error as error:
+        raise BadInput(
+            f"wandb_mode = '{config['wandb_mode']}': W&B does not start ({error}). Run `wandb "
+            'login`, or set wandb_mode to offline or disabled.') from None
 
 
 class MetricsLog:
     """metrics.jsonl in the run folder, one object per logged step, and W&B under the same names."""
 
     def __init__(self, out_dir, first_step, config):
-        """Drops the lines of steps from first_step on, which a killed run may have left."""
+        """Drops the lines of steps from first_step on, which a killed run may have left.
+
+        A run that begins at step 0 puts the log of another beginning aside, as metrics.<n>.jsonl.
+        """
         self.path = os.path.join(out_dir, 'metrics.jsonl')
-        records = [r for r in read_metrics(out_dir) if r['step'] < first_step]
+        self.wandb = start_wandb(out_dir, config)       # first: without a key nothing is written
+        before = read_metrics(out_dir)
+        records = [r for r in before if r['step'] < first_step]
+        if before and first_step == 0:
+            name = put_aside(out_dir)
+            print(f'log: the {len(before)} records of an earlier beginning are kept in {name}')
         # A kill while the kept lines are written must not lose the metrics of the run.
         temporary = self.path + '.tmp'
         with open(temporary, 'w', encoding='utf-8') as f:
@@ -49,12 +107,6 @@ class MetricsLog:
         os.replace(temporary, self.path)
         # Line buffering: a line is written when it is complete.
         self.file = open(self.path, 'a', encoding='utf-8', buffering=1)
-        self.wandb = None
-        if config['wandb_mode'] != 'disabled':
-            import wandb
-            self.wandb = wandb.init(
-                project=config['wandb_project'], dir=out_dir, config=config,
-                mode=config['wandb_mode'])
 
     def write(self, step, metrics):
         self.file.write(json.dumps({'step': step, **metrics}) + '\n')

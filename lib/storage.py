@@ -5,8 +5,13 @@ installed. A store can neither append nor rename, so nothing here needs that. Fi
 appends to (metrics.jsonl), or that others open by name (the tokenizer), are in a local folder
 (`local_folder`). They are copied to the store with every checkpoint.
 """
+import contextlib
+import errno
+import fcntl
 import hashlib
 import os
+import re
+import time
 
 import fsspec
 
@@ -21,27 +26,53 @@ def is_remote(path):
 
 def system(path):
     """(fsspec file system, path in it). Raises BadInput when its driver is missing."""
+    if path.startswith('~'):            # fsspec expands it, and the other functions do not
+        raise BadInput(f"'{path}' begins with ~, which only a shell expands. Write it in full.")
+    if re.match(r'[a-z0-9]+:/[^/]|://', path):
+        raise BadInput(f"'{path}' is no address of a store, which begins like gs://bucket.")
     try:
         return fsspec.core.url_to_fs(path)
-    except (ImportError, ValueError) as error:
-        raise BadInput(f"'{path}' cannot be reached: {error}.") from None
+    except Exception as error:          # a driver's code, which may raise anything
+        raise BadInput(
+            f"'{path}' cannot be reached: {type(error).__name__}: {first_line(error)}.") from None
+
+
+def first_line(error):
+    return str(error).strip().partition('\n')[0]
+
+
+@contextlib.contextmanager
+def reaching(path):
+    """Turns what the driver of a store raises into an OSError that names the path."""
+    try:
+        yield
+    except (BadInput, FileNotFoundError):
+        raise
+    except Exception as error:          # a driver's code, which may raise anything
+        if not is_remote(path):
+            raise
+        reason = f'{type(error).__name__}: {first_line(error)}'
+        raise OSError(errno.EIO, reason, path) from None
 
 
 def is_folder(path):
     fs, at = system(path)
-    return fs.isdir(at)
+    with reaching(path):
+        return fs.isdir(at)
 
 
 def is_file(path):
     fs, at = system(path)
-    return fs.isfile(at)
+    with reaching(path):
+        return fs.isfile(at)
 
 
 def listing(folder, detail):
     """fsspec's listing of a folder, paths or (detail) dicts; [] if the folder does not exist."""
     fs, at = system(folder)
-    fs.invalidate_cache()               # drivers of stores keep old listings
-    return fs.ls(at, detail=detail) if fs.isdir(at) else []
+    with reaching(folder):
+        fs.invalidate_cache()           # drivers of stores keep old listings
+        return fs.ls(at, detail=detail) if fs.isdir(at) else []
 
 
 def names(folder):
@@ -58,7 +89,7 @@ def sizes(folder):
 
 def read(path):
     fs, at = system(path)
-    with fs.open(at, 'rb') as f:
+    with reaching(path), fs.open(at, 'rb') as f:
         return f.read()
 
 
@@ -67,7 +98,8 @@ def write(path, content):
     if is_remote(path):
         fs, at = system(path)
         # A store shows an object only once it is complete, so there is nothing to rename.
-        fs.pipe_file(at, content)
+        with reaching(path):
+            fs.pipe_file(at, content)
         return
     with open(path + '.tmp', 'wb') as f:
         f.write(content)
@@ -79,19 +111,46 @@ def write(path, content):
 
 def make_folder(path):
     fs, at = system(path)
-    fs.makedirs(at, exist_ok=True)
+    with reaching(path):
+        fs.makedirs(at, exist_ok=True)
 
 
 def remove_file(path):
     fs, at = system(path)
-    fs.rm_file(at)
+    with reaching(path):
+        fs.rm_file(at)
 
 
 def remove_folder(path):
+    """Removes a folder with its content. Of a symbolic link only the link is removed."""
+    if os.path.islink(path):
+        os.unlink(path)
+        return
     fs, at = system(path)
-    # Removing the last object of a store's folder removes the folder, and rm would then fail.
-    if fs.exists(at):
-        fs.rm(at, recursive=True)
+    with reaching(path):
+        # Removing the last object of a store's folder removes the folder, and rm would then fail.
+        if fs.exists(at):
+            fs.rm(at, recursive=True)
+
+
+def check_writable(folder):
+    """Raises BadInput when a store cannot be written to. It writes and removes a small file."""
+    if not is_remote(folder):
+        return
+    if folder.startswith('memory://'):
+        print(f"warning: '{folder}' is lost when this process ends.")
+    path = os.path.join(folder, 'writable')
+    try:
+        was_there = is_folder(folder)
+        make_folder(folder)
+        write(path, b'')
+        remove_file(path)
+        if not was_there:
+            remove_folder(folder)
+    except OSError as error:
+        raise BadInput(
+            f"'{folder}' cannot be written to ({error.strerror or error}). Look at the address, "
+            'the network and the credentials, or give another folder.') from None
 
 
 def local_folder(out_dir):
@@ -101,6 +160,55 @@ def local_folder(out_dir):
     # Two runs of the same name in different buckets must not share a folder.
     digest = hashlib.sha256(out_dir.encode()).hexdigest()[:8]
     return os.path.join(MIRRORS, f'{os.path.basename(out_dir.rstrip("/"))}-{digest}')
+
+
+def lock(path, wait_s=0.0):
+    """Takes the lock that the local file `path` stands for. Returns the file.
+
+    wait_s  seconds to wait for another process that holds it. math.inf: for ever
+    The lock ends when the file is closed or the process ends, however it ends. It is flock's: it
+    also holds between the machines of an NFS mount (Linux 2.6.12 and later, not with the mount
+    options nolock or local_lock), where the server frees the lock of a machine that died after its
+    lease, by default 90 s. The file stays, because a lock on a removed file excludes nobody.
+    Raises BadInput when another process holds it.
+    """
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    handle = open(path, 'a', encoding='utf-8')      # 'w' would empty the target of a link
+    deadline = time.monotonic() + wait_s
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() < deadline:
+                time.sleep(0.05)
+                continue
+            handle.close()
+            raise BadInput(
+                f'another process is writing to {os.path.dirname(path) or "."}. Wait for it, stop '
+                'it, or write to another folder.') from None
+    return handle
+
+
+HELD = {}       # folder -> the lock that this process holds on it
+
+
+def lock_folder(folder, wait_s, must_exist=False):
+    """Makes this process the only one that writes into a local folder, which is made if need be.
+
+    must_exist: does nothing if there is no such folder. The lock ends with the process, or with
+    `unlock_folder`. Raises BadInput when another process holds it (see `lock`).
+    """
+    if must_exist and not os.path.isdir(folder):
+        return
+    # A second run in one process takes over the lock of the first.
+    unlock_folder(folder)
+    HELD[folder] = lock(os.path.join(folder, '.lock'), wait_s)
+
+
+def unlock_folder(folder):
+    if folder in HELD:
+        HELD.pop(folder).close()
 
 
 def download(out_dir, folder=None):
@@ -124,4 +232,6 @@ def upload(out_dir):
     if is_remote(out_dir):
         folder = local_folder(out_dir)
         for name in sizes(folder):
+            if name == '.lock':
+                continue
             write(os.path.join(out_dir, name), read(os.path.join(folder, name)))
