@@ -2,8 +2,9 @@
 
 A source is a folder with `train/*.bin`, `val/*.bin` (and others) and `meta.json`. A shard is a
 header of 256 int32 followed by the tokens. This is the format of llm.c and modded-nanogpt for
-uint16, and a version of our own for uint32. Reading is a memory map and one copy, without worker
-processes.
+uint16, and a version of our own for uint32. A row is read by one system call, without worker
+processes. What meta.json says of the shards is checked when a source is opened (`check_listing`),
+and the bytes of a sample of them when training starts (`check_sample`).
 
 The rows of a run are a pure function of a few integers. Each source is a permuted set of windows of
 block_size + 1 tokens. The permutation is a keyed bijection, so 2T tokens need no index. One cursor
@@ -20,6 +21,7 @@ import bisect
 import functools
 import glob
 import hashlib
+import itertools
 import os
 import subprocess
 import sys
@@ -28,7 +30,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from configurator import BadInput, did_you_mean, read_json
+from configurator import BadInput, RunFault, did_you_mean, read_json
 from ops.attention import document_boundaries
 
 HEADER_INTS = 256
@@ -36,9 +38,11 @@ HEADER_BYTES = 4 * HEADER_INTS
 FORMATS = {                     # (magic, version) -> dtype of the tokens
     (20240520, 1): np.dtype('<u2'),
     (20240801, 7): np.dtype('<u4')}
+MASK_DTYPE = np.dtype(np.uint8)
 WEIGHT_UNIT = 2**32             # weights are held as integers that sum to this, so nothing drifts
 PERMUTATION_BLOCK = 4096        # positions that are permuted at once
 PIECE = 256                     # tokens that are compared at once where documents are not known
+SAMPLE_BYTES = 2**26            # bytes of shards that are hashed at the start of a run: 40 ms
 
 
 # -- shards ----------------------------------------------------------------------------------------
@@ -88,9 +92,27 @@ def read_header(path):
 # 64 is a bound on open files: macOS allows 256 per process, and 2T tokens are some 20,000 shards.
 @functools.lru_cache(maxsize=64)
 def open_shard(path):
-    """Returns the tokens of a shard as a read-only memory map."""
+    """Returns the tokens of a shard as a read-only memory map, for a look at all of it."""
     n_tokens, dtype = read_header(path)
     return np.memmap(path, dtype=dtype, mode='r', offset=HEADER_BYTES, shape=(n_tokens,))
+
+
+@functools.lru_cache(maxsize=64)
+def open_file(path):
+    return open(path, 'rb', buffering=0)
+
+
+def read_into(out, path, offset, start):
+    """Fills an array with the items of a file from `start` on, after `offset` bytes.
+
+    Training reads in this way, because a memory map of a file that is truncated meanwhile kills the
+    process with SIGBUS. Raises RunFault instead.
+    """
+    n_read = os.preadv(open_file(path).fileno(), [out], offset + start * out.itemsize)
+    if n_read < out.nbytes:
+        raise RunFault(
+            f'{path} has ended after {os.path.getsize(path):,} bytes: it was truncated while it '
+            'was in use. Restore it, or prepare the source again.')
 
 
 def mask_path(shard_path):
@@ -112,6 +134,116 @@ def open_mask(shard_path):
             f'{path} holds {os.path.getsize(path):,} bytes, its shard {n_tokens:,} tokens: it is '
             'truncated or belongs to another shard. Prepare the source again.')
     return np.memmap(path, dtype=np.uint8, mode='r')
+
+
+def sha256_of(path):
+    """The sha256 of a file: hex digits. 0.6 s per GB on one core."""
+    with open(path, 'rb') as f:
+        return hashlib.file_digest(f, 'sha256').hexdigest()
+
+
+# -- meta.json -------------------------------------------------------------------------------------
+
+
+def read_meta(folder):
+    """Returns the meta.json of a source, None if it has none.
+
+    Raises BadInput if an entry is missing that training needs.
+    """
+    path = os.path.join(folder, 'meta.json')
+    if not os.path.isfile(path):
+        return None
+    meta = read_json(path)
+    try:
+        needed = [meta['vocab_size'], meta['tokenizer']['bos_id']]
+        names = [meta['tokenizer']['fingerprint']]
+        for shard in meta['shards']:
+            needed.append(shard['tokens'])
+            names += [shard['file'], shard['split'], shard['sha256'], shard.get('mask_sha256', '')]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise BadInput(
+            f'{path} is not the meta.json of a source ({type(error).__name__}: {error}). Prepare '
+            'the source again.') from None
+    for value in needed:
+        if type(value) is not int or value < 0:
+            raise BadInput(f'{path} holds {value!r} in place of a number. Prepare it again.')
+    for name in names:
+        if not isinstance(name, str):
+            raise BadInput(f'{path} holds {name!r} in place of a name. Prepare it again.')
+    if meta['tokenizer']['bos_id'] >= meta['vocab_size']:
+        raise BadInput(f'{path}: bos_id is not below vocab_size. Prepare the source again.')
+    return meta
+
+
+def check_listing(folder, split, meta, shard_tokens):
+    """Raises BadInput unless a split holds exactly the shards and masks that meta.json lists.
+
+    shard_tokens    path -> tokens by its header, for the shards that are there
+    """
+    listed = {}
+    for shard in meta['shards']:
+        if shard['split'] == split:
+            listed[os.path.join(folder, shard['file'])] = shard
+    again = 'Restore it, or prepare the source again.'
+    for path, shard in listed.items():
+        if path not in shard_tokens:
+            raise BadInput(f'{path} is missing, and {folder}/meta.json lists it. {again}')
+        if shard_tokens[path] != shard['tokens']:
+            raise BadInput(
+                f"{path} holds {shard_tokens[path]:,} tokens, and {folder}/meta.json says "
+                f"{shard['tokens']:,}: it was exchanged. {again}")
+        has_mask = os.path.isfile(mask_path(path))
+        if has_mask != ('mask_sha256' in shard):
+            fate = 'was added' if has_mask else 'is missing'
+            raise BadInput(
+                f'the loss mask {mask_path(path)} {fate}, by what {folder}/meta.json lists. '
+                f'{again}')
+    for path in shard_tokens:
+        if path not in listed:
+            raise BadInput(
+                f'{path} was added: {folder}/meta.json does not list it. Take it out, or prepare '
+                'the source again.')
+
+
+def shard_faults(folder, shards):
+    """Yields a sentence for every file whose bytes are not those that meta.json records.
+
+    shards: entries of meta.json
+    """
+    for shard in shards:
+        path = os.path.join(folder, shard['file'])
+        expected = {path: shard['sha256']}
+        if 'mask_sha256' in shard:
+            expected[mask_path(path)] = shard['mask_sha256']
+        for file, sha256 in expected.items():
+            if not os.path.isfile(file):
+                yield f'{file} is missing, and {folder}/meta.json lists it.'
+            elif sha256_of(file) != sha256:
+                yield f'{file} has other bytes than {folder}/meta.json records.'
+
+
+def check_sample(sources, seed):
+    """Compares the bytes of some shards with meta.json: SAMPLE_BYTES of them, or a little more.
+
+    seed: chooses the shards. Raises BadInput for a shard that was changed. `tools/check.py`
+    compares all of them.
+    """
+    shards = []
+    for source in sources:
+        folder = os.path.join(source.data_dir, source.name)
+        for shard in source.meta['shards'] if source.meta else ():
+            if shard['split'] == source.split:
+                shards.append((folder, shard))
+    budget = SAMPLE_BYTES
+    for i in permute(np.arange(len(shards)), len(shards), derive_keys(4, seed, 'sample')):
+        folder, shard = shards[i]
+        if budget <= 0:
+            break
+        budget -= os.path.getsize(os.path.join(folder, shard['file']))
+        for fault in shard_faults(folder, [shard]):
+            raise BadInput(
+                f'{fault} Restore it, or prepare the source again. `python tools/check.py {folder}`'
+                ' looks at all shards.')
 
 
 # -- permutation -----------------------------------------------------------------------------------
@@ -282,56 +414,78 @@ def pack_documents(shards, bos_id, capacity, overlong='truncate'):
 class Source:
     """One split of one source: its shards as a permuted, endless sequence of rows of T + 1 tokens.
 
-    packing 'window': a row is a window of the stream, and masks are not read. Neighbouring windows
-    of a shard share one token: the last target of one is the first input of the next. The tail of a
-    shard that fills no window is not used.
+    packing 'window': a row is a window of the stream. A source with masks is refused. Neighbouring
+    windows of a shard share one token: the last target of one is the first input of the next. The
+    tail of a shard that fills no window is not used.
     packing 'document': a row holds whole documents and padding. A token that the loss ignores as a
     target is stored as ~id, which is negative. overlong: what to do with documents longer than a
-    row. `meta` is the content of meta.json, or None for shards that were made elsewhere.
+    row. `meta` is the content of meta.json, or None for shards that were made elsewhere. Raises
+    BadInput where meta.json and the files differ.
     """
 
     def __init__(self, data_dir, name, split, block_size, seed=0, vocab_size=None, packing='window',
                  overlong='truncate'):
+        self.data_dir = data_dir
         self.name = name
         self.split = split
         self.block_size = block_size
         self.seed = seed
         self.vocab_size = vocab_size
         # The order of these checks leads from the most likely mistake to the rarest.
+        if not name or os.path.isabs(name) or {'', '.', '..'} & set(name.split('/')):
+            raise BadInput(f"source '{name}' must be the name of a folder in {data_dir}.")
         folder = os.path.join(data_dir, name)
         if not os.path.isdir(folder):
             there = sorted(os.listdir(data_dir)) if os.path.isdir(data_dir) else []
             raise BadInput(
                 f"source '{name}': {folder} does not exist.{did_you_mean(name, there)} Make it "
                 'with a script in prepare/, or set data_dir.')
-        has_meta = os.path.isfile(os.path.join(folder, 'meta.json'))
-        if os.path.isdir(os.path.join(folder, 'progress')) and not has_meta:
+        self.meta = read_meta(folder)          # None for shards that were made elsewhere
+        if os.path.isdir(os.path.join(folder, 'progress')) and self.meta is None:
             raise BadInput(
                 f"source '{name}': {folder} is half prepared (it holds progress/ and no "
                 'meta.json). Run its script in prepare/ again. It continues where it stopped.')
+        if self.meta is None and glob.glob(os.path.join(glob.escape(folder), 'tokenizer.*')):
+            raise BadInput(
+                f"source '{name}': {folder} has a tokenizer but no meta.json, which says what its "
+                'shards are. Restore it, or prepare the source again.')
         # Sorted, because the numbers of windows depend on the order of the shards.
-        self.paths = sorted(glob.glob(os.path.join(folder, split, '*.bin')))
+        self.paths = sorted(glob.glob(os.path.join(glob.escape(folder), split, '*.bin')))
+        headers = [read_header(path) for path in self.paths]
+        self.shard_tokens = [n_tokens for n_tokens, _ in headers]
+        self.shard_dtypes = [dtype for _, dtype in headers]
+        if self.meta is not None:
+            tokens = dict(zip(self.paths, self.shard_tokens, strict=True))
+            check_listing(folder, split, self.meta, tokens)
         if not self.paths:
             raise BadInput(
                 f"source '{name}': {folder}/{split} holds no *.bin shards. Prepare the source "
                 'again.')
-        self.shard_tokens = [read_header(path)[0] for path in self.paths]
+        if packing == 'window' and any(os.path.isfile(mask_path(path)) for path in self.paths):
+            raise BadInput(
+                f"source '{name}' ({split}) has loss masks, and packing = 'window' would train on "
+                "every token. Set packing='document' to follow the masks, or prepare the source as "
+                'plain text, without a chat_template.')
         # A window never crosses the end of a shard.
         windows = [max(0, n - 1) // block_size for n in self.shard_tokens]
-        self.first_window = np.concatenate(([0], np.cumsum(windows)))
-        self.n_windows = int(self.first_window[-1])
+        self.first_window = [0, *itertools.accumulate(windows)]
+        self.n_windows = self.first_window[-1]
         self.n_tokens = sum(self.shard_tokens)
         if self.n_windows == 0 and packing == 'window':
             raise BadInput(
                 f"source '{name}' ({split}): {self.n_tokens:,} tokens do not fill one window of "
                 f'block_size + 1 = {block_size + 1}. Lower block_size or prepare more.')
-        self.meta = read_json(os.path.join(folder, 'meta.json')) if has_meta else None
-        if has_meta and vocab_size is not None and self.meta['vocab_size'] > vocab_size:
-            raise BadInput(
-                f"source '{name}' was tokenized with a vocabulary of {self.meta['vocab_size']:,}, "
-                f"the model's vocab_size is {vocab_size:,}. Set vocab_size, or prepare the source "
-                "with the model's tokenizer.")
+        if self.meta is not None and vocab_size is not None:
+            if self.meta['vocab_size'] > vocab_size:
+                raise BadInput(
+                    f"source '{name}' was tokenized with a vocabulary of "
+                    f"{self.meta['vocab_size']:,}, the model's vocab_size is {vocab_size:,}. Set "
+                    "vocab_size, or prepare the source with the model's tokenizer.")
         self.kept = None               # numbers of the windows that `keep_windows` left. None: all
+        # What a row is read into, before it becomes int32.
+        self.buffers = {}
+        for dtype in (*FORMATS.values(), MASK_DTYPE):
+            self.buffers[dtype] = np.empty(block_size + 1, dtype)
         self._block_cache = {}
         self.overlong = overlong
         self.packs = None              # Packs with packing='document'
@@ -378,18 +532,30 @@ class Source:
         recorded = {s['file']: s['sha256'] for s in self.meta['shards']} if self.meta else {}
         folder = os.path.dirname(os.path.dirname(self.paths[0]))
         for path, n_tokens in zip(self.paths, self.shard_tokens, strict=True):
-            # The full hash of terabytes would take hours at every start, so the ends stand for a
-            # shard, besides the hash that its preparation recorded.
-            tokens = open_shard(path)
             sha256 = recorded.get(os.path.relpath(path, folder), '')
             digest.update(f'{os.path.basename(path)} {n_tokens} {sha256}'.encode())
-            digest.update(tokens[:1024].tobytes() + tokens[-1024:].tobytes())
+            digest.update(shard_ends(path))
         if self.kept is not None:
             digest.update(self.kept.tobytes())
         if self.packs is not None:
             masked = sorted(s.get('mask_sha256', '') for s in self.meta['shards'])
             digest.update(f'{self.block_size} {self.overlong} {self.n_windows} {masked}'.encode())
         return digest.hexdigest()[:16]
+
+    def shard_fingerprints(self):
+        """16 hex digits for every shard of the split and its mask, by its path in data_dir."""
+        found = {}
+        for path in self.paths:
+            digest = hashlib.sha256(shard_ends(path))
+            if os.path.isfile(mask_path(path)):
+                with open(mask_path(path), 'rb') as f:
+                    digest.update(f.read(2**16))
+            found[os.path.relpath(path, self.data_dir)] = digest.hexdigest()[:16]
+        for shard in self.meta['shards'] if self.meta else ():
+            if shard['split'] == self.split:
+                path = os.path.join(self.name, shard['file'])
+                found[path] += shard['sha256'][:16] + shard.get('mask_sha256', '')[:16]
+        return found
 
     def window(self, cursor):
         """The number of the window that row `cursor` is. Every epoch is another permutation."""
@@ -416,20 +582,28 @@ class Source:
         if self.packs is not None:
             self.read_pack(window, out)
             return
-        shard = int(np.searchsorted(self.first_window, window, side='right')) - 1
-        start = (window - int(self.first_window[shard])) * self.block_size
-        out[:] = open_shard(self.paths[shard])[start:start + self.block_size + 1]
+        shard = bisect.bisect_right(self.first_window, window) - 1
+        start = (window - self.first_window[shard]) * self.block_size
+        stored = self.buffers[self.shard_dtypes[shard]]
+        read_into(stored, self.paths[shard], HEADER_BYTES, start)
+        out[:] = stored
 
     def read_pack(self, row, out):
         """Copies a row of documents and padding into out. Ignored tokens become ~id."""
         at = 0
         for i in range(self.packs.first[row], self.packs.first[row + 1]):
-            path = self.paths[self.packs.shard[i]]
-            inside = slice(self.packs.start[i], self.packs.start[i] + self.packs.length[i])
-            part = out[at:at + self.packs.length[i]]
-            part[:] = open_shard(path)[inside]
+            shard = int(self.packs.shard[i])
+            path = self.paths[shard]
+            start = int(self.packs.start[i])
+            length = int(self.packs.length[i])
+            part = out[at:at + length]
+            stored = self.buffers[self.shard_dtypes[shard]][:length]
+            read_into(stored, path, HEADER_BYTES, start)
+            part[:] = stored
             if self.has_mask:
-                np.invert(part, out=part, where=open_mask(path)[inside] == 0)
+                mask = self.buffers[MASK_DTYPE][:length]
+                read_into(mask, mask_path(path), 0, start)
+                np.invert(part, out=part, where=mask == 0)
             # The first token of a document is no target of the document before it.
             part[0] = ~token_ids(part[0])
             at += len(part)
@@ -456,9 +630,41 @@ class Source:
                 'tokenizer. Prepare the source again or set vocab_size.')
 
 
+def shard_ends(path):
+    """The first and the last 1,024 tokens of a shard, as bytes.
+
+    They stand for it where hashing terabytes at every start would take hours.
+    """
+    n_tokens, dtype = read_header(path)
+    n_bytes = min(n_tokens, 1024) * dtype.itemsize
+    with open(path, 'rb') as f:
+        f.seek(HEADER_BYTES)
+        first = f.read(n_bytes)
+        f.seek(-n_bytes, os.SEEK_END)
+        return first + f.read(n_bytes)
+
+
+def check_unchanged(sources, before, checkpoint):
+    """Raises BadInput if shards that evaluations read have changed since a checkpoint was written.
+
+    before      dict '<source>/<split>' -> `shard_fingerprints`, as the checkpoint holds it
+    """
+    for source in sources:
+        known = before.get(f'{source.name}/{source.split}')
+        if known is None:               # this source or probe set is new, or the version older
+            continue
+        now = source.shard_fingerprints()
+        for path in sorted({*known, *now}):
+            if known.get(path) != now.get(path):
+                raise BadInput(
+                    f'{os.path.join(source.data_dir, path)} has changed since {checkpoint} was '
+                    'written, so evaluations before and after could not be compared. Restore it, '
+                    'or start a new run with init_from.')
+
+
 def open_probe(data_dir, domain, block_size, vocab_size, packing='window', overlong='truncate'):
     """Opens the probe set of a domain: data_dir/probe/<domain>, or that source's split probe/."""
-    if '/' in domain:
+    if '/' in domain or domain in ('', '.', '..'):
         raise BadInput(
             f"probe: '{domain}' must be the name of a folder in {data_dir}/probe, without a /.")
     has_folder = os.path.isdir(os.path.join(data_dir, 'probe', domain))
@@ -484,9 +690,14 @@ def common_tokenizer(sources):
     for name, tokenizer in known.items():
         if tokenizer['fingerprint'] != first['fingerprint']:
             raise BadInput(
-                f"source '{name}' was made with tokenizer {tokenizer['name']} "
-                f"({tokenizer['fingerprint']}), '{first_name}' with {first['name']} "
+                f"source '{name}' was made with tokenizer {tokenizer.get('name')} "
+                f"({tokenizer['fingerprint']}), '{first_name}' with {first.get('name')} "
                 f"({first['fingerprint']}). Prepare one of them again.")
+        if tokenizer['bos_id'] != first['bos_id']:
+            raise BadInput(
+                f"documents begin with token {tokenizer['bos_id']} in source '{name}', and with "
+                f"{first['bos_id']} in '{first_name}', by their meta.json. Prepare one of them "
+                'again.')
     return first
 
 

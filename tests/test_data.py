@@ -20,7 +20,7 @@ from data import (
     read_header,
     shard_bytes,
 )
-from tests.conftest import make_source, write_shard
+from tests.conftest import list_shards, make_source, write_shard
 
 
 def test_shard_written_by_hand_in_llm_c_format_is_read(tmp_path):
@@ -300,7 +300,7 @@ def test_two_tokenizers_in_one_run_are_refused(tmp_path):
             json.dumps(
                 dict(
                     vocab_size=64,
-                    shards=[],
+                    shards=list_shards(tmp_path / name),
                     tokenizer=dict(name=name + '.json', fingerprint=fingerprint, bos_id=0),
                 )
             )
