@@ -17,6 +17,7 @@ The cache of a source is a folder, data/<source>/kd/<name>/:
     cache.json        the teacher, the rows and the settings that it was made with
     part_000000.kd    records of PART_TOKENS tokens, windows in their order in the source
     part_000000.npy   probabilities beyond the k likeliest, summed over them, (V,) float64
+    part_000000.json  bytes and sha256 of these two files, written last
 
 A record describes the next token at one position: ids and log-probabilities (fp16) of the k
 likeliest, the log of the mass of all others, some ids drawn from them, the sum of q log q, the
@@ -28,9 +29,9 @@ k=64, draws=16 and a vocabulary above 65,536, and 296 GB with a smaller one (k=0
 Letters in shape comments: N tokens, C n_embd, V vocab_size, n tokens of a chunk, S tokens of a
 strip of it, K cached ids of a token, M ids drawn from the others.
 """
-import functools
+import contextlib
 import hashlib
-import json
+import io
 import math
 import os
 import sys
@@ -42,8 +43,8 @@ import torch
 from tqdm import tqdm
 
 from configurator import BadInput, RunFault, at_least, between, configure, one_of, pick, read_json
-from data import Source, batch_of, common_tokenizer, derive_keys, put_on
-from lib import hf, parallel, storage
+from data import Source, batch_of, common_tokenizer, derive_keys, open_file, put_on
+from lib import hf, parallel, parts, storage
 from lib.device import device_name, pick_dtype, start_ranks, tune_malloc
 from model import GPT
 from ops import ranks
@@ -53,6 +54,11 @@ from ops.loss import ChunkedLoss, chunk_rows, loss_dtypes
 
 PART_TOKENS = 2**21     # tokens of a file; a cache continues at the first part that is missing
 LOG_ZERO = -30.0        # stored as the log of zero, which fp16 can hold
+ENDINGS = ('.kd', '.npy')       # of the files of a part
+MADE = dict(            # fields of cache.json. With draws there are seed and batch_size, too
+    teacher=str, weights=str, vocab_size=int, k=int, draws=int, temperature=int | float, dtype=str,
+    block_size=int, packing=str, document_mask=bool, overlong=str | None, tokenizer=str | None,
+    shards=str, windows=int)
 
 
 @dataclass
@@ -62,7 +68,7 @@ class DistillConfig:
                                             # wrote; `teacher` is only compared with its teacher
     kd_alpha: between(0.0, 1.0) = 1.0       # weight of the distillation loss; the rest is
                                             # cross-entropy
-    kd_temperature: at_least(1e-3) = 1.0    # temperature of both distributions; the loss is
+    kd_temperature: between(1e-3, 1e3) = 1.0        # temperature of both distributions; the loss is
                                             # multiplied by its square
     kd_divergence: one_of('forward', 'reverse', 'js') = 'forward'
                                             # forward KL(teacher || student), reverse KL(student ||
@@ -84,11 +90,11 @@ class CacheConfig:
     k: at_least(0) = 64                     # likeliest ids stored of every token
     draws: at_least(0) = 16                 # ids drawn from all others. 0: these are known only by
                                             # their mean over the source
-    temperature: at_least(1e-3) = 1.0       # kd_temperature of the run that reads the cache
+    temperature: between(1e-3, 1e3) = 1.0   # kd_temperature of the run that reads the cache
     seed: at_least(0) = 1337                # seed of the draws
     batch_size: at_least(1) = 4             # rows that the teacher reads at once
-    device: str = 'auto'                    # auto | cpu | cuda
-    dtype: str = 'auto'                     # dtype of the teacher: auto | float32 | bfloat16
+    device: one_of('auto', 'cpu', 'cuda') = 'auto'
+    dtype: one_of('auto', 'float32', 'bfloat16') = 'auto'       # dtype of the teacher
 
 
 # -- divergences -----------------------------------------------------------------------------------
@@ -290,6 +296,12 @@ def find_teacher(path, vocab_size, tokenizer, knob='teacher'):
     Raises BadInput if the model's tokenizer or vocabulary differs from the student's.
     """
     about = hf.find_model(path)
+    check_teacher(about, path, vocab_size, tokenizer, knob)
+    return about
+
+
+def check_teacher(about, path, vocab_size, tokenizer, knob='teacher'):
+    """Raises BadInput if the model hf.find_model(path) does not fit, see `find_teacher`."""
     if tokenizer is not None and about['fingerprint'] not in (None, tokenizer['fingerprint']):
         found = about['tokenizer']
         theirs = path if isinstance(found, BadInput) else found.path
@@ -302,7 +314,6 @@ def find_teacher(path, vocab_size, tokenizer, knob='teacher'):
         raise BadInput(
             f"{knob} = '{path}' has a vocabulary of {rows:,} rows, this run of {vocab_size:,}. "
             f'Set vocab_size = {rows}, or take another model.')
-    return about
 
 
 def weights_fingerprint(about):
@@ -359,8 +370,9 @@ def parts_of(source):
     return [range(start, min(start + step, n)) for start in range(0, n, step)]
 
 
-def part_path(folder, part):
-    return os.path.join(folder, f'part_{part:06d}.kd')
+def tokenizer_of(source):
+    """Fingerprint of the tokenizer of a source's shards. None: unknown."""
+    return source.meta['tokenizer']['fingerprint'] if source.meta else None
 
 
 def rows_of(source, config):
@@ -370,7 +382,94 @@ def rows_of(source, config):
         block_size=config['block_size'], packing=config['packing'],
         document_mask=config['document_mask'] or is_packed,
         overlong=config['overlong'] if is_packed else None,
+        tokenizer=tokenizer_of(source),
         shards=source.fingerprint(), windows=source.n_windows)
+
+
+def source_names(text, knob):
+    """The names in a knob that lists sources with commas.
+
+    Raises BadInput for an empty name, or for one that is there twice.
+    """
+    names = [name.strip() for name in text.split(',')]
+    if '' in names:
+        raise BadInput(f"{knob} = '{text}' has an empty name. Give names with a comma in between.")
+    for name in names:
+        if names.count(name) > 1:
+            raise BadInput(f"{knob} = '{text}' names '{name}' twice.")
+    return names
+
+
+def records_fault(records, vocab_size):
+    """What is wrong with some records, as half a sentence. '' if a teacher can have said them."""
+    # Without the k likeliest, zeros would pass the other checks.
+    if not np.frombuffer(records.tobytes(), dtype=np.uint8).any():
+        return 'it holds nothing but zeros'
+    for name in ('ids', 'drawn', 'top'):
+        largest = int(records[name].max(initial=0))
+        if largest >= vocab_size:
+            return f'it holds token id {largest}, and the vocabulary has {vocab_size} tokens'
+    for name in ('tail', 'negentropy', 'target'):
+        if not np.isfinite(records[name]).all():
+            return f'{name} holds a number that is not finite'
+    # exp turns -inf, which stands for 0, into a finite number, and leaves nan and inf.
+    with np.errstate(over='ignore'):
+        mass = np.exp(records['logq'].astype(np.float64)).sum(-1)
+        mass = mass + np.exp(records['tail'].astype(np.float64))
+    # fp16 rounds a log-probability of 16 by 0.004, so true sums are off by less than that.
+    if not (np.abs(mass - 1) < 0.02).all():
+        worst = mass[np.argmax(np.abs(mass - 1))]
+        return f'the probabilities of a token sum to {worst:.4g}, not to 1'
+    if records['negentropy'].max() > 0.02 or records['target'].max() > 0.02:
+        return 'it holds the logarithm of a probability above 1'
+    return ''
+
+
+def few_records(path, block_size, record):
+    """A few records of a .kd file: of its first, its middle and its last window, and the last."""
+    size = os.path.getsize(path) // record.itemsize
+    n_windows = size // block_size
+    few = min(4, block_size)
+    starts = [window * block_size for window in (0, n_windows // 2, n_windows - 1)] + [size - few]
+    found = []
+    with open(path, 'rb') as f:
+        for start in starts:
+            f.seek(start * record.itemsize)
+            found.append(np.frombuffer(f.read(few * record.itemsize), record))
+    return found
+
+
+def part_fault(stem, n_records, made, with_hashes=False):
+    """What is wrong with a part of a cache, as half a sentence. '' for an intact one.
+
+    n_records: what the part must hold; made: content of cache.json; with_hashes: as parts.fault_of
+    """
+    fault = parts.fault_of(stem, ENDINGS, with_hashes)
+    if fault:
+        return fault
+    record = record_dtype(made['vocab_size'], made['k'], made['draws'])
+    path = stem + '.kd'
+    n_bytes = n_records * record.itemsize
+    if os.path.getsize(path) != n_bytes:
+        return f'{path} has {os.path.getsize(path):,} bytes, not {n_bytes:,}'
+    for records in few_records(path, made['block_size'], record):
+        if fault := records_fault(records, made['vocab_size']):
+            return f'{path}: {fault}'
+    return ''
+
+
+def read_made(folder, hint):
+    """Reads cache.json. Raises BadInput when it cannot be what `kd.py cache` wrote."""
+    path = os.path.join(folder, 'cache.json')
+    made = read_json(path)
+    parts.check_fields(made, MADE, path, hint)
+    is_possible = (
+        min(made['vocab_size'], made['block_size'], made['windows']) >= 1
+        and 0 <= made['k'] <= made['vocab_size'] and 0 <= made['draws'] <= made['vocab_size']
+        and made['temperature'] > 0)
+    if not is_possible:
+        raise BadInput(f'{path} holds a number that is not possible. {hint}')
+    return made
 
 
 # -- writing a cache -------------------------------------------------------------------------------
@@ -435,64 +534,100 @@ def teacher_batches(teacher, source, part, windows, bos_id, config):
             h, teacher.output_weight, targets.flatten(), record, config.temperature, generator)
 
 
-def write_part(path, batches, bar):
-    """Writes the two files of a part from `teacher_batches`."""
+def write_part(stem, batches, bar, rank):
+    """Writes the files of a part from `teacher_batches`."""
     beyond = 0.0
+
+    def pieces():
+        nonlocal beyond
+        for records, sums in batches:
+            if not np.isfinite(records['negentropy']).all():
+                raise RunFault(
+                    f'{stem}.kd: the teacher gave probabilities that are not finite. Its weights '
+                    'are damaged, or --dtype=float32 is needed.')
+            yield records.tobytes()
+            beyond = beyond + sums
+            bar.update(len(records))
+
+    parts.forget(stem)
+    described = {'.kd': parts.write(stem + '.kd', pieces(), rank)}
+    array = io.BytesIO()
+    np.save(array, beyond)
+    described['.npy'] = parts.write(stem + '.npy', [array.getvalue()], rank)
+    # This comes last, so a part with its .json file is always complete.
+    parts.write_json(stem + '.json', described, rank)
+
+
+def adopt_part(stem, n_records, record, vocab_size, rank):
+    """Records the sha256 of a part that a version without them has written.
+
+    All of its records are checked, because two writers could spoil such a part. Returns whether the
+    part is intact and need not be made anew.
+    """
+    n_bytes = n_records * record.itemsize
+    if os.path.exists(stem + '.json') or not all(os.path.isfile(stem + e) for e in ENDINGS):
+        return False
+    if os.path.getsize(stem + '.kd') != n_bytes:
+        return False
+    step = 2**12                # records; a stretch of so many zeros is no teacher's
+    with open(stem + '.kd', 'rb') as f:
+        for _ in range(0, n_records, step):
+            if records_fault(np.frombuffer(f.read(step * record.itemsize), record), vocab_size):
+                return False
     try:
-        with open(f'{path}.tmp', 'wb') as f:
-            for records, sums in batches:
-                f.write(records.tobytes())
-                beyond = beyond + sums
-                bar.update(len(records))
-            f.flush()
-            os.fsync(f.fileno())
-        with open(path.removesuffix('.kd') + '.npy', 'wb') as f:
-            np.save(f, beyond)
-    except OSError as error:
-        if os.path.exists(f'{path}.tmp'):
-            os.remove(f'{path}.tmp')
-        raise RunFault(
-            f'{path} could not be written ({error.strerror}); the parts before it are complete. '
-            'Free some space and run again.') from error
-    # This comes last, so a .kd file is always complete and has its .npy file.
-    os.replace(f'{path}.tmp', path)
+        parts.read_array(stem + '.npy', np.float64, (vocab_size,), '')
+    except BadInput:
+        return False
+    parts.write_json(stem + '.json', {e: parts.describe(stem + e) for e in ENDINGS}, rank)
+    print(f'{stem}.kd is of a version that kept no sha256; it is intact, and is recorded now')
+    return True
 
 
 def begin_cache(folder, made, rank):
     """Writes cache.json, or raises BadInput if the folder holds a cache with other settings."""
     path = os.path.join(folder, 'cache.json')
-    if os.path.isfile(path):
+    if os.path.exists(path):
         there = read_json(path)
+        parts.check_fields(there, {}, path, f'Delete {folder} and run `kd.py cache` again.')
         for key, value in made.items():
-            if key != 'teacher' and there.get(key) != value:
+            # An older version did not record the tokenizer. The shards are the same in any case.
+            is_older = key == 'tokenizer' and key not in there
+            if key != 'teacher' and not is_older and there.get(key) != value:
                 raise BadInput(
                     f'{folder} holds a cache that was made with other settings ({key}: '
                     f'{there.get(key)!r}, now {value!r}). Choose another --name, or delete it.')
-        return
-    os.makedirs(folder, exist_ok=True)
-    # Several ranks may get here at once. Each has its own temporary file.
-    with open(f'{path}.{rank}.tmp', 'w', encoding='utf-8') as f:
-        json.dump(made, f, indent=1)
-    os.replace(f'{path}.{rank}.tmp', path)
+        if 'tokenizer' in there:
+            return
+        made = {**there, 'tokenizer': made['tokenizer']}
+    parts.write_json(path, made, rank)
 
 
 def write_caches(config):
-    """Writes the caches that a CacheConfig asks for. Each rank makes some of the parts."""
+    """Writes the caches that a CacheConfig asks for. Each rank makes some of the parts.
+
+    Raises BadInput for settings that do not fit, and while another launch writes the same caches.
+    """
     if not config.k and not config.draws:
         raise BadInput('k = 0 and draws = 0 store nothing of the teacher. Set one of them.')
+    parts.check_name(config.name, 'name')
+    names = source_names(config.source, 'source')
     tune_malloc()
     rank, world_size, device = start_ranks(config.device, join=False)
     dtype, reason = pick_dtype(config.dtype, device)
-    vocab_size = hf.find_model(config.teacher)['model'].vocab_size
+    about = hf.find_model(config.teacher)
+    vocab_size = about['model'].vocab_size
     sources = []
-    for name in config.source.split(','):
+    for name in names:
         sources.append(Source(
-            config.data_dir, name.strip(), 'train', config.block_size, 0, vocab_size,
-            config.packing, config.overlong))
+            config.data_dir, name, 'train', config.block_size, 0, vocab_size, config.packing,
+            config.overlong))
     tokenizer = common_tokenizer(sources)
-    about = find_teacher(config.teacher, vocab_size, tokenizer)
-    if config.k > vocab_size:
-        raise BadInput(f"k = {config.k} is more than the teacher's vocabulary of {vocab_size}.")
+    check_teacher(about, config.teacher, vocab_size, tokenizer)
+    for knob in ('k', 'draws'):
+        if getattr(config, knob) > vocab_size:
+            raise BadInput(
+                f"{knob} = {getattr(config, knob)} is more than the teacher's vocabulary of "
+                f'{vocab_size}.')
     bos_id = None
     if config.document_mask or config.packing == 'document':
         if tokenizer is None:
@@ -501,64 +636,80 @@ def write_caches(config):
                 'meta.json that names it.')
         bos_id = tokenizer['bos_id']
         check_documents(device, dtype)
-    teacher = open_teacher(about, device, dtype)
-    if rank == 0:
-        print(
-            f'teacher: {config.teacher} in {dtype} ({reason}) on {world_size} x '
-            f'{device_name(device)}')
     made = dict(
         teacher=config.teacher, weights=weights_fingerprint(about), vocab_size=vocab_size,
         k=config.k, draws=config.draws, temperature=config.temperature, dtype=str(dtype))
     if config.draws:
         made |= dict(seed=config.seed, batch_size=config.batch_size)
-    record = record_dtype(vocab_size, config.k, config.draws)
-    for source in sources:
-        folder = os.path.join(config.data_dir, source.name, 'kd', config.name)
-        begin_cache(folder, {**made, **rows_of(source, asdict(config))}, rank)
-        n_tokens = source.n_windows * config.block_size
+    with contextlib.ExitStack() as locks:
+        # All locks are taken at once, before the teacher is loaded: a second launch ends here.
+        for source in sources:
+            folder = cache_folder(config.data_dir, source, config.name)
+            locks.enter_context(parts.lock(folder, rank))
+            begin_cache(folder, {**made, **rows_of(source, asdict(config))}, rank)
+        teacher = open_teacher(about, device, dtype)
         if rank == 0:
-            gib = n_tokens * record.itemsize / 2**30
-            print(f'{folder}: {n_tokens:,} tokens x {record.itemsize} bytes = {gib:,.2f} GiB')
-        parts = parts_of(source)
-        todo = range(rank, len(parts), world_size)
-        todo = [part for part in todo if not os.path.isfile(part_path(folder, part))]
-        total = sum(len(parts[part]) for part in todo) * config.block_size
-        bar = tqdm(total=total, unit='tok', unit_scale=True, desc=source.name, disable=rank > 0)
-        with bar:
-            for part in todo:
-                batches = teacher_batches(teacher, source, part, parts[part], bos_id, config)
-                write_part(part_path(folder, part), batches, bar)
+            print(
+                f'teacher: {config.teacher} in {dtype} ({reason}) on {world_size} x '
+                f'{device_name(device)}')
+        for source in sources:
+            write_cache(source, teacher, bos_id, config, (rank, world_size))
+
+
+def cache_folder(data_dir, source, name):
+    return os.path.join(data_dir, source.name, 'kd', name)
+
+
+def write_cache(source, teacher, bos_id, config, ranks):
+    """Writes this rank's parts of a source's cache. ranks: (rank, world_size)."""
+    rank, world_size = ranks
+    vocab_size = teacher.config.vocab_size
+    record = record_dtype(vocab_size, config.k, config.draws)
+    folder = cache_folder(config.data_dir, source, config.name)
+    n_tokens = source.n_windows * config.block_size
+    if rank == 0:
+        gib = n_tokens * record.itemsize / 2**30
+        print(f'{folder}: {n_tokens:,} tokens x {record.itemsize} bytes = {gib:,.2f} GiB')
+    windows = parts_of(source)
+    todo = []
+    for part in range(rank, len(windows), world_size):
+        stem = parts.stem_of(folder, part)
+        n_records = len(windows[part]) * config.block_size
+        is_there = not parts.fault_of(stem, ENDINGS)
+        if not is_there and not adopt_part(stem, n_records, record, vocab_size, rank):
+            todo.append(part)
+    total = sum(len(windows[part]) for part in todo) * config.block_size
+    bar = tqdm(total=total, unit='tok', unit_scale=True, desc=source.name, disable=rank > 0)
+    with bar:
+        for part in todo:
+            batches = teacher_batches(teacher, source, part, windows[part], bos_id, config)
+            write_part(parts.stem_of(folder, part), batches, bar, rank)
 
 
 # -- reading a cache -------------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=64)
-def open_part(path, record):
-    return np.memmap(path, dtype=record, mode='r')
-
-
 class Cache:
-    """The cache of one source, memory-mapped."""
+    """The cache of one source."""
 
     def __init__(self, config, source, about):
         """Opens and checks the cache of a Source.
 
         config  train.py's knobs
         about   `find_teacher` of the knob `teacher`, or None
-        Raises BadInput if the cache is missing or truncated, if it was made from other rows, with
-        another teacher or temperature, or if it does not suffice for the divergence.
+        Raises BadInput if the cache is missing, incomplete or damaged, if it was made from other
+        rows, with another teacher or temperature, or if it does not suffice for the divergence.
+        Of every part the sizes and a few records are checked, of a sample of parts the sha256.
         """
-        self.folder = os.path.join(config['data_dir'], source.name, 'kd', config['kd_cache'])
+        self.folder = cache_folder(config['data_dir'], source, config['kd_cache'])
         self.block_size = source.block_size
         whose = f"source '{source.name}': the cache in {self.folder}"
         again = (
             f"Run `kd.py cache --source={source.name} --name={config['kd_cache']}` with the knobs "
             'of this run.')
-        path = os.path.join(self.folder, 'cache.json')
-        if not os.path.isfile(path):
+        if not os.path.isfile(os.path.join(self.folder, 'cache.json')):
             raise BadInput(f'{whose} does not exist. {again}')
-        made = read_json(path)
+        made = read_made(self.folder, f'{again} If that is refused, delete {self.folder} first.')
         needed = dict(
             vocab_size=config['vocab_size'], temperature=config['kd_temperature'],
             **rows_of(source, config))
@@ -576,46 +727,97 @@ class Cache:
             raise BadInput(
                 f"{whose} holds draws only, and kd_divergence = '{config['kd_divergence']}' cannot "
                 'be computed from draws. Make a cache with --k=64.')
+        self.vocab_size = made['vocab_size']
         self.record = record_dtype(made['vocab_size'], made['k'], made['draws'])
-        parts = parts_of(source)
-        self.part_windows = len(parts[0])
-        for part, windows in enumerate(parts):
-            path = part_path(self.folder, part)
-            n_bytes = len(windows) * source.block_size * self.record.itemsize
-            if not os.path.isfile(path):
-                raise BadInput(f'{whose} is incomplete: {path} is missing. {again} It continues.')
-            if os.path.getsize(path) != n_bytes:
+        windows = parts_of(source)
+        self.part_windows = len(windows[0])
+        stems = [parts.stem_of(self.folder, part) for part in range(len(windows))]
+        for part, stem in enumerate(stems):
+            missing = [e for e in (*ENDINGS, '.json') if not os.path.isfile(stem + e)]
+            if missing:
                 raise BadInput(
-                    f'{path} has {os.path.getsize(path):,} bytes, not {n_bytes:,}: truncated or '
-                    f'damaged. Delete it. {again}')
+                    f'{whose} is incomplete: {stem + missing[0]} is missing. {again} It continues.')
+            fault = part_fault(stem, len(windows[part]) * source.block_size, made)
+            if fault:
+                raise BadInput(f'{whose} is damaged: {fault}. Delete {stem}.* first. {again}')
+        if fault := parts.sample_fault(stems, ENDINGS, config['seed']):
+            raise BadInput(f'{whose} is damaged: {fault}. Delete that part first. {again}')
         needs_rest = not is_forward or not made['draws']
-        self.rest = self.read_rest(len(parts)) if needs_rest else None
+        self.rest = self.read_rest(stems) if needs_rest else None
 
-    def read_rest(self, n_parts):
+    def read_rest(self, stems):
         """Log of the mean distribution beyond the k likeliest, over up to 64 parts: (V,) fp32."""
         total = 0
-        for part in np.unique(np.linspace(0, n_parts - 1, min(n_parts, 64)).astype(int)):
-            total = total + np.load(part_path(self.folder, part).removesuffix('.kd') + '.npy')
+        for part in np.unique(np.linspace(0, len(stems) - 1, min(len(stems), 64)).astype(int)):
+            path = stems[part] + '.npy'
+            hint = f'Delete {stems[part]}.* and run `kd.py cache` again.'
+            beyond = parts.read_array(path, np.float64, (self.vocab_size,), hint)
+            if beyond.min() < 0:
+                raise BadInput(f'{path} holds probabilities below 0. {hint}')
+            total = total + beyond
         # A token that never occurred must not be impossible.
         total = total + max(total.sum(), 1e-9) * 1e-4 / len(total)
         return torch.from_numpy(np.log(total / total.sum())).float()
 
-    def window(self, number):
-        """The records of a window: (block_size,)."""
+    def read(self, number, out):
+        """Copies the records of a window into out (block_size,).
+
+        Raises RunFault if they cannot be read, or hold a token id outside the vocabulary.
+        """
         part, at = divmod(number, self.part_windows)
-        start = at * self.block_size
-        records = open_part(part_path(self.folder, part), self.record)
-        return records[start:start + self.block_size]
+        stem = parts.stem_of(self.folder, part)
+        again = f'Delete {stem}.*, run `kd.py cache` again and continue with --resume=True.'
+        n_read = os.preadv(open_file(stem + '.kd').fileno(), [out.view(np.uint8)], at * out.nbytes)
+        if n_read != out.nbytes:
+            raise RunFault(
+                f'{stem}.kd was cut off after this run began: window {number} ends after '
+                f'{n_read:,} of {out.nbytes:,} bytes. {again}')
+        largest = max(int(out[name].max(initial=0)) for name in ('ids', 'drawn', 'top'))
+        if largest >= self.vocab_size:
+            raise RunFault(
+                f'{stem}.kd is damaged: window {number} holds token id {largest}, and the '
+                f'vocabulary has {self.vocab_size} tokens. {again}')
+
+
+def check_cache(folder):
+    """Reads all of a cache. Returns what is wrong with it, a list of sentences."""
+    try:
+        made = read_made(folder, 'Delete the folder and run `kd.py cache` again.')
+    except BadInput as error:
+        return [str(error)]
+    step = max(1, PART_TOKENS // made['block_size'])
+    n_parts = -(-made['windows'] // step)
+    there = parts.numbers_in(folder, '.kd')
+    faults = []
+    if n_missing := n_parts - sum(part < n_parts for part in there):
+        faults.append(
+            f'{folder}: {n_missing} of {n_parts} parts are missing. Run `kd.py cache` again with '
+            'the same knobs: it continues.')
+    for part in there:
+        stem = parts.stem_of(folder, part)
+        if part >= n_parts:
+            faults.append(f'{stem}.kd does not belong to this cache of {n_parts} parts. Delete it.')
+            continue
+        n_windows = min(step, made['windows'] - part * step)
+        fault = part_fault(stem, n_windows * made['block_size'], made, with_hashes=True)
+        if fault:
+            faults.append(
+                f'{fault}. Delete {stem}.* and run `kd.py cache` again with the same knobs.')
+            continue
+        try:
+            hint = f'Delete {stem}.* and run `kd.py cache` again.'
+            parts.read_array(stem + '.npy', np.float64, (made['vocab_size'],), hint)
+        except BadInput as error:
+            faults.append(str(error))
+    return faults
 
 
 def read_cached(records, source, rest, device):
-    """Cached of all tokens of some windows, in a row.
+    """Cached of N tokens.
 
-    records  list of arrays of `record_dtype`
-    source   list, the row of `rest` (sources, V) that belongs to each array. rest may be None
+    records  (N,) of `record_dtype`
+    source   (N,) int64, the row of `rest` (sources, V) that belongs to each. rest may be None
     """
-    source = np.repeat(source, [len(r) for r in records])
-    records = np.concatenate(records)
 
     def put(field, dtype):
         return put_on(torch.from_numpy(records[field].astype(dtype)), device)
@@ -711,13 +913,17 @@ class Distiller:
         return loss
 
     def read_caches(self, micro):
-        records = []
+        length = micro.inputs.shape[1]
+        record = next(iter(self.caches.values())).record
+        # Every window is read to its place, which saves copies of large records.
+        records = np.empty((len(micro.cursors), length), record)
         numbers = []
-        for index, cursor in zip(micro.source_index, micro.cursors, strict=True):
+        for row, index, cursor in zip(records, micro.source_index, micro.cursors, strict=True):
             source = self.sources[index]
-            records.append(self.caches[source.name].window(source.window(cursor)))
+            self.caches[source.name].read(source.window(cursor), row)
             numbers.append(self.cached_sources.index(source.name))
-        cached = read_cached(records, numbers, self.rest, self.device)
+        source_of_token = np.repeat(numbers, length)
+        cached = read_cached(records.reshape(-1), source_of_token, self.rest, self.device)
         return cached if micro.valid is None else cached.part(micro.valid)
 
     @torch.no_grad()
@@ -748,7 +954,9 @@ class Distiller:
 
 if __name__ == '__main__':
     _is_cache = sys.argv[1:2] == ['cache']
-    _arguments = sys.argv[2:] if _is_cache else sys.argv[1:] or ['--help']
+    _asks_help = '--help' in sys.argv or '-h' in sys.argv or len(sys.argv) < 2
+    # An unknown command is no config file, as which it would be read here.
+    _arguments = ['--help'] if _asks_help else sys.argv[2:] if _is_cache else []
     config = configure(globals(), _arguments, verbose=False, owners=(CacheConfig,))
     if not _is_cache or not config['teacher'] or not config['source']:
         raise BadInput('the command is `kd.py cache --teacher=... --source=...`.')

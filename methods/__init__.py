@@ -22,22 +22,22 @@ limits), and one line in `make`. Then add its name to `mixture` in train.py.
 """
 from dataclasses import dataclass
 
-from configurator import BadInput, at_least
+from configurator import BadInput, at_least, between
 from methods import baselines, presence, reweight, selection
 
 
 @dataclass
 class MixtureConfig:
     """Knobs that mixture methods share."""
-    mixture_warmup: int | None = None       # no re-weighting before this step. None: after
+    mixture_warmup: at_least(0) | None = None   # no re-weighting before this step. None: after
                                             # warmup_steps and 5 % of the run
-    mixture_eta: float | None = None        # step size. None: influence 0.3 (an influence of 1
-                                            # multiplies by exp(0.3)), skillit and aioli 0.2, doge
-                                            # 100 (1 / mu), doremi 1
+    mixture_eta: between(0.0, 1e12) | None = None       # step size. None: influence 0.3 (an
+                                            # influence of 1 multiplies by exp(0.3)), skillit and
+                                            # aioli 0.2, doge 100 (1 / mu), doremi 1
     mixture_rows: at_least(1) = 64          # skillit, aioli: fixed validation rows of every source.
                                             # doge: rows of one validation batch of all sources
-    max_epochs: float | None = 4.0          # re-weighting keeps every source within so many epochs
-                                            # of the run. None: no limit
+    max_epochs: at_least(1e-6) | None = 4.0     # re-weighting keeps every source within so many
+                                            # epochs of the run. None: no limit
 
 
 OWNERS = (
@@ -97,6 +97,10 @@ def make(training):
     Raises BadInput for settings with which the method cannot work.
     """
     mixture = training.config['mixture']
+    reweight.check_probe(training.config['probe'], measures=False)
+    if mixture not in ('fixed', 'stratified') and len(training.active) < 2:
+        raise BadInput(
+            f"mixture = '{mixture}' weighs sources against each other, and there is only one.")
     if mixture in ('fixed', 'stratified'):
         if training.config['select'] == 'online':
             return reweight.Influence(training)
@@ -107,9 +111,6 @@ def make(training):
         raise BadInput(
             f"select = 'online' measures influence, which mixture = '{mixture}' does not. Use "
             "mixture = 'influence' or 'fixed', or select = 'scores'.")
-    if len(training.active) < 2:
-        raise BadInput(
-            f"mixture = '{mixture}' weighs sources against each other, and there is only one.")
     if mixture == 'skillit':
         return baselines.SkillIt(training)
     if mixture == 'aioli':

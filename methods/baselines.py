@@ -19,6 +19,7 @@ from tqdm import tqdm
 import kd
 from configurator import BadInput, at_least, between, one_of, read_json
 from influence import global_inner
+from lib import parts
 from lib.parallel import gradient_norm, local_tensor, reshard, sum_numbers
 from lib.validate import row_losses
 from methods import rules
@@ -38,8 +39,8 @@ class BaselineConfig:
     skillit_window: at_least(1) = 3     # losses of so many updates are summed
     aioli_sweeps: at_least(1) = 4       # how often every mixture is explored in a round
     aioli_steps: at_least(1) = 4        # steps of every exploration
-    one_hot_factor: float = 0.75        # aioli: weight of the favoured source in an explored
-                            # mixture; the others share the rest
+    one_hot_factor: between(0.0, 1.0) = 0.75    # aioli: weight of the favoured source in an
+                            # explored mixture; the others share the rest
     aioli_rule: one_of('accumulate', 'reference_ema') = 'accumulate'    # accumulate: the paper's
                             # rule. reference_ema: the public code's, from the start weights each
                             # time
@@ -80,24 +81,47 @@ def read_graph(path, names):
             '`python tools/sweep.py method --method=skillit ...`, or a .npy of your own, rows '
             'trained, columns evaluated.')
     if not os.path.isfile(path):
-        raise BadInput(f"skillit_graph = '{path}' does not exist.")
+        raise BadInput(f"skillit_graph = '{path}' is no file.")
+    m = len(names)
+    hint = 'Make it again with `python tools/sweep.py method --method=skillit ...`.'
     if path.endswith('.npy'):
         # A .npy does not name its groups, so their order cannot be checked.
-        graph = np.load(path)
+        graph = parts.read_array(path, None, (m, m), hint)
     else:
         found = read_json(path)
-        if set(found['groups']) != set(names):
+        parts.check_fields(found, dict(groups=list, graph=list), path, hint)
+        groups = [str(group) for group in found['groups']]
+        if sorted(groups) != sorted(names):
             raise BadInput(
-                f"skillit_graph = '{path}' is of the groups {', '.join(found['groups'])}, the "
-                f"sources are {', '.join(names)}.")
-        order = [found['groups'].index(name) for name in names]
-        graph = np.array(found['graph'])[np.ix_(order, order)]
-    if graph.shape != (len(names), len(names)) or not np.isfinite(graph).all():
+                f"skillit_graph = '{path}' is of the groups {', '.join(groups)}, the sources are "
+                f"{', '.join(names)}.")
+        try:
+            graph = np.array(found['graph'], dtype=np.float64)
+        except (TypeError, ValueError):
+            raise BadInput(f"skillit_graph = '{path}' is no table of numbers. {hint}") from None
+        if graph.shape != (m, m) or not np.isfinite(graph).all():
+            raise BadInput(
+                f"skillit_graph = '{path}' has the shape {graph.shape}, with "
+                f'{np.isfinite(graph).sum()} finite numbers; it must be {m} x {m}. {hint}')
+        order = [groups.index(name) for name in names]
+        graph = graph[np.ix_(order, order)]
+    # A loss cannot fall by more than all of it. In per cent, one source would get all the weight.
+    if graph.max() > 1:
         raise BadInput(
-            f"skillit_graph = '{path}' has the shape {graph.shape}, with "
-            f'{np.isfinite(graph).sum()} finite numbers; it must be {len(names)} x {len(names)}.')
+            f"skillit_graph = '{path}' holds {graph.max():g}. Its numbers are relative drops of a "
+            f'loss, which are at most 1. {hint}')
     # Files have rows trained, as Skill-It does. rules.py has rows evaluated.
     return graph.T.astype(np.float64)
+
+
+def check_names(weights, names):
+    """Raises BadInput unless a checkpoint's method weighed the sources `names`, in this order."""
+    # Matrices and lists of losses hold the sources by position.
+    if list(weights) != list(names):
+        raise BadInput(
+            f"the method of the checkpoint weighed the sources {', '.join(weights)}, this run has "
+            f"{', '.join(names)} with a weight above 0. Put `sources` back, in their order, or "
+            "continue with --mixture=fixed.")
 
 
 class Online:
@@ -106,11 +130,23 @@ class Online:
     def __init__(self, training):
         self.training = training
         self.state = {}
+        self.n_rows = {}                # source -> validation rows that are measured
+        asked = training.config['mixture_rows']
+        for source in training.val_sources:
+            if source.name in training.names:
+                self.n_rows[source.name] = min(asked, source.n_windows)
+        short = [f'{name} {n}' for name, n in self.n_rows.items() if n < asked]
+        if short and training.run.is_master:
+            print(
+                f'warning: mixture_rows = {asked} is more than the validation rows of some '
+                f'sources, of which all are measured: {", ".join(short)}.')
 
     def state_dict(self):
         return self.state
 
     def load_state_dict(self, state):
+        if 'weights' in state:
+            check_names(state['weights'], self.training.names)
         self.state = dict(state)
 
     def weights(self):
@@ -128,10 +164,10 @@ class Online:
             if source.name in training.names:
                 # With the same rows every time, differences of losses have less noise.
                 rows = row_losses(
-                    training.model, training.feeder, source, config['mixture_rows'])
+                    training.model, training.feeder, source, self.n_rows[source.name])
                 nats, n_valid, _ = rows.sum(1)
                 losses[source.name] = float(nats / n_valid)
-        n_tokens = config['mixture_rows'] * len(losses) * config['block_size']
+        n_tokens = sum(self.n_rows.values()) * config['block_size']
         # A forward pass takes a third of the FLOPs of a training step.
         flops = n_tokens * flops_per_token(training.model.config, config['block_size']) / 3
         self.state['flops'] = self.state.get('flops', 0) + flops
@@ -325,6 +361,7 @@ class Proxy:
             weights=self.weights, rule=self.rule, matrices=self.matrices, flops=self.flops)
 
     def load_state_dict(self, state):
+        check_names(state['weights'], self.names)
         self.weights = state['weights']
         self.rule = state['rule']
         self.matrices = state['matrices']

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from configurator import BadInput, one_of
+from configurator import BadInput, at_least, between, one_of
 from influence import select
 from lib.parallel import local_tensor, reshard
 from ops.ranks import n_replicas
@@ -30,12 +30,13 @@ class PresenceConfig:
     """Knobs of PRESENCE."""
     presence: one_of('off', 'store', 'stream') = 'off'      # weigh micro-batches by self-influence.
                                     # store: exact, keeps every gradient. stream: one more buffer
-    presence_tau: float = 1.0       # above 0 prefers what is new to the model, below 0 what is not
+    presence_tau: between(-1e6, 1e6) = 1.0      # above 0 prefers what is new to the model, below 0
+                                    # what is not
     presence_schedule: one_of('constant', 'two_stage', 'cosine') = 'constant'       # of tau.
                                     # two_stage: the sign turns at presence_switch. cosine:
                                     # gradually
-    presence_switch: int | None = None      # step at which two_stage turns. None: after 10 % of the
-                                    # run
+    presence_switch: at_least(0) | None = None      # step at which two_stage turns. None: after
+                                    # 10 % of the run
     presence_layers: one_of('last', 'all', 'first', 'embedding+head') = 'first'     # parameters
                                     # that the self-influence is taken of
 

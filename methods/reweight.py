@@ -8,13 +8,14 @@ tools/influence_tables.py as well.
 
 Letters in shape comments: D directions, n rows.
 """
+import math
 import time
 from dataclasses import dataclass, field
 
 import numpy as np
 from tqdm import tqdm
 
-from configurator import BadInput, one_of
+from configurator import BadInput, at_least, between, one_of
 from data import domain_of, shared_documents, text_warnings
 from influence import (
     Direction,
@@ -39,8 +40,8 @@ class InfluenceConfig:
     """Knobs of re-weighting by influence."""
     probe: dict[str, float] = field(default_factory=dict)       # domain -> weight: probe sets
                                 # (data_dir/probe/<domain>) that influence is measured on
-    probe_rows: int = 64        # rows of every probe set, chosen anew at every update
-    influence_rows: int = 32    # rows of every source, chosen anew at every update
+    probe_rows: at_least(1) = 64        # rows of every probe set, chosen anew at every update
+    influence_rows: at_least(1) = 32    # rows of every source, chosen anew at every update
     influence_layers: one_of('last', 'all', 'first', 'embedding+head') = 'last'     # parameters
                                 # that influence is measured on
     influence_scaling: one_of('none', 'adam', 'datainf') = 'none'       # gradients as they are,
@@ -49,8 +50,8 @@ class InfluenceConfig:
                                 # domains. own: mean of the influences, each relative to its domain
     influence_rule: one_of('step', 'proportional') = 'step'     # step: multiplies weights, see
                                 # mixture_eta. proportional: weight = mean influence (MobileLLM-R1)
-    mixture_min: float = 0.02   # smallest weight of a source
-    mixture_max: float = 0.6    # largest weight of a source
+    mixture_min: between(0.0, 1.0) = 0.02       # smallest weight of a source
+    mixture_max: between(0.0, 1.0) = 0.6        # largest weight of a source
 
 
 # -- measuring -------------------------------------------------------------------------------------
@@ -186,10 +187,17 @@ def flops_of_rows(config, layers, block_size):
 # -- checks ----------------------------------------------------------------------------------------
 
 
-def check_probe(weights):
-    """Raises BadInput unless the weights of the probe sets make sense."""
-    if not weights or min(weights.values()) < 0 or sum(weights.values()) <= 0:
-        raise BadInput(f'probe = {weights}: no weight may be negative, and one must be above 0.')
+def check_probe(weights, measures=True):
+    """Raises BadInput unless the weights of the probe sets make sense.
+
+    measures=False: only their losses are logged, and all weights may be 0
+    """
+    total = sum(weights.values())
+    is_sum_possible = total < math.inf and (total > 0 or not measures)
+    if min(weights.values(), default=0) < 0 or not is_sum_possible:
+        raise BadInput(
+            f'probe = {weights}: no weight may be negative, one must be above 0, and their sum '
+            'must be finite.')
 
 
 def check(training):
@@ -232,24 +240,27 @@ def check(training):
         raise BadInput(
             f'a measurement reads {n_rows:,} rows, more than the {interval_rows:,} that are '
             'trained on in between. Raise mixture_interval, or lower influence_rows or probe_rows.')
-    if config['max_epochs'] is not None and config['max_epochs'] <= 0:
-        raise BadInput(
-            f"max_epochs = {config['max_epochs']} must be above 0, or None for no limit.")
-    needed = []                         # (source, rows that are read of it, knob, remark)
+    needed = []                         # (source, rows that are read of it, their description)
     if reweights or scaling == 'datainf':
-        needed += [(source, source_rows, 'influence_rows', '') for source in training.active]
+        for source in training.active:
+            needed.append((source, source_rows, f'influence_rows = {source_rows}'))
     for probe in training.probes:
         if selects:
-            remark = ' (and half as many again for the comparison)'
-            needed.append((probe, probe_rows + probe_rows // 2, 'probe_rows', remark))
+            what = f'probe_rows = {probe_rows} and half as many again for the comparison'
+            needed.append((probe, probe_rows + probe_rows // 2, what))
         else:
-            needed.append((probe, probe_rows, 'probe_rows', ''))
-    for source, rows, knob, remark in needed:
+            needed.append((probe, probe_rows, f'probe_rows = {probe_rows}'))
+    for source, rows, what in needed:
         if source.n_windows < rows:
             raise BadInput(
                 f"'{source.name}' has {source.n_windows} windows of {source.block_size} tokens, "
-                f'fewer than {knob} = {rows}{remark}. Prepare more of it, or lower {knob}.')
+                f'fewer than {what}. Prepare more of it, or lower {what.partition(" ")[0]}.')
     if reweights:
+        # exp(mixture_eta) has to be a number.
+        if rules.eta_of(config) > 500:
+            raise BadInput(
+                f"mixture_eta = {config['mixture_eta']:g} is too large: an influence of 1 would "
+                'multiply a weight by exp(mixture_eta). Use at most 500.')
         rules.check_bounds(len(training.active), config['mixture_min'], config['mixture_max'])
 
 

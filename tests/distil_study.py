@@ -128,7 +128,7 @@ def compare_caches(data, student):
             generator = torch.Generator().manual_seed(seed)
             records, beyond = kd.records_of(*full, flat, record, 1.0, generator)
             rest = torch.from_numpy(beyond / beyond.sum() + 1e-8).log().float()[None]
-            cached = kd.read_cached([records], [0], rest, cpu)
+            cached = kd.read_cached(records, np.zeros(len(records), dtype=np.int64), rest, cpu)
             loss, local = loss_and_gradient(cached)
             losses.append(loss)
             gradients.append(local)

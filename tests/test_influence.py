@@ -737,7 +737,7 @@ def test_other_ways_to_measure_and_to_weigh_move_the_weights(probed_data, tmp_pa
     (dict(select='all'), 'none, online, scores'),
     (dict(select='scores'), 'holds no scores'),
     (dict(select='online', mixture='fixed', probe_rows=300, mixture_interval=64),
-     'half as many again'),
+     'fewer than probe_rows = 300 and half as many again'),
     (dict(select_keep=0.0), 'select_keep'),
     (dict(max_epochs=0.0), 'max_epochs = 0.0'),
     (dict(seed=-1), 'seed = -1'),
@@ -749,7 +749,19 @@ def test_other_ways_to_measure_and_to_weigh_move_the_weights(probed_data, tmp_pa
     (dict(mixture_min=0.4), 'leave no room'),
     (dict(probe_rows=500, mixture_interval=64), 'fewer than probe_rows'),
     (dict(influence_rows=2), 'at least 4'),
-    (dict(probe={'kind': -1.0}), 'no weight may be negative')])
+    (dict(probe={'kind': -1.0}), 'no weight may be negative'),
+    (dict(probe={'kind': 0.0}), 'one must be above 0'),
+    (dict(probe={'kind': -1.0}, mixture='fixed'), 'no weight may be negative'),
+    (dict(sources={'a': 1.0, 'b': 0.0}), 'there is only one'),
+    (dict(mixture_eta=-0.1), 'mixture_eta = -0.1 must be at least 0'),
+    (dict(mixture_eta=501.0), 'mixture_eta = 501 is too large'),
+    (dict(mixture_warmup=-1), 'mixture_warmup = -1 must be at least 0'),
+    (dict(mixture_min=-0.1), 'mixture_min = -0.1 must be at least 0'),
+    (dict(mixture_max=1.1), 'mixture_max = 1.1 must be at least 0 and at most 1'),
+    (dict(probe_rows=0), 'probe_rows = 0 must be at least 1'),
+    (dict(select_margin=-1.0, select='online'), 'select_margin = -1.0 must be at least 0'),
+    (dict(presence_tau=1e9), 'presence_tau = 1000000000.0 must'),
+    (dict(presence_switch=-1), 'presence_switch = -1')])
 def test_bad_settings(probed_data, tmp_path, changes, message):
     with pytest.raises(BadInput, match=message):
         train(tmp_path / 'run', probed_data, **{**KNOBS, **changes})
@@ -764,7 +776,7 @@ def test_every_rank_needs_rows():
         mixture='influence', select='none', influence_scaling='none', influence_units='loss',
         influence_rule='step', influence_layers='last', optimizer='adamw', probe={'a': 1.0},
         influence_rows=16, probe_rows=16, mixture_min=0.0, mixture_max=1.0, max_epochs=4.0, tp=1,
-        n_expert=0, mixture_interval=10,
+        n_expert=0, mixture_interval=10, mixture_eta=None,
     )
 
     def check(n_ranks):

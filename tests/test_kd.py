@@ -3,7 +3,10 @@
 The loss is compared with full logits in fp64. Others check what a cache holds, what is refused, and
 runs that distil.
 """
+import dataclasses
+import json
 import math
+import os
 import shutil
 import sys
 
@@ -14,6 +17,8 @@ import torch.nn.functional as F
 
 import kd
 from configurator import BadInput, RunFault
+from data import Source
+from lib import parts
 from tests.conftest import make_source, run_here, train, train_command
 
 N, C, V = 37, 24, 211
@@ -98,7 +103,7 @@ def cached(y, targets, k, draws, T=1.0, seed=0):
     generator = torch.Generator().manual_seed(seed)
     records, beyond = kd.records_of(y.float(), torch.eye(v), targets, record, T, generator)
     rest = torch.from_numpy(np.log(beyond / max(beyond.sum(), 1e-9) + 1e-9)).float()[None]
-    return kd.read_cached([records], [0], rest, 'cpu')
+    return kd.read_cached(records, np.zeros(len(records), dtype=np.int64), rest, 'cpu')
 
 
 @pytest.mark.parametrize('kind', kd.DIVERGENCES)
@@ -356,7 +361,7 @@ def test_an_interrupted_cache_continues_and_two_ranks_make_the_same_bytes(
         cache(data, teacher, 'parts', k=8)
     parts = sorted((data / 'a/kd/parts').glob('*.kd'))
     assert 0 < len(parts) < len(list((data / 'a/kd/full').glob('*.kd')))
-    assert (data / 'a/kd/parts/part_000002.kd.tmp').exists()
+    assert (data / 'a/kd/parts/part_000002.kd.0.tmp').exists()
     monkeypatch.setattr(kd, 'records_of', fill_disk)
     message = (r'part_000002.kd could not be written \(No space left on device\); the parts before '
                'it are complete')
@@ -404,7 +409,7 @@ def test_mistakes_are_one_sentence(tmp_path, taught, trained):
         cache(data, teacher, 'x', k=5)
     part = data / 'a/kd/x/part_000000.kd'
     part.write_bytes(part.read_bytes()[:-7])
-    refused('truncated or damaged. Delete it. Run `kd.py cache', kd_cache='x')
+    refused('part_000000.kd has .* bytes, not .*. Delete .* Run `kd.py cache', kd_cache='x')
     make_source(data, 'a', seed=1)
     refused('was made for shards = ', kd_cache='x')
 
@@ -428,3 +433,178 @@ def test_a_teacher_of_another_tokenizer_is_refused_by_both_names(tmp_path, train
                'two must have the same')
     with pytest.raises(BadInput, match=message):
         run_here(train_command(tmp_path / 'run', tmp_path / 'data', **knobs))
+
+
+# -- damage ----------------------------------------------------------------------------------------
+
+
+def edit_json(path, **changes):
+    """Sets fields of a JSON file. None removes the field."""
+    content = json.loads(path.read_text())
+    for key, value in changes.items():
+        if value is None:
+            del content[key]
+        else:
+            content[key] = value
+    path.write_text(json.dumps(content))
+
+
+def overwrite(path, at, content):
+    with open(path, 'r+b') as f:
+        f.seek(at)
+        f.write(content)
+
+
+@pytest.fixture(scope='module')
+def spoilt(tmp_path_factory, taught):
+    """(data folder with an intact cache 'x' of source 'a' in six parts, the folder of the cache).
+
+    A test spoils a copy of it.
+    """
+    folder = tmp_path_factory.mktemp('spoilt')
+    make_source(folder / 'data', 'a')
+    patch = pytest.MonkeyPatch()
+    patch.setattr(kd, 'PART_TOKENS', 40 * 16)
+    kd.write_caches(kd.CacheConfig(
+        teacher=str(taught[1]), data_dir=str(folder / 'data'), name='x', source='a', block_size=16,
+        dtype='float32', k=4, draws=2))
+    yield folder / 'data', folder / 'data/a/kd/x'
+    patch.undo()
+
+
+RECORD = kd.record_dtype(64, 4, 2).itemsize
+PART = 'part_000002'
+
+
+@pytest.mark.parametrize('spoil, words', [
+    (lambda f: (f / 'cache.json').write_text('[]'), 'holds a list, not named fields'),
+    (lambda f: (f / 'cache.json').write_text('{"k": 4'), 'no valid JSON'),
+    (lambda f: edit_json(f / 'cache.json', shards=None), "has no field 'shards'"),
+    (lambda f: edit_json(f / 'cache.json', k='four'), "k = 'four' must be int"),
+    (lambda f: edit_json(f / 'cache.json', draws=True), 'draws = True must be int'),
+    (lambda f: edit_json(f / 'cache.json', temperature=float('nan')), 'must be .* finite'),
+    (lambda f: edit_json(f / 'cache.json', draws=-2), 'a number that is not possible'),
+    (lambda f: edit_json(f / 'cache.json', k=3), 'is damaged: .*bytes, not'),
+    (lambda f: edit_json(f / 'cache.json', tokenizer='0123'), 'was made for tokenizer = '),
+    (lambda f: (f / f'{PART}.kd').unlink(), f'is incomplete: .*{PART}.kd is missing'),
+    (lambda f: (f / f'{PART}.npy').unlink(), f'is incomplete: .*{PART}.npy is missing'),
+    (lambda f: (f / f'{PART}.json').unlink(), f'is incomplete: .*{PART}.json is missing'),
+    (lambda f: (f / f'{PART}.json').write_text('null'), f'is damaged: .*{PART}.json holds a None'),
+    (lambda f: (f / f'{PART}.json').write_text('{".kd": 3, ".npy": 4}'), '.kd = 3 must be dict'),
+    (lambda f: os.truncate(f / f'{PART}.kd', 1000), 'is damaged: .*has 1,000 bytes, not'),
+    (lambda f: os.truncate(f / f'{PART}.npy', 100), 'is damaged: .*npy has 100 bytes, not'),
+    (lambda f: overwrite(f / f'{PART}.kd', 0, bytes(40 * 16 * RECORD)), 'nothing but zeros'),
+    (lambda f: overwrite(f / f'{PART}.kd', 20 * 16 * RECORD, bytes(4 * RECORD)), 'but zeros'),
+    (lambda f: overwrite(f / f'{PART}.kd', (40 * 16 - 1) * RECORD, bytes(RECORD)), 'sum to'),
+    (lambda f: overwrite(f / f'{PART}.kd', 0, b'\xff' * RECORD), 'holds token id 65535'),
+    (lambda f: overwrite(f / f'{PART}.kd', 10 * RECORD, b'\x01\x02'), 'the sha256 of .*kd is not'),
+    (lambda f: overwrite(f / f'{PART}.npy', 200, b'\x01\x02'), 'the sha256 of .*npy is not'),
+])
+def test_a_damaged_cache_is_refused_by_the_name_of_the_file(
+    tmp_path, spoilt, monkeypatch, spoil, words,
+):
+    shutil.copytree(spoilt[0], tmp_path / 'data')
+    folder = tmp_path / 'data/a/kd/x'
+    monkeypatch.setattr(kd, 'PART_TOKENS', 40 * 16)
+    assert kd.check_cache(str(folder)) == []
+    spoil(folder)
+    source = Source(tmp_path / 'data', 'a', 'train', 16, 0, 64)
+    config = dict(
+        data_dir=str(tmp_path / 'data'), kd_cache='x', vocab_size=64, kd_temperature=1.0,
+        block_size=16, packing='window', document_mask=False, kd_divergence='forward', seed=1)
+    with pytest.raises(BadInput, match=words) as error:
+        kd.Cache(config, source, None)
+    assert 'kd.py cache' in str(error.value) or 'restore or delete' in str(error.value)
+    if 'tokenizer' not in words:
+        assert kd.check_cache(str(folder))
+
+
+def test_a_part_that_is_cut_off_while_a_run_reads_it_is_one_sentence(tmp_path, spoilt, monkeypatch):
+    shutil.copytree(spoilt[0], tmp_path / 'data')
+    folder = tmp_path / 'data/a/kd/x'
+    monkeypatch.setattr(kd, 'PART_TOKENS', 40 * 16)
+    source = Source(tmp_path / 'data', 'a', 'train', 16, 0, 64)
+    config = dict(
+        data_dir=str(tmp_path / 'data'), kd_cache='x', vocab_size=64, kd_temperature=1.0,
+        block_size=16, packing='window', document_mask=False, kd_divergence='forward', seed=1)
+    cache = kd.Cache(config, source, None)
+    rows = np.empty(16, cache.record)
+    cache.read(85, rows)                        # the sixth window of the third part
+    expected = np.fromfile(folder / f'{PART}.kd', cache.record)[5 * 16:6 * 16]
+    assert rows.tobytes() == expected.tobytes()
+    os.truncate(folder / f'{PART}.kd', 5 * 16 * RECORD + 7)
+    with pytest.raises(RunFault, match=f'{PART}.kd was cut off after this run began: window 85'):
+        cache.read(85, rows)
+
+
+def test_a_second_launch_is_refused_while_the_first_lives(tmp_path, taught, spoilt, monkeypatch):
+    shutil.copytree(spoilt[0], tmp_path / 'data')
+    folder = tmp_path / 'data/a/kd/x'
+    monkeypatch.setattr(kd, 'PART_TOKENS', 40 * 16)
+    (folder / f'{PART}.kd').write_bytes(b'')
+
+    def again(source='a'):
+        kd.write_caches(kd.CacheConfig(
+            teacher=str(taught[1]), data_dir=str(tmp_path / 'data'), name='x', source=source,
+            block_size=16, dtype='float32', k=4, draws=2))
+
+    (folder / 'part_000001.kd.0.tmp').write_bytes(b'of a killed process')
+    (folder / 'part_000001.kd.3.tmp').write_bytes(b'of a process that lives')
+    with parts.lock(str(folder), 0):
+        with pytest.raises(BadInput, match='another process is writing to .*kd/x'):
+            again()
+        assert (folder / f'{PART}.kd').stat().st_size == 0
+        monkeypatch.setenv('RANK', '1')
+        monkeypatch.setenv('WORLD_SIZE', '2')
+        again()                                 # another rank of the first launch
+        monkeypatch.delenv('RANK')
+    assert (folder / f'{PART}.kd').stat().st_size == 0
+    again()
+    assert [path.name for path in folder.glob('*.tmp')] == ['part_000001.kd.3.tmp']
+    assert kd.check_cache(str(folder)) == []
+    for path in spoilt[1].iterdir():
+        assert (folder / path.name).read_bytes() == path.read_bytes(), path
+    for source, words in (('a,a', "names 'a' twice"), ('a,', 'has an empty name')):
+        with pytest.raises(BadInput, match=words):
+            again(source)
+
+
+def test_parts_of_an_older_version_are_checked_once_and_kept(
+    tmp_path, taught, spoilt, monkeypatch, capsys,
+):
+    shutil.copytree(spoilt[0], tmp_path / 'data')
+    folder = tmp_path / 'data/a/kd/x'
+    monkeypatch.setattr(kd, 'PART_TOKENS', 40 * 16)
+    for path in folder.glob('part_*.json'):
+        path.unlink()
+    edit_json(folder / 'cache.json', tokenizer=None)
+    # Two writers have left a stretch of zeros that the few records of a part do not show.
+    overwrite(folder / f'{PART}.kd', 10 * 16 * RECORD, bytes(16 * RECORD))
+    before = (folder / 'part_000001.kd').stat().st_mtime_ns
+    kd.write_caches(kd.CacheConfig(
+        teacher=str(taught[1]), data_dir=str(tmp_path / 'data'), name='x', source='a',
+        block_size=16, dtype='float32', k=4, draws=2))
+    assert 'part_000001.kd is of a version that kept no sha256; it is intact' in (
+        capsys.readouterr().out)
+    assert (folder / 'part_000001.kd').stat().st_mtime_ns == before
+    for path in spoilt[1].glob('part_*'):
+        assert (folder / path.name).read_bytes() == path.read_bytes(), path
+    made = json.loads((folder / 'cache.json').read_text())
+    assert made == json.loads((spoilt[1] / 'cache.json').read_text())
+
+
+@pytest.mark.parametrize('change, words', [
+    (dict(name='a/b'), "name = 'a/b' must be the name of a folder"),
+    (dict(name=''), "name = '' must be the name of a folder"),
+    (dict(k=0, draws=0), 'store nothing of the teacher'),
+    (dict(k=65), "more than the teacher's vocabulary of 64"),
+    (dict(source='a,c'), "source 'c': .* does not exist"),
+    (dict(teacher='none'), "'none' is neither a folder here"),
+])
+def test_mistakes_of_the_command_are_one_sentence(tmp_path, taught, change, words):
+    make_source(tmp_path, 'a')
+    config = kd.CacheConfig(
+        teacher=str(taught[1]), data_dir=str(tmp_path), source='a', block_size=16, dtype='float32')
+    with pytest.raises(BadInput, match=words):
+        kd.write_caches(dataclasses.replace(config, **change))
+    assert not (tmp_path / 'a/kd').exists()

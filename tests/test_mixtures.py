@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from configurator import BadInput
-from methods import rules
+from methods import baselines, rules
 from tests.conftest import SHARED, make_source, train, write_shard
 
 CASES = SHARED.parent / 'reference' / 'mixing_update_cases.json'
@@ -430,3 +430,67 @@ def test_a_round_that_was_not_begun_cannot_be_ended(tmp_path, data):
     train(tmp_path / 'run', data, **knobs, stop_step=18)
     with pytest.raises(BadInput, match='did not begin.*mixture_interval'):
         train(tmp_path / 'run', data, **{**knobs, 'mixture_interval': 16}, resume=True)
+
+
+# -- graphs of Skill-It, and methods of a checkpoint -----------------------------------------------
+
+
+@pytest.mark.parametrize(
+    'content, words',
+    [
+        ('{"groups": ["a", "b"]', 'no valid JSON'),
+        ('[]', 'holds a list'),
+        ('{"groups": ["a", "b"]}', "no field 'graph'"),
+        ('{"groups": "ab", "graph": []}', "groups = 'ab' must be list"),
+        ('{"groups": ["a", "c"], "graph": [[0, 0], [0, 0]]}', 'is of the groups a, c'),
+        ('{"groups": ["a", "a"], "graph": [[0, 0], [0, 0]]}', 'is of the groups a, a'),
+        ('{"groups": ["a", "b"], "graph": [[1], [0, 0]]}', 'no table of numbers'),
+        ('{"groups": ["a", "b"], "graph": [["x", 0], [0, 0]]}', 'no table of numbers'),
+        ('{"groups": ["a", "b"], "graph": [[0]]}', r'shape \(1, 1\)'),
+        ('{"groups": ["a", "b"], "graph": [[NaN, 0], [0, 0]]}', '3 finite numbers'),
+        ('{"groups": ["a", "b"], "graph": [[50, 20], [30, 40]]}', 'holds 50. .* at most 1'),
+        (np.eye(3), r'float64 of shape \(3, 3\), not numbers of shape \(2, 2\)'),
+        (np.full((2, 2), np.nan), 'not finite'),
+        (np.array([[{}, 1], [1, 1]]), 'Object arrays cannot be loaded'),
+        (np.array([['a', 'b'], ['c', 'd']]), 'not numbers of shape'),
+        (np.eye(2) * 1j, 'not numbers of shape'),
+        (b'', 'no intact .npy file'),
+        (b'PK\x03\x04', 'no intact .npy file'),
+    ],
+)
+def test_a_damaged_graph_is_one_sentence(tmp_path, content, words):
+    path = tmp_path / ('graph.json' if isinstance(content, str) else 'graph.npy')
+    if isinstance(content, str):
+        path.write_text(content)
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        np.save(path, content, allow_pickle=True)
+    with pytest.raises(BadInput, match=words):
+        baselines.read_graph(str(path), ['a', 'b'])
+
+
+def test_graphs_of_json_and_numpy_are_the_same(tmp_path):
+    # A run on 'b' alone makes 'a' worse, which is no mistake.
+    (tmp_path / 'g.json').write_text('{"groups": ["b", "a"], "graph": [[0.5, -0.2], [0.1, 0.4]]}')
+    np.save(tmp_path / 'g.npy', np.array([[0.4, 0.1], [-0.2, 0.5]], dtype=np.float32))
+    one = baselines.read_graph(str(tmp_path / 'g.json'), ['a', 'b'])
+    other = baselines.read_graph(str(tmp_path / 'g.npy'), ['a', 'b'])
+    assert one.tolist() == [[0.4, -0.2], [0.1, 0.5]] and np.allclose(one, other)
+
+
+def test_a_method_continues_with_its_sources_in_their_order(tmp_path, data, needed):
+    knobs = {**knobs_of('doge', needed), 'max_steps': 8}
+    train(tmp_path / 'run', data, **knobs, stop_step=2)
+    for sources in ({'b': 1.0, 'a': 1.0, 'noise': 1.0}, {'a': 1.0, 'b': 1.0, 'noise': 0.0}):
+        with pytest.raises(BadInput, match='weighed the sources a, b, noise, this run has'):
+            train(tmp_path / 'run', data, **{**knobs, 'sources': sources}, resume=True)
+
+
+def test_more_validation_rows_than_there_are_is_said(tmp_path, data, needed, capsys):
+    knobs = {**knobs_of('skillit', needed), 'max_steps': 2, 'mixture_rows': 30}
+    by_step = train(tmp_path / 'run', data, **knobs)
+    assert 'mixture_rows = 30 is more than the validation rows of some sources' in (
+        capsys.readouterr().out
+    )
+    assert max(by_step) == 2

@@ -2,18 +2,24 @@
 influence is not made for.
 """
 
+import copy
 import json
+import os
+import pickle
 import shutil
+import types
 
 import numpy as np
 import pytest
 
 import data
-from configurator import BadInput
+from configurator import BadInput, RunFault, configure_script
 from data import MixtureLoader, Source, shared_documents, text_warnings
+from lib import parts
 from methods import selection
 from methods.selection import Reference, choose_next, judge
-from tests.conftest import make_source, metrics, run_here, train, write_shard
+from tests.conftest import ROOT, make_source, metrics, run_here, train, write_shard
+from tools import influence_tables
 
 REFERENCE = Reference(influence=1.0, max_loss=4.0, min_different=0.2, max_different=0.9, n_rows=32)
 
@@ -398,3 +404,216 @@ def test_a_probe_that_is_trained_on_is_refused(mixed_data, tmp_path):
     with pytest.raises(BadInput, match=r"'kind' and source 'a' \(train\) have .* in common"):
         train(tmp_path / 'run', mixed_data, **knobs)
     assert not (tmp_path / 'run').exists()
+
+
+# -- damage and mistakes ---------------------------------------------------------------------------
+
+ABOUT = dict(
+    ckpt='run', step=3, weights='0' * 16, block_size=16, layers='last', seed=0,
+    reference=dict(influence=1.0, max_loss=9.0, min_different=0.1, max_different=1.0, n_rows=32))
+
+
+def score_rows(source, folder, rank=0, world_size=1, score=None):
+    """Scores a source as the command does, by numbers that depend on the window alone."""
+    def of_windows(cursors):
+        windows = np.array([source.window(cursor) for cursor in cursors])
+        return np.column_stack((windows / 100, np.full(len(windows), 2.0), windows % 7 / 8 + 0.1))
+
+    run = types.SimpleNamespace(rank=rank, world_size=world_size, is_master=False)
+    about = {**ABOUT, 'shards': source.fingerprint()}
+    with selection.lock_scores(folder, rank):
+        selection.write_scores(folder, about, source, score or of_windows, run)
+
+
+@pytest.fixture
+def scored(tmp_path, monkeypatch):
+    """(source 'a', the folder of its scores in three parts)."""
+    monkeypatch.setattr(selection, 'PART_ROWS', 100)
+    make_source(tmp_path, 'a')
+    source = Source(tmp_path, 'a', 'train', 16)
+    folder = tmp_path / 'a' / 'scores'
+    score_rows(source, str(folder))
+    return source, folder
+
+
+def edit_json(path, **changes):
+    """Sets fields of a JSON file. None removes the field."""
+    content = json.loads(path.read_text()) | changes
+    for key in changes:
+        if changes[key] is None:
+            del content[key]
+    path.write_text(json.dumps(content))
+
+
+def save_with_hash(folder, array):
+    """Another array in the place of part 1, with its sha256: a hand-made file."""
+    stem = folder / 'part_000001'
+    np.save(f'{stem}.npy', array, allow_pickle=True)
+    stem.with_suffix('.json').write_text(json.dumps({'.npy': parts.describe(f'{stem}.npy')}))
+
+
+def scores_with(row, column, value):
+    scores = np.full((100, 3), 0.5, np.float32)
+    scores[row, column] = value
+    return scores
+
+
+@pytest.mark.parametrize('spoil, words', [
+    (lambda f: (f / 'scores.json').write_text('[1]'), 'scores.json holds a list'),
+    (lambda f: (f / 'scores.json').write_bytes(b'\xff\xfe'), 'no valid JSON'),
+    (lambda f: edit_json(f / 'scores.json', reference=None), "no field 'reference'"),
+    (lambda f: edit_json(f / 'scores.json', reference=[1, 2]), 'reference = .* must be dict'),
+    (lambda f: edit_json(f / 'scores.json', reference={'influence': 1.0}), "no field 'max_loss'"),
+    (lambda f: edit_json(f / 'scores.json', reference={**ABOUT['reference'], 'influence': -1}),
+     'a number that is not possible'),
+    (lambda f: edit_json(f / 'scores.json', windows='many'), "windows = 'many' must be int"),
+    (lambda f: edit_json(f / 'scores.json', windows=7), 'belong to other rows .windows 7'),
+    (lambda f: edit_json(f / 'scores.json', tokenizer='another'), 'other rows .tokenizer another'),
+    (lambda f: (f / 'part_000001.npy').unlink(), '1 of 3 parts of its scores are missing'),
+    (lambda f: shutil.copy(f / 'part_000000.npy', f / 'part_000003.npy'), 'does not belong'),
+    (lambda f: (f / 'part_000001.json').unlink(), 'part_000001.json is missing'),
+    (lambda f: (f / 'part_000001.json').write_text('{}'), "has no field '.npy'"),
+    (lambda f: os.truncate(f / 'part_000001.npy', 0), 'has 0 bytes, not 1,328'),
+    (lambda f: (f / 'part_000001.npy').write_bytes(bytes(1328)), 'the sha256 of .*1.npy is not'),
+    (lambda f: save_with_hash(f, scores_with(5, 0, np.nan)), '1.npy holds numbers that are not'),
+    (lambda f: save_with_hash(f, scores_with(5, 1, np.inf)), '1.npy holds numbers that are not'),
+    (lambda f: save_with_hash(f, scores_with(5, 2, 0.0)), 'row 5 holds .* are no scores'),
+    (lambda f: save_with_hash(f, scores_with(5, 1, -1.0)), 'row 5 holds .* are no scores'),
+    (lambda f: save_with_hash(f, np.ones((99, 3), np.float32)), r'shape \(99, 3\), not float32'),
+    (lambda f: save_with_hash(f, np.ones((100, 3))), 'holds float64 of shape'),
+    (lambda f: save_with_hash(f, np.array([{}] * 100)), 'Object arrays cannot be loaded'),
+])
+def test_damaged_scores_are_refused_by_the_name_of_the_file(scored, spoil, words):
+    source, folder = scored
+    scores, reference, _ = selection.read_scores(str(folder), source)
+    assert scores.shape == (source.n_windows, 3) and reference.influence == 1.0
+    assert selection.check_scores(str(folder)) == []
+    spoil(folder)
+    with pytest.raises(BadInput, match=words) as error:
+        selection.read_scores(str(folder), source)
+    assert 'again' in str(error.value) or 'restore or delete' in str(error.value)
+    if 'tokenizer' not in words:
+        assert selection.check_scores(str(folder))
+
+
+def test_only_damaged_parts_are_scored_again(scored, capsys):
+    source, folder = scored
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    asked = []
+
+    def counted(cursors):
+        asked.append(len(cursors))
+        windows = np.array([source.window(cursor) for cursor in cursors])
+        return np.column_stack((windows / 100, np.full(len(windows), 2.0), windows % 7 / 8 + 0.1))
+
+    (folder / 'part_000001.npy').write_bytes(bytes(1328))
+    score_rows(source, str(folder), score=counted)
+    assert asked == [100]
+    # Those of a version without sha256 are checked and kept.
+    for path in folder.glob('part_*.json'):
+        path.unlink()
+    edit_json(folder / 'scores.json', weights=None, tokenizer=None)
+    score_rows(source, str(folder), score=counted)
+    assert asked == [100] and 'records weights and tokenizer now' in capsys.readouterr().out
+    after = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert {**after, 'scores.json': 0} == {**before, 'scores.json': 0}
+    assert json.loads(after['scores.json']) == json.loads(before['scores.json'])
+
+
+def test_scoring_has_one_writer_and_no_nan(scored):
+    source, folder = scored
+    (folder / 'part_000001.npy').unlink()
+    with selection.lock_scores(str(folder), 0):
+        with pytest.raises(BadInput, match='another process is writing to .*scores'):
+            score_rows(source, str(folder))
+        score_rows(source, str(folder), rank=1, world_size=2)       # another rank of one launch
+    assert (folder / 'part_000001.npy').exists()
+    (folder / 'part_000001.npy').unlink()
+    with pytest.raises(RunFault, match='part_000001.npy: 100 of 100 rows have scores that are not'):
+        score_rows(source, str(folder), score=lambda cursors: np.full((len(cursors), 3), np.nan))
+    with pytest.raises(BadInput, match='train holds 000000.bin, so it is no folder of scores'):
+        selection.lock_scores(str(folder.parent / 'train'), 0)
+
+
+class Harmless:
+    def __reduce__(self):
+        return print, ('executed',)
+
+
+def test_pickled_arrays_are_never_loaded(tmp_path, capsys):
+    (tmp_path / 'x.npy').write_bytes(pickle.dumps(Harmless()))
+    np.save(tmp_path / 'y.npy', np.array([Harmless()]), allow_pickle=True)
+    for name in 'xy':
+        with pytest.raises(BadInput, match=f'{name}.npy is no intact .npy file'):
+            parts.read_array(str(tmp_path / f'{name}.npy'), None, (1,), '')
+    assert capsys.readouterr().out == ''
+
+
+@pytest.fixture(scope='module')
+def pair():
+    """find_model's dicts of a run on three sources, and of one that left 'b' out."""
+    config = configure_script(str(ROOT / 'train.py'), [])
+    config |= dict(sources={'a': 0.5, 'b': 0.3, 'c': 0.2}, max_steps=60, out_dir='full')
+    full = dict(config=config, step=60, loader=dict(fingerprints=dict(a='1', b='2', c='3')))
+    less = copy.deepcopy(full)
+    less['config'] |= dict(sources={'a': 5.0, 'b': 0.0, 'c': 2.0}, out_dir='less', keep_last=9)
+    return dict(checkpoint='x', state=full), dict(checkpoint='y', state=less)
+
+
+@pytest.mark.parametrize('change, words', [
+    (dict(sources={'a': 5.0, 'c': 2.0}), None),
+    (dict(sources={'a': 0.714, 'c': 0.286}, eval_interval=3, tp=2), None),
+    (dict(sources={'a': 0.5, 'b': 0.3, 'c': 0.2}), "'less' was trained on 'b' as well"),
+    (dict(sources={'a': 1.0}), "more than 'b': also by c"),
+    (dict(sources={'a': 5.0, 'c': 2.0, 'd': 1.0}), "more than 'b': also by d"),
+    (dict(sources={'a': 2.0, 'c': 5.0}), 'weights of .* a, c got more or less'),
+    (dict(seed=1), 'seed 1337 and 1'), (dict(n_layer=3), 'n_layer 15 and 3'),
+    (dict(learning_rate=0.1, batch_size=2), 'batch_size 16 and 2; learning_rate 0.004 and 0.1'),
+    (dict(max_steps=61), 'max_steps 60 and 61'), (dict(init_from='z'), "init_from None and 'z'"),
+])
+def test_loo_compares_runs_that_differ_by_the_source_alone(pair, change, words):
+    full, less = copy.deepcopy(pair)
+    less['state']['config'] |= change
+    runs = {'': 'full', 'b': 'less'}
+    if words is None:
+        influence_tables.check_pair('b', runs, {'': full, 'b': less})
+        return
+    with pytest.raises(BadInput, match=words):
+        influence_tables.check_pair('b', runs, {'': full, 'b': less})
+
+
+def test_loo_needs_two_finished_runs_of_the_same_data(pair):
+    runs = {'': 'full', 'b': 'less', 'd': 'less'}
+
+    def refused(words, name='b', step=60, other_step=60, **changes):
+        full, less = copy.deepcopy(pair)
+        full['state']['step'] = step
+        less['state']['step'] = other_step
+        less['state'] |= changes.get('state', {})
+        less |= changes.get('about', {})
+        with pytest.raises(BadInput, match=words):
+            influence_tables.check_pair(name, runs, {'': full, 'b': less, 'd': less})
+
+    refused("'full' was not trained on 'd', only on a, b, c", name='d')
+    refused("'full' is at step 60, 'less' at step 40", other_step=40)
+    refused('are at step 40 of 60. Finish both', step=40, other_step=40)
+    refused("'less' is an imported model", about=dict(checkpoint=None))
+    refused("'less' is an imported model", state=dict(config=None))
+    refused('different shards of c', state=dict(loader=dict(fingerprints=dict(a='1', c='9'))))
+
+
+def test_checkpoints_of_a_table_are_of_one_model_and_in_order(capsys):
+    def about(step, model='m', run='r'):
+        path = f'{run}/ckpt/step_{step}'
+        return dict(
+            model=model, fingerprint='f', checkpoint=path, folder=run, state=dict(step=step))
+
+    given = {'x': about(1_000_000), 'y': about(999_999)}
+    assert list(influence_tables.in_order(given)) == ['y', 'x']
+    assert 'in the order of their steps: y, x' in capsys.readouterr().out
+    stages = {'x': about(9, run='stage1'), 'y': about(5, run='stage2')}
+    assert list(influence_tables.in_order(stages)) == ['x', 'y']
+    with pytest.raises(BadInput, match="'y' is another model than 'x'"):
+        influence_tables.in_order({'x': about(1), 'y': about(2, model='n')})
+    with pytest.raises(BadInput, match="'y' and 'x' are the same checkpoint"):
+        influence_tables.in_order({'x': about(1), 'y': about(1)})

@@ -9,9 +9,11 @@
 compares runs that each left a source out. `score` scores every row of the sources for train.py
 --select=scores.
 """
+import contextlib
 import glob
 import json
 import os
+import re
 import sys
 from dataclasses import asdict
 
@@ -24,8 +26,11 @@ if __name__ == '__main__':
 from configurator import BadInput, at_least, configure, one_of
 from data import Feeder, Source, common_tokenizer, open_probe
 from influence import mean_and_error
+from kd import source_names, weights_fingerprint
+from lib import parts
 from lib.device import Run, pick_dtype, start_ranks, tune_malloc
-from lib.hf import open_model
+from lib.hf import find_model, load_model
+from lib.schedule import count_steps
 from lib.validate import row_losses
 from methods import reweight, rules, selection
 from ops.attention import check_documents
@@ -38,7 +43,7 @@ sources = ''                            # names of sources in data_dir, with com
 probe: dict[str, float] = {}            # domain -> weight: probe sets (data_dir/probe/<domain>)
 without: dict[str, str] = {}            # loo: source -> run that was trained without it
 data_dir = 'data'                       # folder of the sources
-block_size: int | None = None           # tokens of a row. None: the model's context
+block_size: at_least(1) | None = None           # tokens of a row. None: the model's context
 rows = 64                               # rows of every source
 probe_rows = 128                        # rows of every probe set
 layers: one_of('last', 'all', 'first', 'embedding+head') = 'last'       # parameters that
@@ -52,21 +57,30 @@ device: one_of('auto', 'cpu', 'cuda') = 'auto'
 dtype: one_of('auto', 'float32', 'bfloat16') = 'auto'       # of matrix products; weights are fp32
 
 
-def open_all(path, config, run, source_names):
+# Knobs in which runs may differ that `loo` compares: where a run writes, what it logs and keeps,
+# and how its ranks share the work. Shards are compared by their fingerprints, sources by weight.
+FREE = (
+    'out_dir', 'resume', 'sources', 'data_dir', 'prepare', 'eval_interval', 'eval_rows',
+    'eval_tasks', 'eval_tasks_interval', 'eval_tasks_limit', 'save_interval', 'keep_last',
+    'keep_every', 'async_save', 'sample_tokens', 'sample_prompt', 'log_interval', 'profile',
+    'wandb_mode', 'wandb_project', 'plan_on', 'plan_mfu', 'plan_link', 'plan_price', 'dry_run',
+    'device', 'kernels', 'dp_replicate', 'dp_shard', 'tp', 'ep', 'compile',
+    'reshard_after_forward', 'activation_checkpointing', 'hang_timeout')
+
+
+def open_all(path, about, config, run, names):
     """Opens a model with gradients and the data for it.
 
-    Returns (model, what hf.find_model says of it, sources, probe sets, Feeder). Raises BadInput
-    when the data was made with another tokenizer, or has too few rows.
+    about: find_model(path); names: of sources
+    Returns (model, sources, probe sets, Feeder). Raises BadInput when the data was made with
+    another tokenizer, or has too few rows.
     """
     # --dtype only concerns autocast. Gradients of bf16 weights would keep 8 bits.
-    model, _, about = open_model(path, run.device, torch.float32, needs_tokenizer=False)
+    model = load_model(about, run.device, torch.float32).eval()
     model.requires_grad_(True)
     data_dir = config['data_dir']
     length = config['block_size'] or about['context']
     vocab_size = about['model'].vocab_size
-    if not config['probe']:
-        raise BadInput("--probe is missing: --probe=\"{'math': 1.0}\" with data_dir/probe/math.")
-    reweight.check_probe(config['probe'])
     # The rows are packed as the model was trained. An imported model has no config.
     trained = about['state']['config'] if about['checkpoint'] else None
     packing = 'window'
@@ -75,9 +89,8 @@ def open_all(path, config, run, source_names):
         packing = 'document'
         overlong = trained['overlong']
     opened = []
-    for name in source_names:
-        opened.append(Source(
-            data_dir, name.strip(), 'train', length, 0, vocab_size, packing, overlong))
+    for name in names:
+        opened.append(Source(data_dir, name, 'train', length, 0, vocab_size, packing, overlong))
     probes = []
     for domain in config['probe']:
         probes.append(open_probe(data_dir, domain, length, vocab_size, packing, overlong))
@@ -100,7 +113,7 @@ def open_all(path, config, run, source_names):
         check_documents(run.device, run.dtype)
     if opened:
         reweight.check_texts(probes, opened, [], tokenizer and tokenizer['bos_id'], run)
-    return model, about, opened, probes, Feeder(run.device, config['batch_size'], bos_id=bos_id)
+    return model, opened, probes, Feeder(run.device, config['batch_size'], bos_id=bos_id)
 
 
 def measurement_of(model, feeder, probes, config, apart):
@@ -127,6 +140,34 @@ def write_result(config, name, result, figure):
     print(f'{path}, {figure}')
 
 
+def in_order(abouts):
+    """The models of a table, path -> find_model's dict, in the order in which they count.
+
+    Checkpoints of one run are sorted by their steps. Raises BadInput for different models, and for
+    a checkpoint that is there twice.
+    """
+    first_path, first = next(iter(abouts.items()))
+    seen = {}
+    for path, about in abouts.items():
+        if about['model'] != first['model'] or about['fingerprint'] != first['fingerprint']:
+            raise BadInput(
+                f"--ckpt: '{path}' is another model than '{first_path}', or has another tokenizer. "
+                'A table is of checkpoints of one model.')
+        where = os.path.realpath(about['checkpoint'] or about['folder'])
+        if where in seen:
+            raise BadInput(
+                f"--ckpt: '{path}' and '{seen[where]}' are the same checkpoint, {where}.")
+        seen[where] = path
+    # The t-th counts t, so the order matters. A pattern sorts step_1000000 before step_999999.
+    folders = {os.path.dirname(where) for where in seen}
+    if len(folders) == 1 and first['checkpoint']:
+        by_step = sorted(abouts, key=lambda path: abouts[path]['state']['step'])
+        if by_step != list(abouts):
+            print(f'the checkpoints are taken in the order of their steps: {", ".join(by_step)}')
+        return {path: abouts[path] for path in by_step}
+    return abouts
+
+
 def make_table(paths, config, run):
     """Influence of every source on every probe domain at every checkpoint.
 
@@ -135,9 +176,14 @@ def make_table(paths, config, run):
     columns = [*config['probe'], 'mean']
     tables = []
     state = {}
-    # The order matters: the t-th checkpoint counts t in the weights.
+    names = source_names(config['sources'], 'sources')
     for path in paths:
-        model, _, opened, probes, feeder = open_all(path, config, run, config['sources'].split(','))
+        if paths.count(path) > 1:
+            raise BadInput(f"--ckpt names '{path}' twice.")
+    abouts = in_order({path: find_model(path) for path in paths})
+    paths = list(abouts)
+    for path, about in abouts.items():
+        model, opened, probes, feeder = open_all(path, about, config, run, names)
         # Every domain has a column, so the domains stay apart even where that takes memory.
         measurement = measurement_of(model, feeder, probes, config, apart=True)
         with run.autocast:
@@ -172,6 +218,71 @@ def make_table(paths, config, run):
     write_result(config, 'influence_table', result, figure)
 
 
+def check_pair(name, runs, abouts):
+    """Raises BadInput unless a run differs from the first one by the source `name` left out alone.
+
+    Both have the same number of steps, and what the source leaves goes to the others, whose weights
+    keep their ratios. With less training of the others, their loss would rise for that reason.
+    runs: source -> path, '' is the first run; abouts: the same of find_model's dicts
+    """
+    path = runs['']
+    other = runs[name]
+    for where, about in ((path, abouts['']), (other, abouts[name])):
+        if not about['checkpoint'] or about['state']['config'] is None:
+            raise BadInput(
+                f"loo: '{where}' is an imported model. Its config is not known, so it cannot be "
+                'compared. Give runs of train.py.')
+    full = abouts['']['state']
+    less = abouts[name]['state']
+    weights = {s: w for s, w in full['config']['sources'].items() if w > 0}
+    left = {s: w for s, w in less['config']['sources'].items() if w > 0}
+    if name not in weights:
+        raise BadInput(
+            f"loo: '{path}' was not trained on '{name}', only on {', '.join(weights)}. --without "
+            'names sources that it has.')
+    if name in left:
+        raise BadInput(f"loo: '{other}' was trained on '{name}' as well, with weight {left[name]}.")
+    if set(left) != set(weights) - {name}:
+        odd = sorted(set(left) ^ (set(weights) - {name}))
+        raise BadInput(
+            f"loo: '{other}' differs from '{path}' by more than '{name}': also by "
+            f'{", ".join(odd)}.')
+    equal = full['config']['mixture'] in ('stratified', 'doge', 'doremi')
+    scale = sum(left.values()) / sum(weights[s] for s in left)
+    shifted = [s for s in left if abs(left[s] / (weights[s] * scale) - 1) > 0.02]
+    if shifted and not equal:
+        raise BadInput(
+            f"loo: the weights of '{other}' are not those of '{path}' without '{name}', on any "
+            f'scale: {", ".join(shifted)} got more or less than the others.')
+    differing = []
+    for knob, value in full['config'].items():
+        there = less['config'].get(knob, value)         # an older version may lack a knob
+        if knob not in FREE and there != value:
+            differing.append(f'{knob} {value!r} and {there!r}')
+    if differing:
+        raise BadInput(
+            f"loo: '{path}' and '{other}' differ by more than '{name}': {'; '.join(differing)}.")
+    prints = [state['loader']['fingerprints'] for state in (full, less)]
+    changed = [s for s in left if prints[0][s] != prints[1][s]]
+    if changed:
+        raise BadInput(
+            f"loo: '{path}' and '{other}' were trained on different shards of "
+            f'{", ".join(changed)}.')
+    if full['step'] != less['step']:
+        raise BadInput(
+            f"loo: '{path}' is at step {full['step']}, '{other}' at step {less['step']}. Finish "
+            'both, or give checkpoints of the same step (ckpt/step_...).')
+    # A checkpoint that is named is compared as it is, a run only when it has ended.
+    end = None
+    if full['config']['epochs'] is None:
+        end = min(count_steps(full['config'], None), full['config']['stop_step'] or 2**62)
+    is_named = re.match(r'step_\d+$', os.path.basename(other.rstrip('/')))
+    if end is not None and full['step'] < end and not is_named:
+        raise BadInput(
+            f"loo: '{path}' and '{other}' are at step {full['step']} of {end}. Finish both with "
+            '--resume=True, or name checkpoints (ckpt/step_...).')
+
+
 def make_loo(path, config, run):
     """What leaving a source out did to the loss on every probe domain.
 
@@ -182,9 +293,17 @@ def make_loo(path, config, run):
         raise BadInput(
             '--without is missing: the runs that each left a source out, '
             "--without=\"{'code': 'out/no_code'}\".")
+    if '' in config['without']:
+        raise BadInput("--without: '' is not the name of a source.")
+    runs = {'': path, **config['without']}
+    abouts = {name: find_model(where) for name, where in runs.items()}
+    # Before any weights are loaded.
+    for name in config['without']:
+        check_pair(name, runs, abouts)
     losses = {}
-    for name, where in {'': path, **config['without']}.items():
-        model, about, _, probes, feeder = open_all(where, config, run, [])
+    for name, where in runs.items():
+        about = abouts[name]
+        model, _, probes, feeder = open_all(where, about, config, run, [])
         # All runs are compared on the same rows, those of the first one's context.
         config = {**config, 'block_size': config['block_size'] or about['context']}
         with run.autocast:
@@ -217,7 +336,12 @@ def make_scores(path, config, run):
 
     Processes that torchrun starts share the parts. Each has a full model.
     """
-    model, about, opened, probes, feeder = open_all(path, config, run, config['sources'].split(','))
+    names = source_names(config['sources'], 'sources')
+    parts.check_name(config['scores'], 'scores')
+    # Of other domains nothing is measured. For a direction of all layers they cost a pass each.
+    config = {**config, 'probe': {name: w for name, w in config['probe'].items() if w > 0}}
+    about = find_model(path)
+    model, opened, probes, feeder = open_all(path, about, config, run, names)
     n = config['probe_rows']
     for probe in probes:
         if probe.n_windows < n + n // 2:
@@ -225,7 +349,18 @@ def make_scores(path, config, run):
                 f"probe set '{probe.name}' has {probe.n_windows} windows, fewer than probe_rows = "
                 f'{n} and half as many again for the comparison.')
     measurement = measurement_of(model, feeder, probes, config, apart=False)
-    with run.autocast:
+    made = dict(
+        ckpt=path, step=about['state']['step'] if about['checkpoint'] else None,
+        weights=weights_fingerprint(about), layers=config['layers'], scaling=config['scaling'],
+        probe=config['probe'], probe_rows=n, seed=config['seed'], datainf=None)
+    # DataInf's direction depends on rows of the sources too, so these settings must agree.
+    if config['scaling'] == 'datainf':
+        made['datainf'] = [config['sources'], config['rows']]
+    folders = {s.name: os.path.join(config['data_dir'], s.name, config['scores']) for s in opened}
+    with contextlib.ExitStack() as locks, run.autocast:
+        # All locks are taken before anything is measured: a second launch ends here.
+        for folder in folders.values():
+            locks.enter_context(selection.lock_scores(folder, run.rank))
         directions, shares = measurement.directions(opened)
         direction = directions[0]
         if len(directions) > 1:
@@ -236,15 +371,10 @@ def make_scores(path, config, run):
             def score(cursors, source=source):
                 return selection.score_rows(model, feeder, source, cursors, direction)
 
-            folder = os.path.join(config['data_dir'], source.name, config['scores'])
-            made = dict(
-                ckpt=path, step=about['state']['step'] if about['checkpoint'] else None,
-                block_size=source.block_size, shards=source.fingerprint(), layers=config['layers'],
-                scaling=config['scaling'], probe=config['probe'], probe_rows=config['probe_rows'],
-                seed=config['seed'], datainf=None, reference=asdict(reference))
-            # DataInf's direction depends on rows of the sources too, so these settings must agree.
-            if config['scaling'] == 'datainf':
-                made['datainf'] = [config['sources'], config['rows']]
+            folder = folders[source.name]
+            made |= dict(
+                block_size=source.block_size, shards=source.fingerprint(),
+                reference=asdict(reference))
             selection.write_scores(folder, made, source, score, run)
             # With several processes, the parts of the others may not be there yet.
             if run.world_size == 1:
@@ -274,13 +404,18 @@ def checkpoints_of(ckpt):
 if __name__ == '__main__':
     command = sys.argv[1] if len(sys.argv) > 1 else '--help'
     is_command = command in ('table', 'loo', 'score')
-    arguments = sys.argv[2:] if is_command else sys.argv[1:] or ['--help']
+    asks_help = '--help' in sys.argv or '-h' in sys.argv or len(sys.argv) < 2
+    # An unknown command is no config file, as which it would be read here.
+    arguments = ['--help'] if asks_help else sys.argv[2:] if is_command else []
     config = configure(globals(), arguments, verbose=False)
     if not is_command or not ckpt or command != 'loo' and not sources:
         raise BadInput(
             'say `influence_tables.py table --ckpt=... --sources=... --probe=...`, `loo --ckpt=... '
             '--without=... --probe=...` or `score --ckpt=... --sources=... --probe=...`.')
     tune_malloc()
+    if not probe:
+        raise BadInput("--probe is missing: --probe=\"{'math': 1.0}\" with data_dir/probe/math.")
+    reweight.check_probe(probe)
     # The processes only divide the parts among them, which needs no process group.
     rank, world_size, here = start_ranks(device, join=False)
     run = Run(rank, world_size, here, pick_dtype(dtype, here)[0], '')
