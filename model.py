@@ -57,15 +57,15 @@ class ModelConfig:
     qkv_bias: bool = False                  # bias of the q, k and v projections (Qwen2)
     layer_repeat: at_least(1) = 1           # times that every layer runs in a row with the same
                                             # weights (MobileLLM-LS)
-    norm_eps: float = 1e-5                  # epsilon of RMSNorm
-    rope_theta: float = 500000.0            # base of the rotary frequencies
+    norm_eps: at_least(0.0) = 1e-5          # epsilon of RMSNorm
+    rope_theta: at_least(1.0) = 500000.0    # base of the rotary frequencies
     rope_scaling: dict | None = None        # for longer context: type (llama3, linear, yarn) and
                                             # the keys that ROPE_SCALING lists for it
     n_expert: at_least(0) = 0               # routed experts of a layer. 0: a dense model
-    n_expert_active: int = 0                # routed experts that see a token
-    n_shared_expert: int = 0                # experts that see every token
-    expert_ffn_dim: int = 0                 # inner width of an expert
-    n_dense_layer: int = 0                  # first layers that stay dense (width ffn_dim)
+    n_expert_active: at_least(0) = 0        # routed experts that see a token
+    n_shared_expert: at_least(0) = 0        # experts that see every token
+    expert_ffn_dim: at_least(0) = 0         # inner width of an expert
+    n_dense_layer: at_least(0) = 0          # first layers that stay dense (width ffn_dim)
     expert_score: one_of('sigmoid', 'softmax') = 'sigmoid'      # how the router scores experts:
                                             # sigmoid (DeepSeek-V3) or softmax (Mixtral)
 
@@ -77,6 +77,10 @@ class ModelConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise BadInput(f'{name} = {value} must be at least 1.')
+        if not self.norm_eps >= 0 or not 1 <= self.rope_theta < math.inf:
+            raise BadInput(
+                f'norm_eps = {self.norm_eps} must be at least 0, and rope_theta = '
+                f'{self.rope_theta} at least 1.')
         if self.head_dim is None:
             if self.n_embd % self.n_head:
                 nearest = round(self.n_embd / self.n_head) * self.n_head
@@ -92,7 +96,7 @@ class ModelConfig:
         if self.n_expert:
             self.check_experts()
         if self.rope_scaling is not None:
-            kind = self.rope_scaling.get('type', 'llama3')
+            kind = str(self.rope_scaling.get('type', 'llama3'))
             if kind not in ROPE_SCALING:
                 raise BadInput(
                     f"rope_scaling type '{kind}' must be one of {', '.join(ROPE_SCALING)}.")
@@ -101,6 +105,16 @@ class ModelConfig:
                 raise BadInput(
                     f"rope_scaling of type '{kind}' needs exactly the keys "
                     f'{sorted(ROPE_SCALING[kind])}, got {sorted(keys)}.')
+            for key in keys:
+                value = self.rope_scaling[key]
+                if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+                    raise BadInput(
+                        f"rope_scaling: {key} = {value!r} must be a finite number above 0.")
+            if kind == 'llama3':
+                low = self.rope_scaling['low_freq_factor']
+                if not low < self.rope_scaling['high_freq_factor']:
+                    raise BadInput(
+                        f'rope_scaling: low_freq_factor = {low} must be below high_freq_factor.')
 
     def check_experts(self):
         fits = 1 <= self.n_expert_active <= self.n_expert and self.expert_ffn_dim >= 1

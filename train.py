@@ -11,9 +11,12 @@ out_dir: config.json, metrics.jsonl, ckpt/, curves.png. A run that was killed or
 with --resume=True and ends as if nothing had happened. A fresh model starts at a loss of
 ln(vocab_size): 8.3 for the demo, 11.8 for a vocabulary of 128,256.
 """
+from configurator import install_hook
+
+install_hook()                      # first: Ctrl-C may come while torch is imported
+
 import json
 import os
-import signal
 import time
 from dataclasses import asdict
 
@@ -28,13 +31,15 @@ from data import (
     Feeder,
     MixtureLoader,
     Source,
+    check_sample,
     check_sources,
+    check_unchanged,
     common_tokenizer,
     open_probe,
     prepare_missing,
     report_packing,
 )
-from lib import checkpoint, hf, parallel, storage
+from lib import checkpoint, effects, hf, parallel, storage
 from lib import device as devices
 from lib.log import LogConfig, MetricsLog, Progress, start_trace
 from lib.schedule import count_micro_steps, count_steps
@@ -55,13 +60,13 @@ continue_from: str | None = None    # run or checkpoint whose full state this ru
                                     # weights
 init_from: str | None = None        # initial weights: run, checkpoint, Hugging Face folder or hub
                                     # name. None: random
-seed: at_least(0) = 1337            # of initial weights and data order
+seed: between(0, 4294967295) = 1337 # of initial weights and data order
 eval_interval: at_least(1) = 1000   # steps between evaluations, the first before training
 eval_rows: at_least(1) = 128        # fixed validation rows of every source
 eval_tasks = ''                     # benchmarks to run while training, with commas, as --tasks of
                                     # tools/evaluate.py
 eval_tasks_interval: at_least(1) = 5000     # steps between runs of them, the first before training
-eval_tasks_limit: int | None = 200  # documents of each benchmark. None: all
+eval_tasks_limit: at_least(1) | None = 200   # documents of each benchmark. None: all
 save_interval: at_least(1) = 1000   # steps between checkpoints. There is one after the last step
 sample_tokens: at_least(0) = 0      # tokens of text to generate after training
 sample_prompt = ''                  # beginning of that text
@@ -114,9 +119,10 @@ min_lr_frac: between(0.0, 1.0) = 0.1        # learning rate at the end, as a sha
 # -- cost on paper --
 dry_run = False                     # print what the run would cost and stop. It needs no data
 plan_on: str | None = None          # dry_run: GPUs, like 64xH100. None: what there is here
-plan_mfu = 0.4                      # dry_run: share of the peak that matrix products reach
-plan_link: float | None = None      # dry_run: GB/s from a GPU to other nodes. None: 25 (A100) or 50
-plan_price = 2.5                    # dry_run: dollars of a GPU-hour
+plan_mfu: between(1e-3, 1.0) = 0.4  # dry_run: share of the peak that matrix products reach
+plan_link: at_least(1e-3) | None = None     # dry_run: GB/s from a GPU to other nodes. None: 25
+                                    # (A100) or 50
+plan_price: at_least(0.0) = 2.5     # dry_run: dollars of a GPU-hour
 
 # Every other knob is declared in the file that reads it.
 config = configure(globals(), owners=(
@@ -129,6 +135,12 @@ if devices.is_restarted() and checkpoint.is_of(out_dir, config):
     resume = True
 run = devices.start(config)
 torch.manual_seed(seed + run.rank)
+effects.check_names(config, config.defaults)
+if not out_dir:
+    raise BadInput("out_dir = '' names no folder. Give the folder of this run.")
+for folder in (data_dir, *(os.path.join(data_dir, name) for name in sources)):
+    if os.path.realpath(out_dir) == os.path.realpath(folder):
+        raise BadInput(f"out_dir = '{out_dir}' is a folder of the data. Give another --out_dir.")
 if not sources:
     raise BadInput(
         "sources is empty. Give a config file, or --sources=\"{'name': weight}\" with folders of "
@@ -163,16 +175,37 @@ if dry_run:
         plan.print_plan(model_config, config, planned, plan_dtype, n_steps, plan_teacher)
     devices.leave_ranks(0)
 
+
+def check_memory():
+    """Raises BadInput for a model that cannot fit. Activations, which are estimates, do not count.
+    """
+    from tools import plan
+    terms, _ = plan.memory_plan(
+        model_config, config, sizes, run.dtype.itemsize, run.device.type == 'cuda')
+    needed = sum(n for name, n in terms.items() if name not in ('activations', 'loss', 'backward'))
+    # The ranks of a node share the memory of their CPUs.
+    n_local = 1
+    if run.device.type == 'cpu' and run.world_size > 1:
+        n_local = devices.environment_number('LOCAL_WORLD_SIZE', 1)
+    devices.check_memory(n_local * needed, run.device, 'the model with gradients and optimizer')
+
+
+check_memory()
+
 # -- the run folder --------------------------------------------------------------------------------
-found = checkpoint.find_beginning(out_dir, resume, continue_from)
 # Checked before anything is written: a second run in the folder would mix the two logs.
-used = [name for name in ('metrics.jsonl', 'ckpt') if name in storage.names(out_dir)]
+devices.on_master(lambda: storage.check_writable(out_dir))
+used = devices.on_master(lambda: checkpoint.holds_run(out_dir))
 run_folder = storage.local_folder(out_dir)              # out_dir, unless that is in an object store
 if used and not resume:
     raise BadInput(
-        f"out_dir '{out_dir}' already holds a run ({', '.join(used)}). Continue it with "
-        '--resume=True, or choose another --out_dir.')
-devices.barrier()                                       # nobody writes before all have looked
+        f"out_dir '{out_dir}' already holds a run ({used}). Continue it with --resume=True, or "
+        'choose another --out_dir.')
+# A folder that is there is locked now, a new one when it is made: a mistake leaves nothing behind.
+# The machine of a killed rank may keep the lock of an NFS mount for the server's lease.
+patience_s = 120.0 if devices.is_restarted() else 0.0
+devices.on_master(lambda: storage.lock_folder(run_folder, patience_s, must_exist=True))
+found = checkpoint.find_beginning(out_dir, resume, continue_from)
 layout = ranks.make_layout(run.device.type, run.rank, run.world_size, sizes)
 run.join(layout)
 saves_async = config['async_save']
@@ -183,9 +216,7 @@ checkpointer = checkpoint.Checkpointer(
 
 # -- data ------------------------------------------------------------------------------------------
 if prepare is not None:
-    if run.is_master:
-        prepare_missing(prepare, data_dir, sources)
-    devices.barrier()
+    devices.on_master(lambda: prepare_missing(prepare, data_dir, sources))
 row_options = dict(vocab_size=model_config.vocab_size, packing=packing, overlong=overlong)
 train_sources = []
 val_sources = []
@@ -207,9 +238,16 @@ if config['select'] == 'scores':
 n_steps = count_steps(config, sum(source.n_windows for source in active))
 n_warmup = warmup_steps if warmup_frac is None else round(warmup_frac * n_steps)
 end_step = n_steps if stop_step is None else min(stop_step, n_steps)
+for sentence in effects.check(config, config.defaults, n_steps, n_warmup):
+    if run.is_master:
+        print(f'warning: {sentence}')
 start_weights = methods.start_weights(config, train_sources)
 loader = MixtureLoader(train_sources, start_weights, seed)
 check_sources(all_sources, active, batch_rows)
+devices.on_master(lambda: check_sample(all_sources, seed))
+evaluated = {}                                          # what check_unchanged compares at a resume
+for source in val_sources + probes:
+    evaluated[f'{source.name}/{source.split}'] = source.shard_fingerprints()
 bos_id = None                                           # not None: attention stays within documents
 if document_mask or packing == 'document':
     if shards_tokenizer is None:
@@ -232,10 +270,23 @@ if isinstance(method, reweight.Influence) and found is None:
 tokenizer = None
 token_bytes = None                                      # (V,) bytes of every token
 if shards_tokenizer is not None:
-    folder = next(source.name for source in train_sources if source.meta is not None)
-    tokenizer = load_tokenizer(os.path.join(data_dir, folder))
+    folder = next(source.name for source in all_sources if source.meta is not None)
+    folder = os.path.join(data_dir, folder)
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.fingerprint != shards_tokenizer['fingerprint']:
+        raise BadInput(
+            f"the tokenizer in {folder} ({tokenizer.fingerprint}) is not the one that its shards "
+            f"were made with ({shards_tokenizer['fingerprint']}, by meta.json). Restore it, or "
+            'prepare the source again.')
+    if tokenizer.bos_id != shards_tokenizer['bos_id']:
+        raise BadInput(
+            f"documents begin with token {tokenizer.bos_id} by the tokenizer in {folder}, and with "
+            f"{shards_tokenizer['bos_id']} by its meta.json. Restore them, or prepare the source "
+            'again.')
     padding = [0] * (model_config.vocab_size - tokenizer.vocab_size)
     token_bytes = torch.tensor(tokenizer.token_bytes() + padding, device=run.device)
+if sample_tokens and tokenizer is None:
+    raise BadInput('sample_tokens needs a tokenizer, and these sources have no meta.json.')
 tasks = [name.strip() for name in eval_tasks.split(',') if name.strip()]
 if tasks:
     from tools.benchmarks import Scorer, load_tasks, run_tasks
@@ -283,18 +334,21 @@ training.optimizers = optimizers
 first_step = 0
 if found is not None:
     saved = checkpoint.read_state(found)
-    saved_model = asdict(ModelConfig(**saved['model']))
-    checkpoint.check_resumable(found, saved, config, saved_model, asdict(model_config), end_step)
-    # The loader compares the shards with those of the checkpoint before any weights are read.
-    loader.load_state_dict(saved['loader'])
-    if (saved['config']['sources'], saved['config']['mixture']) != (sources, mixture):
-        loader.set_weights(start_weights)               # the new weights count from here on
-    note = checkpoint.load(found, model, optimizers)
-    first_step = saved['step']
-    if method and saved['mixture_state']:
-        method.load_state_dict(saved['mixture_state'])
-    if taker and taker is not method and saved['presence_state']:
-        taker.load_state_dict(saved['presence_state'])
+    with checkpoint.understanding(found):
+        saved_model = asdict(ModelConfig(**saved['model']))
+        checkpoint.check_resumable(
+            found, saved, config, saved_model, asdict(model_config), end_step)
+        # The loader compares the shards with those of the checkpoint before any weights are read.
+        loader.load_state_dict(saved['loader'])
+        check_unchanged(val_sources + probes, saved.get('evaluated', {}), found)
+        if (saved['config']['sources'], saved['config']['mixture']) != (sources, mixture):
+            loader.set_weights(start_weights)           # the new weights count from here on
+        note = checkpoint.load(found, model, optimizers)
+        first_step = saved['step']
+        if method and saved['mixture_state']:
+            method.load_state_dict(saved['mixture_state'])
+        if taker and taker is not method and saved['presence_state']:
+            taker.load_state_dict(saved['presence_state'])
     if run.is_master:
         changed = []
         for name, value in config.items():
@@ -313,10 +367,11 @@ else:
     if run.is_master and resume:
         print(f'resume: {out_dir} has no checkpoint yet; starting at step 0')
 metrics_log = None
+devices.on_master(lambda: storage.lock_folder(run_folder, patience_s))
 if run.is_master:
-    os.makedirs(storage.download(out_dir) if used else run_folder, exist_ok=True)
-    with open(os.path.join(run_folder, 'config.json'), 'w', encoding='utf-8') as f:
-        json.dump(config, f, indent=1)
+    if used:
+        storage.download(out_dir)
+    storage.write(os.path.join(run_folder, 'config.json'), json.dumps(config, indent=1).encode())
     if tokenizer is not None:
         save_tokenizer(run_folder, tokenizer)
     metrics_log = MetricsLog(run_folder, first_step, config)
@@ -335,7 +390,7 @@ def save(step):
     if taker and taker is not method:
         presence_state = taker.state_dict()
     seconds = checkpointer.save(step, model, optimizers, dict(
-        config=config, model=asdict(model_config), loader=loader.state_dict(),
+        config=config, model=asdict(model_config), loader=loader.state_dict(), evaluated=evaluated,
         tokenizer=tokenizer and tokenizer.fingerprint, context=block_size,
         mixture_state=method.state_dict() if method else {}, presence_state=presence_state))
     return {'system/save_ms': 1e3 * seconds}
@@ -396,12 +451,13 @@ def more_metrics(sums, n_valid):
 
 
 def agree_to_stop():
-    """SIGTERM or SIGINT if any rank has received it, else 0. The same on every rank."""
-    received = [stop.signal == signal.SIGTERM, stop.signal == signal.SIGINT]
-    terminated, interrupted = parallel.sum_numbers(received, every_rank=True)
-    if terminated:
-        return int(signal.SIGTERM)
-    return int(signal.SIGINT) if interrupted else 0
+    """The signal, by which any rank was asked to stop, else 0. The same on every rank."""
+    received = [stop.signal == number for number in checkpoint.SIGNALS]
+    for number, n_ranks in zip(
+            checkpoint.SIGNALS, parallel.sum_numbers(received, every_rank=True), strict=True):
+        if n_ranks:
+            return int(number)
+    return 0
 
 
 def forward_backward(micro, is_last):
@@ -523,7 +579,7 @@ elif run.is_master:
     print_run(run_folder, loader.epochs())
     print(f'curves: {draw_run(run_folder)}')
     print(f'checkpoint: {os.path.join(out_dir, "ckpt", f"step_{end_step:06d}")}')
-if not stopping and sample_tokens and tokenizer is not None:
+if not stopping and sample_tokens:
     prompt = torch.tensor(
         [[tokenizer.bos_id, *tokenizer.encode(sample_prompt)]], device=run.device)
     with run.autocast:
@@ -536,5 +592,6 @@ if not stopping and sample_tokens and tokenizer is not None:
 if run.is_master:
     metrics_log.close()
     storage.upload(out_dir)
+    storage.unlock_folder(run_folder)
 devices.barrier()                               # a launcher may kill the others when one has ended
 devices.leave_ranks(128 + stopping if stopping else 0)

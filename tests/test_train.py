@@ -21,6 +21,8 @@ from lib.tokenizer import GPT2_PATTERN, make_tokenizer, save_tokenizer
 from tests.conftest import (
     ROOT,
     assert_one_sentence,
+    list_again,
+    list_shards,
     make_source,
     metrics,
     options,
@@ -162,10 +164,11 @@ def test_document_mask_changes_what_is_seen(tmp_path, tiny_data):
     ranks = {bytes([b]): b for b in range(63)}
     tokenizer = make_tokenizer('x', ranks, GPT2_PATTERN, {'<|endoftext|>': 63}, '<|endoftext|>')
     record = dict(name='x', fingerprint=tokenizer.fingerprint, bos_id=63)
-    meta = json.dumps(dict(vocab_size=64, shards=[], tokenizer=record))
     for name in 'ab':
         (tiny_data / name / 'tok').mkdir()
         save_tokenizer(str(tiny_data / name), tokenizer)
+        shards = list_shards(tiny_data / name)
+        meta = json.dumps(dict(vocab_size=64, shards=shards, tokenizer=record))
         (tiny_data / name / 'meta.json').write_text(meta)
     plain = train(tmp_path / 'plain', tiny_data)
     masked = train(tmp_path / 'masked', tiny_data, document_mask=True)
@@ -479,6 +482,7 @@ def test_the_tiny_stages_follow_each_other(tmp_path, demo_data):
     data = shutil.copytree(demo_data, tmp_path / 'data')
     shard = data / 'noise/train/00000_00000.bin'
     write_shard(shard, open_shard(str(shard))[:20_000].copy(), 4096)
+    list_again(data / 'noise')
     short = dict(
         data_dir=data, max_steps=10, total_batch_tokens=1024, batch_size=4, log_interval=1,
         eval_interval=10, eval_rows=4, save_interval=10, n_layer=2, compile=False)
