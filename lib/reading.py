@@ -1,8 +1,10 @@
 """From files to records. Reads local files, the Hugging Face hub and https as streams.
 
-The formats are JSON lines (plain, .gz or .zst), parquet and plain text. This file only cuts a file
-into batches of raw records, which is cheap. The workers of prepare/common.py decode them.
+The formats are JSON lines, plain text (both also as .gz or .zst) and parquet. The ending of a name
+says which one a file has, in capitals or not. Another ending is an error. This file only cuts a
+file into batches of raw records, which is cheap. The workers of prepare/common.py decode them.
 """
+import collections
 import contextlib
 import fnmatch
 import glob
@@ -11,7 +13,7 @@ import hashlib
 import io
 import os
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import fsspec
 import orjson
@@ -24,8 +26,15 @@ LONGEST_RECORD = 100 * 2**20    # bytes of a JSON line
 LONGEST_TEXT = 8_000_000        # characters of a document of a plain text file
 CUT_ABOVE = 512 * 2**20         # larger plain JSON lines and parquet files are cut into ranges
 LARGEST_PART = 256 * 2**20      # stored bytes that one rank works on at a time
-PLAIN = ('.jsonl', '.json', '.txt', '.md')
-ENDINGS = (*PLAIN, *(kind + z for kind in PLAIN for z in ('.gz', '.zst', '.zstd')), '.parquet')
+LINES = ('.jsonl', '.ndjson', '.jl', '.json')       # JSON lines
+TEXTS = ('.txt', '.md')
+PLAIN = (*LINES, *TEXTS)
+PACKED = ('.gz', '.zst', '.zstd')
+KNOWN = f"{', '.join(PLAIN)} (also with {', '.join(PACKED)}) and .parquet"
+BOM = b'\xef\xbb\xbf'            # Windows begins a UTF-8 file with it
+MAGIC = {                       # how files begin that are no text
+    b'\x1f\x8b': 'gzip', b'\x28\xb5\x2f\xfd': 'zstd', b'PAR1': 'parquet', b'PK\x03\x04': 'zip',
+    b'\xff\xfe': 'UTF-16', b'\xfe\xff': 'UTF-16'}
 
 
 @dataclass(frozen=True)
@@ -35,6 +44,8 @@ class File:
     size: int           # stored bytes
     start: int = 0      # only the records that begin in bytes start to stop are read
     stop: int | None = None
+    content: str = ''   # changes with the content: a sha256, or what the hub or server gives. '':
+                        # not known
 
     def __str__(self):
         return self.path if self.stop is None else f'{self.path} from byte {self.start:,}'
@@ -50,41 +61,138 @@ class Batch:
 # -- which files -----------------------------------------------------------------------------------
 
 
-def local_files(pattern, layout=()):
+def kind_of(path):
+    """Returns 'lines', 'text' or 'parquet' by the ending of a path or URL. None: another ending."""
+    name = path.lower()
+    if '://' in name:
+        name = name.partition('?')[0]
+    if name.endswith('.parquet'):
+        return 'parquet'
+    for packing in PACKED:
+        name = name.removesuffix(packing)
+    if name.endswith(LINES):
+        return 'lines'
+    return 'text' if name.endswith(TEXTS) else None
+
+
+def check_kind(path):
+    """Returns the kind of a file. Raises BadInput for an ending that is not known."""
+    kind = kind_of(path)
+    if kind is None:
+        raise BadInput(
+            f"{path}: files with this ending are not read. Known are {KNOWN}. Convert the file, or "
+            'rename it if its ending is wrong.')
+    return kind
+
+
+def local_files(pattern, layout=(), say=print):
     """Returns the Files that a path, a glob or a folder means, or several separated by commas.
 
     layout  globs of the dataset's repository. A folder that contains files of this layout gives
-            only those. Any other folder gives all files below it.
+            only those. Any other folder gives all files below it that can be read.
+    say     gets one sentence about the files of a folder that are left out, and one about empty
+            files
+    Raises BadInput if nothing matches, and for a file outside a folder with an unknown ending.
     """
-    files = []
-    for part in pattern.split(','):
+    found = {}      # absolute path -> File: patterns may overlap, and a file is read once
+    # A name may contain a comma or the characters of a glob.
+    parts = [pattern] if os.path.exists(os.path.expanduser(pattern)) else pattern.split(',')
+    for part in parts:
         part = os.path.expanduser(part.strip())
+        if '://' in part:
+            raise BadInput(f"'{part}' is a URL, and only local files can be given. Download it.")
         if os.path.isdir(part):
-            found = files_below(part, layout)
-            wanted = f' ending in {", ".join(ENDINGS)}'
+            paths = files_below(part, layout, say)
         else:
-            paths = [path for path in glob.glob(part, recursive=True) if os.path.isfile(path)]
             # Names do not depend on where the files lie. They order the parts, so a copy of the
             # files in another folder gives the same source.
-            found = [(path, os.path.basename(path)) for path in paths]
-            wanted = ''
-        if not found:
-            raise BadInput(f"'{part}' matches no file{wanted}.")
-        files += [File(path, name, os.path.getsize(path)) for path, name in found]
-    return sorted(set(files), key=lambda f: f.path)
+            paths = [(path, os.path.basename(path)) for path in files_matching(part, say)]
+        for path, name in paths:
+            found.setdefault(os.path.abspath(path), File(path, name, os.path.getsize(path)))
+    files = sorted(found.values(), key=lambda f: f.path)
+    empty = [file.path for file in files if file.size == 0]
+    if empty:
+        say(f'{len(empty):,} of {len(files):,} input files are empty, for example {empty[0]}')
+    return files
 
 
-def files_below(folder, layout):
-    """Returns [(path, path relative to `folder`)] of the files in a folder that can be read."""
+def check_regular(path):
+    """Raises BadInput for a link to nothing and for a device or pipe."""
+    if not os.path.exists(path):
+        raise BadInput(f'{path} is a link to {os.readlink(path)}, which does not exist.')
+    if not os.path.isfile(path):
+        raise BadInput(f'{path} is no regular file.')
+
+
+def files_matching(pattern, say):
+    """Returns the paths of the files that a path or glob means. Raises BadInput as local_files."""
+    paths = [pattern] if os.path.lexists(pattern) else glob.glob(pattern, recursive=True)
+    files = []
+    folders = []
+    for path in paths:
+        if os.path.isdir(path):
+            folders.append(path)
+            continue
+        check_regular(path)
+        check_kind(path)
+        files.append(path)
+    if not files:
+        raise BadInput(
+            f"'{pattern}' matches no file. Give a file, a glob in quotes, a folder, or several "
+            'separated by commas.')
+    if folders and '**' not in pattern:
+        say(f"'{pattern}': {len(folders):,} folders are left out, for example {folders[0]}")
+    return files
+
+
+def files_below(folder, layout, say):
+    """Returns [(path, path relative to `folder`)] of the files in a folder that can be read.
+
+    Raises BadInput if there is none.
+    """
     below = []
-    for where, _, names in os.walk(folder):
+    left_out = collections.Counter()
+    example = {}
+
+    def leave_out(why, name):
+        left_out[why] += 1
+        example.setdefault(why, name)
+
+    def fail(error):
+        raise error
+
+    # Without onerror, os.walk passes over folders that it must not read.
+    for where, folders, names in os.walk(folder, onerror=fail):
+        for name in list(folders):
+            path = os.path.join(where, name)
+            if name.startswith('.'):
+                leave_out('hidden', os.path.relpath(path, folder))
+                folders.remove(name)
+            elif os.path.islink(path):
+                leave_out('a link to a folder', os.path.relpath(path, folder))
         for name in names:
-            if name.endswith(ENDINGS):
-                path = os.path.join(where, name)
-                below.append((path, os.path.relpath(path, folder)))
+            path = os.path.join(where, name)
+            relative = os.path.relpath(path, folder)
+            if name.startswith('.'):
+                leave_out('hidden', relative)
+            elif kind_of(name) is None:
+                leave_out(f"ending '{os.path.splitext(name)[1].lower()}'", relative)
+            else:
+                check_regular(path)
+                below.append((path, relative))
     # A download of a full repository also holds files that the dataset does not use.
     in_layout = [entry for entry in below if any(matches(entry[1], g) for g in layout)]
-    return in_layout or below
+    if in_layout:
+        for _, relative in sorted({*below} - {*in_layout}):
+            leave_out("not in the dataset's layout", relative)
+        below = in_layout
+    reasons = ', '.join(f'{n:,} {why} ({example[why]})' for why, n in left_out.most_common(6))
+    if not below:
+        there = f' It has {reasons}.' if reasons else ''
+        raise BadInput(f"'{folder}' has no file that can be read.{there} Known are {KNOWN}.")
+    if reasons:
+        say(f"'{folder}': {len(below):,} files are read, {left_out.total():,} left out: {reasons}")
+    return below
 
 
 def matches(name, pattern):
@@ -156,8 +264,8 @@ def remote_files(urls, revision=None):
     for url in urls:
         if url.startswith(('https://', 'http://')):
             with reaching(url):
-                size = fsspec.filesystem('http').info(url)['size']
-            files.append(File(url, url, size))
+                about = fsspec.filesystem('http').info(url)
+            files.append(File(url, url, about['size'], content=about.get('ETag', '')))
             continue
         repo, pinned, pattern = split_url(url)
         with reaching(repo):
@@ -175,7 +283,8 @@ def remote_files(urls, revision=None):
         for path, info in found.items():
             if info['type'] == 'file':
                 name = f'{repo}/{path.removeprefix(root)}'
-                files.append(File(f'hf://{path}', name, info['size']))
+                content = info['lfs'].sha256 if info.get('lfs') else info.get('blob_id', '')
+                files.append(File(f'hf://{path}', name, info['size'], content=content))
         if not found:
             raise BadInput(
                 f'{repo} has no file {pattern} at revision {commits[repo]}. Its layout may have '
@@ -198,10 +307,10 @@ def make_parts(files):
     gathered = 0        # stored bytes of the last part; 0: the next file begins a new one
     for file in sorted(files, key=lambda f: (hashlib.sha256(f.name.encode()).digest(), f.path)):
         # Other files are not cut: compressed lines must be unpacked from their start.
-        if file.size > CUT_ABOVE and file.path.endswith(('.jsonl', '.json', '.parquet')):
+        if file.size > CUT_ABOVE and file.path.lower().endswith((*LINES, '.parquet')):
             for start in range(0, file.size, LARGEST_PART):
                 stop = min(start + LARGEST_PART, file.size)
-                parts.append([File(file.path, file.name, file.size, start, stop)])
+                parts.append([replace(file, start=start, stop=stop)])
             gathered = 0
             continue
         if gathered == 0:
@@ -227,6 +336,7 @@ def open_bytes(file):
 
 def unpacked(stream, path):
     """Returns the stream of the unpacked content if the file's name ends in .gz, .zst or .zstd."""
+    path = path.lower()
     if path.endswith('.gz'):
         return io.BufferedReader(igzip.GzipFile(fileobj=stream), 2**20)
     if path.endswith(('.zst', '.zstd')):
@@ -242,13 +352,15 @@ def read_batches(file, columns, skip=0):
     """Yields the Batches of a File after its first `skip` records.
 
     columns  fields of a parquet row to read; []: all
-    Raises BadInput for a damaged file or a missing column.
+    Raises BadInput for a damaged file, an unknown ending or a missing column.
     """
     import pyarrow
 
     damage = (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error, isal_zlib.error)
     damage += (pyarrow.ArrowException,)
-    kind = file.path.removesuffix('.gz').removesuffix('.zst').removesuffix('.zstd').split('.')[-1]
+    kind = check_kind(file.path)
+    if file.size == 0 and not file.path.lower().endswith(PLAIN):
+        raise BadInput(f'{file.path} is empty, so it is damaged. Repair or leave out the file.')
     guard = contextlib.nullcontext()
     if '://' in file.path:
         # The name of a file from the hub begins with the owner and name of its dataset.
@@ -258,7 +370,7 @@ def read_batches(file, columns, skip=0):
         try:
             if kind == 'parquet':
                 yield from parquet_batches(file, stream, columns, skip)
-            elif kind in ('json', 'jsonl'):
+            elif kind == 'lines':
                 yield from line_batches(file, unpacked(stream, file.path), skip)
             else:
                 yield from text_batches(file, unpacked(stream, file.path), skip)
@@ -272,8 +384,43 @@ def read_batches(file, columns, skip=0):
                 'Repair or leave out the file.') from None
 
 
+def check_lines(path, stream):
+    """Raises BadInput for a file of another format, such as one JSON array, by its beginning.
+
+    It reads nothing from the stream.
+    """
+    start = stream.peek(2**16)
+    for magic, name in MAGIC.items():
+        if start.startswith(magic):
+            raise BadInput(
+                f'{path} begins like a file of the format {name}, and its ending says JSON lines. '
+                'Rename or convert it.')
+    start = start.removeprefix(BOM).lstrip()
+    first, end, rest = start.partition(b'\n')
+    if first[:1] == b'[':
+        kind = 'array'
+    elif first.rstrip() == b'{' or first[:1] == b'{' and rest.lstrip(b' \t')[:1] == b'"':
+        kind = 'object'
+    else:
+        return
+    try:
+        orjson.loads(first)
+    except orjson.JSONDecodeError:
+        pass            # the value goes on after the line
+    else:
+        # A record that is an array may stand between others. `records_of` reports it.
+        if kind == 'object' or rest.strip():
+            return
+    way = "'.[]' " if kind == 'array' else '. '
+    raise BadInput(
+        f'{path} is a JSON {kind} and not JSON lines, which have one object per line. Convert it: '
+        f'jq -c {way}{os.path.basename(path)} > new.jsonl')
+
+
 def line_batches(file, stream, skip):
     """Yields batches of about BATCH_BYTES of JSON lines. Blank lines count as records."""
+    if file.start == 0:
+        check_lines(file.path, stream)
     number = 0
     lines = []
     size = 0
@@ -294,6 +441,8 @@ def line_batches(file, stream, skip):
                 f'{file}: line {number + 1} is longer than {LONGEST_RECORD // 2**20} MiB. The file '
                 'does not hold JSON lines.')
         position += len(line)
+        if number == 0 and file.start == 0:
+            line = line.removeprefix(BOM)
         number += 1
         if number <= skip:
             continue
@@ -389,7 +538,12 @@ def records_of(batch):
             # A blank line gives no record but keeps its number, because `skip` counts it.
             if not raw.strip():
                 continue
-            record = ValueError(f'no valid JSON ({error})')
+            reason = str(error)
+            try:
+                raw.decode()
+            except UnicodeDecodeError as not_text:
+                reason = f'not UTF-8: {not_text}'
+            record = ValueError(f'no valid JSON ({reason})')
         else:
             if not isinstance(record, dict):
                 record = ValueError(f'no JSON object but {type(record).__name__}')
@@ -416,12 +570,12 @@ def records_in(files, columns):
                 yield where, record
 
 
-def read_texts(pattern):
-    """Yields the texts in the files that `pattern` means: plain text files, or the field `text`.
+def texts_in(files):
+    """Yields the texts in the Files: plain text files, or the field `text`.
 
     Raises BadInput for a record without text.
     """
-    for where, record in records_in(local_files(pattern), ['text']):
+    for where, record in records_in(files, ['text']):
         text = record.get('text') if isinstance(record, dict) else record
         if not isinstance(text, str):
             raise BadInput(f"{where}: no text in the field 'text'.")

@@ -2,23 +2,26 @@
 
     python prepare/adopt.py --source=fineweb10B --input='fineweb10B/*.bin' --tokenizer=gpt2
 
-A file with `val` in its name goes to val/, the others to train/. The script makes links and copies
-nothing. It reads every token once, to check that ids and document boundaries are those of the
-tokenizer. meta.json gets the counts, the hashes and the bytes of text.
+A file goes to val/ if the word `val` or `validation` is in its name (fineweb_val_000.bin) or is the
+name of its folder. The others go to train/. The script makes links and copies nothing. It reads
+every token once, to check that ids and document boundaries are those of the tokenizer. meta.json
+gets the counts, the hashes and the bytes of text.
 """
 import glob
-import hashlib
 import os
-
-import _path  # noqa: F401  (import path)
+import re
 
 import numpy as np
 from tqdm import tqdm
 
+if __name__ == '__main__':
+    import _path  # noqa: F401  (import path)
+
 from configurator import BadInput, configure
 from data import open_shard
 from lib.tokenizer import load_tokenizer
-from prepare.shards import finish_source, open_source, print_table
+from prepare import inputs
+from prepare.shards import finish_source, lock, open_source, print_table, source_folder
 
 # -- knobs --
 source = ''                      # name of the new source: the folder <out>/<source>
@@ -27,8 +30,46 @@ tokenizer = ''                   # that of the shards: name, rank file, tokenize
 out = 'data'                     # folder of all sources
 
 
+def split_of(path):
+    """Returns 'val' if `val` or `validation` is a word of the file's name or its folder's name."""
+    # Digits, points, lines and dashes end a word, so retrieval_000.bin is for training.
+    words = re.split(r'[\W\d_]+', os.path.basename(path).lower())
+    folder = os.path.basename(os.path.dirname(path)).lower()
+    return 'val' if {'val', 'validation'} & {*words, folder} else 'train'
+
+
+def find_shards(pattern):
+    """Returns {'split/name.bin' in the source: absolute path} for a glob, or several with commas.
+
+    Raises BadInput if nothing matches, and for what is no file or has the name of another one.
+    """
+    paths = set()
+    parts = [pattern] if os.path.exists(os.path.expanduser(pattern)) else pattern.split(',')
+    for part in parts:
+        part = os.path.expanduser(part.strip())
+        found = [part] if os.path.lexists(part) else glob.glob(part, recursive=True)
+        if not found:
+            raise BadInput(f"--input: '{part}' matches no file.")
+        paths.update(map(os.path.abspath, found))
+    files = {}
+    for path in sorted(paths):
+        if os.path.isdir(path):
+            raise BadInput(f"--input: {path} is a folder. Name its files: '{path}/*.bin'.")
+        if not os.path.exists(path):
+            raise BadInput(f'{path} is a link to {os.readlink(path)}, which does not exist.')
+        if not path.endswith('.bin') or not os.path.isfile(path):
+            raise BadInput(f'--input: {path} is no shard, which is a file with the ending .bin.')
+        name = f'{split_of(path)}/{os.path.basename(path)}'
+        if name in files:
+            raise BadInput(
+                f'{files[name]} and {path} would both be {name} in the source. Rename one of them, '
+                'or adopt them as two sources.')
+        files[name] = path
+    return files
+
+
 def describe(path, tokens, sizes, bos_id):
-    """Returns the entries of meta.json for a shard. sizes: bytes of text of every token id.
+    """Returns counts of a shard for meta.json. sizes: bytes of text of every token id.
 
     Raises BadInput for ids or document boundaries of another tokenizer.
     """
@@ -46,36 +87,55 @@ def describe(path, tokens, sizes, bos_id):
         raise BadInput(
             f'{path}: the token that begins a document (id {bos_id}) never occurs. The shard was '
             'made with another tokenizer.')
-    with open(path, 'rb') as f:
-        digest = hashlib.file_digest(f, 'sha256').hexdigest()
-    return dict(tokens=len(tokens), documents=documents, bytes=n_bytes, sha256=digest)
+    return dict(tokens=len(tokens), documents=documents, bytes=n_bytes)
 
 
-def adopt(folder, paths, made_with):
-    """Makes the source `folder` from the shards. Returns the content of meta.json."""
+def check_links(folder, files):
+    """Raises BadInput if a link of a complete source is another file than the one in `files`."""
+    for name, path in files.items():
+        link = os.path.join(folder, name)
+        if os.path.realpath(link) != os.path.realpath(path):
+            raise BadInput(
+                f'{link} is not a link to {path}, but to {os.path.realpath(link)}. Delete {folder} '
+                'to adopt these shards.')
+
+
+def remove_links(folder):
+    """Removes the links that a killed run has left, because training reads every shard."""
+    for link in glob.glob(os.path.join(glob.escape(folder), '*', '*.bin')):
+        if os.path.islink(link):
+            os.remove(link)
+
+
+def adopt(folder, files, made_with):
+    """Makes the source `folder` of shards. Returns the content of meta.json.
+
+    files: what find_shards returns
+    Raises BadInput for shards of another format or tokenizer, and for a folder with other shards.
+    """
     sizes = np.array(made_with.token_bytes())
-    # The sizes notice another download in the same place, without reading the files.
-    files = [[path, os.path.getsize(path)] for path in paths]
-    settings = dict(dataset='adopted', files=files, tokenizer=made_with.fingerprint)
-    meta = open_source(folder, settings)
-    if meta is not None:
-        print(f'{folder} is complete already. Delete it to make it again.')
-        return meta
-    shards = []
-    for path in tqdm(paths, unit='shard'):
-        name = os.path.basename(path)
-        split = 'val' if 'val' in name else 'train'
-        about = describe(path, open_shard(path), sizes, made_with.bos_id)
-        shards.append(dict(file=f'{split}/{name}', split=split, **about))
-    # Links are made after all checks, so that a shard of another tokenizer leaves no links.
-    for path, shard in zip(paths, shards, strict=True):
-        link = os.path.join(folder, shard['file'])
-        os.makedirs(os.path.dirname(link), exist_ok=True)
-        # A killed run may have made some of the links.
-        if not os.path.islink(link):
+    known = inputs.know(list(files.values()))
+    content = [[name, known[path].sha256] for name, path in files.items()]
+    settings = dict(dataset='adopted', files=content, tokenizer=made_with.fingerprint)
+    with lock(folder, 'adopt'):
+        meta = open_source(folder, settings)
+        if meta is not None:
+            check_links(folder, files)
+            print(f'{folder} is complete already. Delete it to make it again.')
+            return meta
+        shards = []
+        for name, path in tqdm(files.items(), unit='shard'):
+            about = describe(path, open_shard(path), sizes, made_with.bos_id)
+            split = name.partition('/')[0]
+            shards.append(dict(file=name, split=split, sha256=known[path].sha256, **about))
+        # Links are made after all checks, so that a shard of another tokenizer leaves no links.
+        remove_links(folder)
+        for name, path in files.items():
+            link = os.path.join(folder, name)
+            os.makedirs(os.path.dirname(link), exist_ok=True)
             os.symlink(path, link)
-    state = dict(shards=shards, counts={}, skipped=[])
-    return finish_source(folder, made_with, settings, [state])
+        state = dict(shards=shards, counts={}, skipped=[])
+        return finish_source(folder, made_with, settings, [state])
 
 
 if __name__ == '__main__':
@@ -84,15 +144,10 @@ if __name__ == '__main__':
             raise BadInput(
                 f'--{key} is missing. Example: python prepare/adopt.py --source=fineweb10B '
                 "--input='fineweb10B/*.bin' --tokenizer=gpt2")
-    paths = set()
-    for part in input.split(','):
-        paths.update(map(os.path.abspath, glob.glob(os.path.expanduser(part.strip()))))
-    if not paths:
-        raise BadInput(f"--input: '{input}' matches no file.")
-    folder = os.path.join(out, source)
-    meta = adopt(folder, sorted(paths), load_tokenizer(tokenizer))
+    folder = source_folder(out, source)
+    meta = adopt(folder, find_shards(input), load_tokenizer(tokenizer))
     print_table({source: meta})
     if 'val' not in meta['splits']:
         print(
-            "No file has 'val' in its name, and train.py needs validation: delete "
+            "No file has the word 'val' in its name, and train.py needs validation: delete "
             f'{folder} and rename one.')

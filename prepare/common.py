@@ -15,7 +15,6 @@ import fcntl
 import functools
 import glob
 import hashlib
-import json
 import math
 import multiprocessing
 import os
@@ -31,12 +30,12 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from tqdm import tqdm
 
-from configurator import BadInput, RunFault, pick, read_json
+from configurator import BadInput, RunFault, at_least, between, pick
 from data import open_shard, shard_header
 from lib import reading
 from lib.chat import check_template, encode_chat, marked
 from lib.tokenizer import LLAMA3_PATTERN, load_tokenizer, make_tokenizer
-from prepare import shards
+from prepare import inputs, shards
 
 
 @dataclass(frozen=True)
@@ -46,14 +45,17 @@ class PrepareConfig:
     input: str | None = None         # file, glob, folder, or several with commas. None: the hub
     revision: str | None = None      # commit of the dataset on the hub. None: the script's
     out: str = 'data'                # folder of all sources
-    max_tokens: int | None = None    # training tokens to stop after. None: everything
-    shard_tokens: int = 100_000_000  # training tokens after which a shard is closed
-    val_fraction: float = 0.01       # share of the documents for validation, chosen by hash
-    probe_fraction: float = 0.005    # share for probe sets, chosen by hash (prepare/probe.py)
+    max_tokens: at_least(1) | None = None   # training tokens to stop after. None: everything
+    shard_tokens: at_least(1) = 100_000_000     # training tokens after which a shard is closed
+    val_fraction: between(0.0, 1.0) = 0.01      # share of the documents for validation, chosen by
+                                                # hash
+    probe_fraction: between(0.0, 1.0) = 0.005   # share for probe sets, chosen by hash
+                                                # (prepare/probe.py)
     skip_bad: bool = False           # list broken records instead of stopping at the first one
-    workers: int | None = None       # tokenizing processes. 0: this one. None: one per core
-    rank: int | None = None          # of this process. None: as torchrun or SLURM says, or alone
-    world_size: int | None = None    # processes that share the work, with workers of their own
+    workers: at_least(0) | None = None      # tokenizing processes. 0: this one. None: one per core
+    rank: at_least(0) | None = None  # of this process. None: as torchrun or SLURM says, or alone
+    world_size: at_least(1) | None = None   # processes that share the work, with workers of their
+                                            # own
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class Dataset:
     tokens: float | None = None     # of the card's tokenizer
     licence: str = ''
     chat_template: str | None = None    # of conversations; prepare() sets it
+    more_settings: dict = field(default_factory=dict)   # what else the result depends on
 
 
 # -- one record ------------------------------------------------------------------------------------
@@ -214,9 +217,17 @@ def tokenize_batch(dataset, config, batch):
 def encode(tokenizer, document, chat_template):
     """Text or messages -> ([ids of the document in parts, BOS first], mask or None)."""
     if chat_template is None:
+        if isinstance(document, list):
+            raise ValueError(
+                'it holds a list of messages. Set --chat_template=llama3 or chatml to make '
+                'conversations of it')
         bos = np.array([tokenizer.bos_id], np.uint32)
         return [bos, tokenizer.encode_document(document)], None
-    if isinstance(document, str) or not any(m['role'] == 'assistant' for m in document):
+    if isinstance(document, str):
+        raise ValueError(
+            'it holds text, and chat_template needs a list of messages. Leave out --chat_template '
+            'for text, or name the field with the messages by --column')
+    if not any(m['role'] == 'assistant' for m in document):
         raise ValueError('no conversation with an answer of the assistant')
     ids, mask = encode_chat(tokenizer, document, chat_template)
     return [ids], mask
@@ -275,22 +286,41 @@ def tokenized(job, batches):
 # -- one rank --------------------------------------------------------------------------------------
 
 
+def number_in(variable, low):
+    """Returns an environment variable as an int. Raises BadInput if it is none, or below `low`."""
+    text = os.environ[variable]
+    if not text.isdecimal() or int(text) < low:
+        raise BadInput(
+            f"the environment variable {variable} = '{text}' must be a whole number of at least "
+            f'{low}. torchrun and SLURM set it. Unset it to prepare with one process.')
+    return int(text)
+
+
 def find_rank(config):
-    """Returns (rank, world_size, where they come from): knobs, torchrun, SLURM or one process."""
+    """Returns (rank, world_size, where they come from): knobs, torchrun, SLURM or one process.
+
+    Raises BadInput for one of the two without the other, and for values that do not fit.
+    """
     if (config.rank is None) != (config.world_size is None):
         raise BadInput('--rank and --world_size go together: give both or neither.')
     rank = config.rank
     world_size = config.world_size
     origin = '--rank'
+    if rank is None and ('RANK' in os.environ) != ('WORLD_SIZE' in os.environ):
+        raise BadInput(
+            'of the environment variables RANK and WORLD_SIZE only one is set. Start the ranks '
+            'with torchrun, set both, or unset it.')
     # torchrun comes first. It may run under SLURM, with several ranks in one SLURM task.
     for names in (('RANK', 'WORLD_SIZE'), ('SLURM_PROCID', 'SLURM_NTASKS')):
         if rank is None and all(name in os.environ for name in names):
-            rank, world_size = (int(os.environ[name]) for name in names)
+            rank = number_in(names[0], 0)
+            world_size = number_in(names[1], 1)
             origin = names[0]
     if rank is None:
         return 0, 1, ''
     if not 0 <= rank < world_size:
-        raise BadInput(f'rank = {rank} must be at least 0 and below world_size = {world_size}.')
+        raise BadInput(
+            f'rank = {rank} ({origin}) must be at least 0 and below world_size = {world_size}.')
     return rank, world_size, origin
 
 
@@ -308,6 +338,12 @@ class Job:
     done_tokens: dict = field(default_factory=dict)     # part -> training tokens, of complete parts
     finishing: bool = False         # this process holds the lock of the source
     made: int = 0                   # tokens that this process made
+
+    def release(self):
+        """Gives up the locks of all parts."""
+        for handle in self.locks.values():
+            handle.close()
+        self.locks.clear()
 
     def state(self, part):
         return self.writer(part).state
@@ -332,13 +368,17 @@ class Job:
 def part_batches(job, todo):
     """Yields (part, file number, Batch) of the incomplete parts, and a Batch of None after each."""
     for part in todo:
-        if job.state(part)['done']:
+        writer = job.writer(part)
+        if writer.state['done']:
+            writer.check_shards()
             continue
         job.locks[part] = shards.lock(job.folder, f'{part:05d}')
         # Read the state again, now that no other process can change it.
-        state = job.state(part)
+        writer = job.writer(part)
+        state = writer.state
         if state['done']:
             continue
+        writer.check_shards()
         # Another rank may be finishing the source, and would not know of shards from here on. Wait
         # for it, and stop if it has written meta.json.
         guard = contextlib.nullcontext()
@@ -413,12 +453,10 @@ def finish(job):
     and later parts are deleted.
     """
     # The workers read ahead, so there may be locks of parts that are not needed.
-    for handle in job.locks.values():
-        handle.close()
-    job.locks.clear()
+    job.release()
     with shards.lock(job.folder, 'source', wait=True):
         job.finishing = True
-        meta = shards.read_json_if_exists(os.path.join(job.folder, 'meta.json'))
+        meta = shards.read_meta(job.folder)
         if meta is not None:
             return meta
         states = []
@@ -440,6 +478,8 @@ def finish(job):
                 job.done_tokens.clear()
                 make(job, [part])
                 state = job.state(part)
+            # Somebody may have removed a shard since it was written.
+            job.writer(part).check_shards()
             states.append(state)
             rest -= shards.count_tokens(state)
         return shards.finish_source(
@@ -499,11 +539,18 @@ def print_plan(dataset, config, files, vocab_size):
     return tokens
 
 
-def find_files(dataset, config, folder):
-    """Returns (files, commits): --input, or the hub at the commits that the source began with."""
+def find_files(dataset, config, folder, say):
+    """Returns (files, commits): --input, or the hub at the commits that the source began with.
+
+    say: see reading.local_files
+    """
     if config.input is not None:
+        if config.revision is not None:
+            raise BadInput(
+                '--revision is a commit on the hub, and --input gives local files in its place. '
+                'Leave out one of them.')
         layout = [reading.split_url(url)[2] for url in dataset.files if url.startswith('hf://')]
-        return reading.local_files(config.input, layout), {}
+        return reading.local_files(config.input, layout, say), {}
     if not dataset.files:
         raise BadInput(
             "--input is missing: files, a glob or a folder. Example: --input='corpus/*.jsonl.gz'")
@@ -524,9 +571,9 @@ def find_files(dataset, config, folder):
 def check_probes(name, config):
     """Raises BadInput if a probe set was drawn from a larger share than is now set aside."""
     for path in glob.glob(os.path.join(glob.escape(config.out), 'probe', '*', 'meta.json')):
-        probe = read_json(path)['settings']
-        if probe.get('source') == name and probe['probe_fraction'] > config.probe_fraction:
-            drawn = probe['probe_fraction']
+        probe = shards.read_meta(os.path.dirname(path))['settings']
+        drawn = probe.get('probe_fraction')
+        if probe.get('source') == name and drawn is not None and drawn > config.probe_fraction:
             raise BadInput(
                 f'{os.path.dirname(path)} was drawn from {name} with probe_fraction = {drawn}. '
                 f'With {config.probe_fraction} here, some of it would be trained on. Set '
@@ -560,17 +607,18 @@ def prepare_source(dataset, config):
     tokenizer = tokenizer_of(config.tokenizer)
     if dataset.chat_template is not None:
         check_template(tokenizer, dataset.chat_template)
-    folder = os.path.join(config.out, dataset.name)
-    files, commits = find_files(dataset, config, folder)
+    folder = shards.source_folder(config.out, dataset.name)
+    say = print if rank == 0 else lambda _: None
+    files, commits = find_files(dataset, config, folder, say)
+    files, known = inputs.with_content(files)
     # All that the bytes depend on. Names are relative to --input, so that a copy of the files in
     # another folder gives the same source.
-    listing = json.dumps([[f.name, f.size] for f in files])
     settings = dict(
         dataset=dataset.files, columns=list(dataset.columns), commits=commits,
-        files=hashlib.sha256(listing.encode()).hexdigest(), tokenizer=tokenizer.fingerprint,
+        files=inputs.fingerprint(files), tokenizer=tokenizer.fingerprint,
         chat_template=dataset.chat_template, max_tokens=config.max_tokens,
         shard_tokens=config.shard_tokens, val_fraction=config.val_fraction,
-        probe_fraction=config.probe_fraction)
+        probe_fraction=config.probe_fraction, **dataset.more_settings)
     meta = shards.open_source(folder, settings)
     if meta is not None:
         # A kill right after meta.json was written leaves progress/ behind.
@@ -579,7 +627,9 @@ def prepare_source(dataset, config):
         return meta
     workers = config.workers
     if workers is None:
-        local_ranks = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+        local_ranks = 1
+        if 'LOCAL_WORLD_SIZE' in os.environ:
+            local_ranks = number_in('LOCAL_WORLD_SIZE', 1)
         # SLURM and taskset may allow only some of the machine's cores.
         workers = max(1, len(os.sched_getaffinity(0)) // local_ranks)
     expected = None
@@ -595,8 +645,12 @@ def prepare_source(dataset, config):
         total=expected, unit='tok', unit_scale=True, desc=dataset.name, disable=rank > 0)
     with bar:
         job = Job(dataset, config, folder, parts, settings, workers, bar)
-        make(job, mine)
-        meta = finish(job)
+        try:
+            make(job, mine)
+            inputs.check_unchanged(known)
+            meta = finish(job)
+        finally:
+            job.release()
     seconds = time.monotonic() - start
     if meta is None:
         print(

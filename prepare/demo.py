@@ -33,17 +33,23 @@ from tqdm import tqdm
 if __name__ == '__main__':
     import _path  # noqa: F401  (import path)
 
-from configurator import configure
+from configurator import at_least, configure
 from lib.chat import encode_chat
 from prepare.common import check_space, conversation, train_tokenizer
-from prepare.shards import encode_text, open_source, print_table, write_source
+from prepare.shards import (
+    encode_text,
+    open_source,
+    print_table,
+    source_folder,
+    write_source,
+)
 
 # -- knobs --
 out = 'data/demo'                # folder of the demo's sources
-vocab_size = 4096                # of the tokenizer, including its three special tokens
-n_problems = 9000                # generated mathematical problems
-n_chats = 3000                   # generated conversations of each kind
-seed = 1337                      # of the problems and of the shuffling
+vocab_size: at_least(259) = 4096     # of the tokenizer, including its three special tokens
+n_problems: at_least(0) = 9000   # generated mathematical problems
+n_chats: at_least(1) = 3000      # generated conversations of each kind
+seed: at_least(0) = 1337         # of the problems and of the shuffling
 
 SKIPPED = {
     'test', 'tests', 'idlelib', 'lib2to3', 'site-packages', 'dist-packages', 'pydoc_data',
@@ -285,7 +291,10 @@ def encoded(tokenizer, documents, shuffler=None):
 
 def main(out, vocab_size, n_problems, n_chats, seed):
     start = time.monotonic()
-    splits = split_documents(collect_documents(n_problems, seed))
+    documents = collect_documents(n_problems, seed)
+    # Packages that were installed since then may have brought other text.
+    content = hashlib.sha256(repr(documents).encode(errors='surrogatepass')).hexdigest()
+    splits = split_documents(documents)
     n_characters = 0
     for parts in splits.values():
         for texts in parts.values():
@@ -297,13 +306,13 @@ def main(out, vocab_size, n_problems, n_chats, seed):
     settings = dict(
         dataset='python standard library', revision=sys.version.split()[0], numpy=np.__version__,
         vocab_size=vocab_size, n_problems=n_problems, n_chats=n_chats, seed=seed,
-        tokenizer=tokenizer.fingerprint)
+        content=content, tokenizer=tokenizer.fingerprint)
     for domain in ('chat', 'reasoning'):
         splits[domain] = chats(domain, n_chats, seed)
     shuffler = np.random.default_rng(seed)
     metas = {}
     for domain, parts in tqdm(splits.items(), desc='demo data', unit='source'):
-        folder = os.path.join(out, domain)
+        folder = source_folder(out, domain)
         metas[domain] = open_source(folder, settings)
         if metas[domain] is None:
             documents = {}

@@ -14,13 +14,15 @@ import os
 
 import _path  # noqa: F401  (import path)
 
-from configurator import BadInput, configure, read_json
+from configurator import BadInput, configure, one_of, read_json
 from lib.reading import local_files, records_in, remote_files
+from prepare import inputs
 from prepare.common import Dataset, PrepareConfig, conversation, prepare
-from prepare.shards import write_json
+from prepare.shards import lock, source_folder, write_json
 
 # -- knobs --
-chat_template = 'llama3'         # or chatml. The tokenizer must have its special tokens
+chat_template: one_of('llama3', 'chatml') = 'llama3'     # the tokenizer must have its special
+                                                         # tokens
 questions: str | None = None     # folder with downloads of the four datasets, named as below. None:
                                  # the hub
 
@@ -53,23 +55,64 @@ def question_of(record):
     return text
 
 
-def collect_questions(folder):
-    """Returns {'dataset/split': [problem of every row], 'commits': {...}}. folder: --questions."""
-    table = {'commits': {}}
+def find_questions(folder):
+    """Returns ({(dataset, split): (Files in order, columns)}, commits). folder: --questions."""
+    found = {}
+    commits = {}
     for dataset, splits, pattern, columns in QUESTIONS:
         for split in splits.split():
             name = pattern.format(split)
             if folder is None:
-                files, commits = remote_files([f'hf://datasets/{name}'])
-                table['commits'].update(commits)
+                files, of_these = remote_files([f'hf://datasets/{name}'])
+                commits.update(of_these)
             else:
                 files = local_files(os.path.join(folder, name))
             print(f'problems in {name}: {len(files)} files')
             # An answer names the row of its problem, so the order of the files matters.
             files = sorted(files, key=lambda file: file.path)
-            records = records_in(files, columns.split())
-            table[f'{dataset}/{split}'] = [question_of(record) for _, record in records]
+            found[dataset, split] = (files, columns.split())
+    return found, commits
+
+
+def collect_questions(found):
+    """Returns {'dataset/split': [problem of every row]}. found: as of find_questions.
+
+    Raises BadInput for a record without the fields of a problem.
+    """
+    table = {}
+    for (dataset, split), (files, columns) in found.items():
+        problems = table[f'{dataset}/{split}'] = []
+        for where, record in records_in(files, columns):
+            try:
+                problems.append(question_of(record))
+            except (KeyError, TypeError) as error:
+                raise BadInput(
+                    f'{where}: no problem ({type(error).__name__}: {error}). A problem has the '
+                    f'fields {", ".join(columns)}.') from None
     return table
+
+
+def make_questions(path, folder):
+    """Writes the table of all problems to `path` unless it is there. Returns its sha256.
+
+    folder: --questions. If its files have changed since the table was written, it is written again.
+    """
+    # All ranks start at once. The first one writes the table.
+    with lock(os.path.splitext(path)[0], 'source', wait=True):
+        content = None
+        if folder is not None:
+            found, _ = find_questions(folder)
+            files = [file for files, _ in found.values() for file in files]
+            content = inputs.fingerprint(inputs.with_content(files)[0])
+        old = read_json(path) if os.path.isfile(path) else None
+        if old is not None and (not isinstance(old, dict) or 'content' not in old):
+            raise BadInput(f'{path} is of an older version or damaged. Delete it.')
+        if old is None or content is not None and old['content'] != content:
+            commits = {}
+            if folder is None:
+                found, commits = find_questions(None)
+            write_json(path, dict(collect_questions(found), content=content, commits=commits))
+        return inputs.know([path])[path].sha256
 
 
 @functools.cache
@@ -96,9 +139,9 @@ if __name__ == '__main__':
         raise BadInput(
             f"--questions: '{questions}' is no folder. It must hold BAAI/TACO, codeparrot/apps and "
             'so on.')
-    path = os.path.join(config['out'], 'opencodereasoning_questions.json')
-    if not os.path.isfile(path):
-        write_json(path, collect_questions(questions))
+    path = source_folder(config['out'], 'opencodereasoning_questions.json')
     # Every batch carries `convert` to a worker, so it has the path and not the large table.
     convert = functools.partial(messages_of, path=path)
-    prepare(dataclasses.replace(DATASET, convert=convert), config, chat_template)
+    settings = dict(questions=make_questions(path, questions))
+    dataset = dataclasses.replace(DATASET, convert=convert, more_settings=settings)
+    prepare(dataset, config, chat_template)

@@ -7,11 +7,12 @@ https://huggingface.co/datasets/nvidia/OpenScienceReasoning-2
 """
 import _path  # noqa: F401  (import path)
 
-from configurator import configure
+from configurator import configure, one_of
 from prepare.common import Dataset, PrepareConfig, conversation, prepare
 
 # -- knobs --
-chat_template = 'llama3'         # or chatml. The tokenizer must have its special tokens
+chat_template: one_of('llama3', 'chatml') = 'llama3'     # the tokenizer must have its special
+                                                         # tokens
 
 REPO = 'hf://datasets/nvidia/OpenScienceReasoning-2@174b02c9cdf231f220765b2a1d5ece4550921894'
 FILES = [f'{REPO}/train/*.parquet']

@@ -31,10 +31,10 @@ import _path  # noqa: F401  (import path)
 import datasketch
 from tqdm import tqdm
 
-from configurator import BadInput, configure
+from configurator import BadInput, at_least, between, configure
 from lib.reading import local_files, make_parts, records_in, remote_files
 from lib.tokenizer import load_tokenizer
-from prepare import shards
+from prepare import inputs, shards
 from prepare.common import document_of, hash_share, plain_text, split_of
 
 # -- knobs --
@@ -44,12 +44,12 @@ input: dict[str, str] = {}       # domain -> local files instead of the hub
 evaluation = 'core'              # local files of benchmarks. core: those of the recipe, from the
                                  # hub. '': no decontamination
 tokenizer = ''                   # tiktoken name, rank file, tokenizer.json, or folder with one
-samples = 1000                   # documents per domain
+samples: at_least(1) = 1000      # documents per domain
 out = 'data'                     # folder of all sources. The probe sets go to <out>/probe/
-probe_fraction = 0.005           # at most the probe_fraction of the source
-min_chars = 200                  # shortest document
-max_chars = 20_000               # longest document
-min_printable = 0.99             # share of printable characters, spaces and line ends
+probe_fraction: between(0.0, 1.0) = 0.005    # at most the probe_fraction of the source
+min_chars: at_least(0) = 200     # shortest document
+max_chars: at_least(1) = 20_000  # longest document
+min_printable: between(0.0, 1.0) = 0.99      # share of printable characters, spaces and line ends
 min_score: float | None = None   # of the record's field `score` (FineWeb-Edu, FineMath)
 
 CORE = [f'hf://datasets/{name}' for name in (
@@ -95,12 +95,16 @@ def strings_in(record):
             yield from strings_in(part)
 
 
-def evaluation_grams(evaluation):
-    """Returns the 13-grams of all text in the evaluation sets. Shorter items cannot be found."""
-    if not evaluation:
+def evaluation_grams(files):
+    """Returns the 13-grams of all text in evaluation sets. Shorter items cannot be found.
+
+    files: list of File. None: the benchmarks of CORE
+    """
+    if files == []:
         print('evaluation is empty: the probe sets are not checked against any benchmark')
         return set()
-    files = remote_files(CORE)[0] if evaluation == 'core' else local_files(evaluation)
+    if files is None:
+        files, _ = remote_files(CORE)
     grams = set()
     n_records = 0
     for _, record in records_in(files, []):
@@ -117,7 +121,14 @@ def evaluation_grams(evaluation):
 
 
 def dataset_of(script):
-    return importlib.import_module(f'prepare.{script}').DATASET
+    """Returns the Dataset of a script in prepare/. Raises BadInput if it has none."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    if not script.isidentifier() or not os.path.isfile(os.path.join(here, f'{script}.py')):
+        raise BadInput(f'sources: there is no script prepare/{script}.py.')
+    module = importlib.import_module(f'prepare.{script}')
+    if not hasattr(module, 'DATASET'):
+        raise BadInput(f'sources: prepare/{script}.py makes no source of one dataset.')
+    return module.DATASET
 
 
 def fault_of(text, record, config, grams, known):
@@ -131,7 +142,7 @@ def fault_of(text, record, config, grams, known):
         return 'length'
     if sum(c.isprintable() or c.isspace() for c in text) < config['min_printable'] * len(text):
         return 'unprintable'
-    if config['min_score'] is not None and record['score'] < config['min_score']:
+    if config['min_score'] is not None and score_of(record) < config['min_score']:
         return 'score'
     words = words_of(text)
     if not grams.isdisjoint(n_grams(words, N_GRAM)):
@@ -148,12 +159,22 @@ def fault_of(text, record, config, grams, known):
     return None
 
 
+def score_of(record):
+    """Returns the field `score` of a record. Raises ValueError if it is no number."""
+    score = record.get('score') if isinstance(record, dict) else None
+    if not isinstance(score, (int, float)):
+        raise ValueError("min_score needs a number in the field 'score'")
+    return score
+
+
 def candidates(dataset, files, probe_fraction, report):
     """Yields (where, text, record) of the records whose hash chooses them. report counts them."""
     parts = make_parts(files)       # the order in which the script of the dataset reads them
     for where, record in records_in(itertools.chain(*parts), dataset.columns):
         try:
             text = document_of(record, dataset)
+            if isinstance(text, list):
+                raise ValueError('it is a conversation, and probe sets are of text')
             share = hash_share(plain_text(text)) if text else 0
         except ValueError as error:
             raise BadInput(f'{where}: {error}. Fix or drop the record.') from None
@@ -164,9 +185,10 @@ def candidates(dataset, files, probe_fraction, report):
             yield where, text, record
 
 
-def choose(domain, config, grams):
+def choose(domain, files, config, grams):
     """Chooses the documents of a domain. Returns ([(where, text)], report).
 
+    files: list of File. None: those of the domain's script on the hub
     The report says what was read, taken, and dropped for which reason. Raises BadInput if there are
     too few documents, or if the source was trained on some of them.
     """
@@ -174,13 +196,13 @@ def choose(domain, config, grams):
     source = os.path.join(config['out'], dataset.name)
     settings = shards.settings_of(source)
     asked = config['probe_fraction']
-    if settings is not None and settings['probe_fraction'] < asked:
+    # A source that another script made, such as adopt.py, keeps nothing out.
+    kept_out = 0.0 if settings is None else settings.get('probe_fraction', 0.0)
+    if settings is not None and kept_out < asked:
         raise BadInput(
-            f'{source} keeps only {settings["probe_fraction"]} of its documents out of training, '
+            f'{source} keeps only {kept_out} of its documents out of training, '
             f'probe_fraction = {asked} asks for more. Lower it, or prepare the source again.')
-    if domain in config['input']:
-        files = local_files(config['input'][domain])
-    else:
+    if files is None:
         files, _ = remote_files(dataset.files)
     # A parquet file is read only in the columns that are named.
     if config['min_score'] is not None:
@@ -191,7 +213,10 @@ def choose(domain, config, grams):
     dropped = collections.defaultdict(list)
     with tqdm(total=config['samples'], desc=domain, unit='doc') as bar:
         for where, text, record in candidates(dataset, files, asked, report):
-            fault = fault_of(text, record, config, grams, known)
+            try:
+                fault = fault_of(text, record, config, grams, known)
+            except ValueError as error:
+                raise BadInput(f'{where}: {error}.') from None
             if fault is not None:
                 dropped[fault].append(where)
                 continue
@@ -213,30 +238,47 @@ def choose(domain, config, grams):
 
 def main(config):
     made_with = load_tokenizer(config['tokenizer'])
+    # Local files are known by their content. Those of the hub are known by their URLs, so that
+    # complete sets need no network. None stands for them.
+    benchmarks = None
+    known_benchmarks = CORE
+    if config['evaluation'] == '':
+        benchmarks = known_benchmarks = []
+    elif config['evaluation'] != 'core':
+        benchmarks, _ = inputs.with_content(local_files(config['evaluation']))
+        known_benchmarks = inputs.fingerprint(benchmarks)
     metas = {}
     grams = None
     for domain, script in config['sources'].items():
-        folder = os.path.join(config['out'], 'probe', domain)
-        keys = ('input', 'evaluation', 'samples', 'probe_fraction')
+        probes = os.path.join(config['out'], 'probe')
+        folder = shards.source_folder(probes, domain, 'sources')
+        dataset = dataset_of(script)
+        files = None
+        known_files = dataset.files
+        if domain in config['input']:
+            files, _ = inputs.with_content(local_files(config['input'][domain]))
+            known_files = inputs.fingerprint(files)
         settings = dict(
-            source=dataset_of(script).name, domains=config['sources'],
-            tokenizer=made_with.fingerprint, bounds=[config[key] for key in BOUNDS],
-            **{key: config[key] for key in keys})
+            source=dataset.name, domains=config['sources'], files=known_files,
+            evaluation=known_benchmarks, tokenizer=made_with.fingerprint,
+            bounds=[config[key] for key in BOUNDS], samples=config['samples'],
+            probe_fraction=config['probe_fraction'])
         meta = shards.open_source(folder, settings)
         if meta is None:
             # Reading the benchmarks takes long. Sets that are complete do not need them.
             if grams is None:
-                grams = evaluation_grams(config['evaluation'])
-            documents, report = choose(domain, config, grams)
+                grams = evaluation_grams(benchmarks)
+            documents, report = choose(domain, files, config, grams)
             lines = ''
             for where, text in documents:
                 lines += json.dumps(dict(text=text, where=where), ensure_ascii=False) + '\n'
-            path = os.path.join(folder, 'documents.jsonl.gz')
             # gzip stores the time of writing, which would change the bytes from run to run.
-            shards.write_atomic(path, [gzip.compress(lines.encode(), mtime=0)])
-            shards.write_json(os.path.join(folder, 'report.json'), report)
+            more_files = [
+                ('documents.jsonl.gz', gzip.compress(lines.encode(), mtime=0)),
+                ('report.json', shards.json_bytes(report))]
             encoded = (shards.encode_text(made_with, text) for _, text in documents)
-            meta = shards.write_source(folder, made_with, settings, {'probe': encoded})
+            meta = shards.write_source(
+                folder, made_with, settings, {'probe': encoded}, more_files)
         metas[f'probe/{domain}'] = meta
     shards.print_table(metas)
 
@@ -245,13 +287,13 @@ if __name__ == '__main__':
     config = configure(globals())
     if not tokenizer:
         raise BadInput('--tokenizer is missing: a tiktoken name, a rank file, or a tokenizer.json.')
+    if not sources:
+        raise BadInput("sources is empty. Example: --sources=\"{'math': 'finemath'}\"")
+    if min_chars > max_chars:
+        raise BadInput(f'min_chars = {min_chars} is larger than max_chars = {max_chars}.')
     for domain in input:
         if domain not in sources:
             raise BadInput(
                 f"input names the domain '{domain}', which sources do not. Domains: "
                 f"{', '.join(sources)}.")
-    here = os.path.dirname(os.path.abspath(__file__))
-    for domain, script in sources.items():
-        if not os.path.isfile(os.path.join(here, f'{script}.py')):
-            raise BadInput(f'sources.{domain}: there is no script prepare/{script}.py.')
     main(config)

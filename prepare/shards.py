@@ -6,17 +6,19 @@ records the shards hold. meta.json replaces progress/ when all parts are done. T
 neither on kills nor on which process worked on which part.
 """
 import collections
-import fcntl
 import glob
 import hashlib
 import json
+import math
 import os
+import re
 import shutil
 
 import numpy as np
 
 from configurator import BadInput, read_json
-from data import shard_header
+from data import mask_path, read_header, shard_header
+from lib import storage
 from lib.tokenizer import save_tokenizer
 
 # -- files -----------------------------------------------------------------------------------------
@@ -49,22 +51,106 @@ def write_atomic(path, parts):
     return digest.hexdigest()
 
 
+def json_bytes(content):
+    return json.dumps(content, indent=1, sort_keys=True).encode()
+
+
 def write_json(path, content):
-    write_atomic(path, [json.dumps(content, indent=1, sort_keys=True).encode()])
+    write_atomic(path, [json_bytes(content)])
 
 
-def read_json_if_exists(path):
-    return read_json(path) if os.path.isfile(path) else None
+def read_record(path, remedy, **kinds):
+    """Returns the dict in a JSON file of a source, or None if the file does not exist.
+
+    remedy  the sentence that ends the message about a damaged file
+    kinds   the type of every entry that must be there
+    Raises BadInput for a damaged file, and for one of another structure.
+    """
+    if not os.path.lexists(path):
+        return None
+    try:
+        content = read_json(path)
+    except BadInput:
+        raise BadInput(f'{path} is no valid JSON: it was cut off or damaged. {remedy}') from None
+    for key, kind in kinds.items():
+        if not isinstance(content, dict) or not isinstance(content.get(key), kind):
+            raise BadInput(
+                f"{path} has another structure than this script writes: '{key}' is missing or of "
+                f'another type. {remedy}')
+    return content
+
+
+def check_entries(path, remedy, entries, keys):
+    """Raises BadInput unless every entry is a dict with these keys: `file` and `split` text, others
+    integers.
+    """
+    for entry in entries:
+        for key in keys:
+            kind = str if key in ('file', 'split') else int
+            if not isinstance(entry, dict) or not isinstance(entry.get(key), kind):
+                raise BadInput(
+                    f"{path} has another structure than this script writes: '{key}' of a shard or "
+                    f'split is missing or of another type. {remedy}')
+
+
+def read_meta(folder):
+    """Returns the content of a source's meta.json, or None. Raises BadInput for a damaged one."""
+    path = os.path.join(folder, 'meta.json')
+    remedy = f'Delete the folder {folder} and prepare it again.'
+    meta = read_record(
+        path, remedy, settings=dict, shards=list, splits=dict, counts=dict, skipped=list)
+    if meta is not None:
+        check_entries(path, remedy, meta['shards'], ('file', 'split', 'tokens'))
+        check_entries(path, remedy, meta['splits'].values(), ('tokens', 'documents', 'bytes'))
+    return meta
 
 
 def settings_of(folder):
     """Returns the settings of a source that is begun or complete, else None."""
     # A kill may leave progress/ beside a meta.json, which then is the newer one.
-    for name in ('meta.json', 'progress/source.json'):
-        content = read_json_if_exists(os.path.join(folder, name))
-        if content is not None:
-            return content['settings']
-    return None
+    meta = read_meta(folder)
+    if meta is not None:
+        return meta['settings']
+    remedy = f'Delete the folder {folder} and prepare it again.'
+    begun = read_record(os.path.join(folder, 'progress/source.json'), remedy, settings=dict)
+    return None if begun is None else begun['settings']
+
+
+def check_shards(folder, shards, remedy):
+    """Raises BadInput if a shard that is recorded is not on the disk with all its tokens.
+
+    shards  entries of meta.json or of PartWriter.state
+    remedy  the sentence that ends the message
+    """
+    for shard in shards:
+        path = os.path.join(folder, shard['file'])
+        try:
+            n_tokens = read_header(path)[0]
+            n_mask = os.path.getsize(mask_path(path)) if 'mask_sha256' in shard else n_tokens
+        except FileNotFoundError as error:
+            raise BadInput(f'{error.filename} is recorded, but it is missing. {remedy}') from None
+        except BadInput:
+            n_tokens = n_mask = -1
+        if not n_tokens == n_mask == shard['tokens']:
+            raise BadInput(
+                f"{path} or its mask was truncated or replaced since it was made: it does not hold "
+                f"the {shard['tokens']:,} tokens that were written. {remedy}")
+
+
+def source_folder(out, name, option='--source'):
+    """Returns the folder <out>/<name> of a source. Raises BadInput for a name that is none.
+
+    option: what gave the name, for the message
+    """
+    if '://' in out:
+        raise BadInput(f"--out='{out}' is a URL, and sources are written to local folders only.")
+    if not out or os.path.lexists(out) and not os.path.isdir(out):
+        raise BadInput(f"--out='{out}' is no folder. Give the folder of all sources.")
+    if not re.fullmatch(r'\w[^/=\x00-\x1f]*', name) or name == 'probe':
+        raise BadInput(
+            f"{option}: '{name}' cannot be the name of a source, which is a folder in {out}. It "
+            "must begin with a letter or digit, without '/' and '=', and not be 'probe'.")
+    return os.path.join(out, name)
 
 
 # -- locks -----------------------------------------------------------------------------------------
@@ -79,26 +165,26 @@ def lock_path(folder, name):
 
 
 def lock(folder, name, wait=False):
-    """Takes a lock and returns its file. The lock ends when the file is closed or the process ends.
+    """Takes a lock of a source, see lib/storage.py. Returns its file.
 
     Raises BadInput when another process holds the lock, unless it should wait.
     """
-    path = lock_path(folder, name)
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    handle = open(path, 'w')
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        handle.close()
+        return storage.lock(lock_path(folder, name), math.inf if wait else 0.0)
+    except BadInput:
         raise BadInput(
             f'another run is writing to {folder}. Wait for it, or give this one another '
             '--out.') from None
-    return handle
+
+
+def has_parts(folder):
+    """Returns whether a part of a half-done source has written anything."""
+    return bool(glob.glob(os.path.join(glob.escape(folder), 'progress', '[0-9]*.json')))
 
 
 def nothing_done(folder):
     """Returns whether no part has written anything and no process is working on one."""
-    if glob.glob(os.path.join(glob.escape(folder), 'progress', '[0-9]*.json')):
+    if has_parts(folder):
         return False
     locks = os.path.dirname(lock_path(folder, ''))
     try:
@@ -116,7 +202,8 @@ def open_source(folder, settings):
     """Begins or continues a source. Returns the content of meta.json if it is complete, else None.
 
     settings  JSON-able dict of everything that the result depends on
-    Raises BadInput for a folder that was made with other settings or by something else.
+    Raises BadInput for a folder that was made with other settings or by something else, and for one
+    in which files are damaged or missing.
     """
     # All ranks start at once. The first one begins the source, the others find it begun.
     with lock(folder, 'source', wait=True):
@@ -125,13 +212,20 @@ def open_source(folder, settings):
             raise BadInput(
                 f'{folder} is not empty and was not made by this script. Delete it or choose '
                 'another name or --out.')
-        meta = read_json_if_exists(os.path.join(folder, 'meta.json'))
+        meta = read_meta(folder)
         old = settings_of(folder)
+        if old is None and has_parts(folder):
+            raise BadInput(
+                f'{folder}/progress has lost its source.json, which says how the source was begun. '
+                f'Delete the folder {folder} and prepare it again.')
         if old not in (None, settings) and (meta is not None or not nothing_done(folder)):
             changed = [k for k in {*settings, *old} if old.get(k) != settings.get(k)]
             raise BadInput(
                 f'{folder} was made with other settings ({", ".join(sorted(changed))}). Delete it '
                 'to make it again.')
+        if meta is not None:
+            remedy = f'Delete the folder {folder} and prepare it again.'
+            check_shards(folder, meta['shards'], remedy)
         # A source that failed before it wrote anything may begin again with other settings.
         if old != settings:
             write_json(os.path.join(folder, 'progress/source.json'), dict(settings=settings))
@@ -153,6 +247,18 @@ def count_tokens(state):
     return sum(shard['tokens'] for shard in state['shards'] if shard['split'] == 'train')
 
 
+def progress_path(folder, part):
+    return os.path.join(folder, 'progress', f'{part:05d}.json')
+
+
+def remove_part(folder, part):
+    """Removes a part. Progress goes first, so that a kill leaves the part as not begun."""
+    if os.path.exists(progress_path(folder, part)):
+        os.remove(progress_path(folder, part))
+    for path in glob.glob(os.path.join(glob.escape(folder), '*', f'{part:05d}_*')):
+        os.remove(path)
+
+
 class PartWriter:
     """Collects the documents of a part. Every `commit` writes a numbered shard of each split."""
 
@@ -163,11 +269,30 @@ class PartWriter:
         self.vocab_size = vocab_size
         self.buffers = collections.defaultdict(list)       # split -> [(ids, mask, bytes of text)]
         self.buffered = collections.Counter()              # split -> tokens
-        self.progress = os.path.join(folder, 'progress', f'{part:05d}.json')
-        self.state = read_json_if_exists(self.progress) or dict(
-            shards=[], commits=0, file=0, record=0, done=False, counts={}, skipped=[], limit=limit)
+        self.progress = progress_path(folder, part)
+        # Without its progress a part begins again, so a damaged file may simply be deleted.
+        self.remedy = f'Delete {self.progress}. Then this part of the source is made again.'
+        self.state = self.read_state()
+        if self.state is None:
+            self.state = dict(
+                shards=[], commits=0, file=0, record=0, done=False, counts={}, skipped=[],
+                limit=limit)
         # A part that is continued keeps its first limit. Another one would give other shards.
         self.limit = self.state['limit']
+
+    def read_state(self):
+        """Returns the progress of a part that is begun, else None. Raises BadInput if damaged."""
+        state = read_record(
+            self.progress, self.remedy, shards=list, commits=int, file=int, record=int, done=bool,
+            counts=dict, skipped=list, limit=int | None)
+        if state is not None:
+            keys = ('file', 'split', 'tokens', 'documents', 'bytes')
+            check_entries(self.progress, self.remedy, state['shards'], keys)
+        return state
+
+    def check_shards(self):
+        """Raises BadInput if a shard that the part has written is damaged or missing."""
+        check_shards(self.folder, self.state['shards'], self.remedy)
 
     def is_full(self):
         if self.limit is None:
@@ -219,11 +344,7 @@ class PartWriter:
         write_json(self.progress, self.state)
 
     def delete(self):
-        """Removes the part. Progress goes first, so that a kill leaves the part as not begun."""
-        if os.path.exists(self.progress):
-            os.remove(self.progress)
-        for path in glob.glob(os.path.join(glob.escape(self.folder), '*', f'{self.part:05d}_*')):
-            os.remove(path)
+        remove_part(self.folder, self.part)
 
 
 def finish_source(folder, tokenizer, settings, states, **more):
@@ -241,8 +362,11 @@ def finish_source(folder, tokenizer, settings, states, **more):
         skipped += state['skipped']
         counts.update(state['counts'])
     if not any(shard['tokens'] for shard in shards):
-        raise BadInput(
-            f'nothing to write to {folder}: the input holds no text (or max_tokens is 0).')
+        left_out = ', '.join(f'{n:,} {what}' for what, n in sorted(counts.items()) if n)
+        reason = f' Records left out: {left_out}.' if left_out else ''
+        if skipped:
+            reason += f' The first broken one is {skipped[0]}.'
+        raise BadInput(f'nothing to write to {folder}: the input holds no text.{reason}')
     splits = {}
     for shard in shards:
         totals = splits.setdefault(shard['split'], collections.Counter())
@@ -267,19 +391,27 @@ def encode_text(tokenizer, text):
     return ids, len(text.encode())
 
 
-def write_source(folder, tokenizer, settings, splits):
+def write_source(folder, tokenizer, settings, splits, more_files=()):
     """Writes a small source in one go. Returns the content of meta.json.
 
-    splits  dict from every split to its documents, an iterable of arguments of PartWriter.add
+    splits      dict from every split to its documents, an iterable of arguments of PartWriter.add
+    more_files  pairs of a name and the bytes of a further file
+    Of two processes the second one waits, and then finds the source complete.
     """
-    # A small source is not continued: remove what a killed run left behind.
-    PartWriter(folder, 0, tokenizer.vocab_size).delete()
-    writer = PartWriter(folder, 0, tokenizer.vocab_size)
-    for split, documents in splits.items():
-        for document in documents:
-            writer.add(split, *document)
-    writer.commit(1, 0, done=True)
-    return finish_source(folder, tokenizer, settings, [writer.state])
+    with lock(folder, '00000', wait=True):
+        meta = open_source(folder, settings)
+        if meta is not None:
+            return meta
+        # A small source is not continued: remove what a killed run left behind.
+        remove_part(folder, 0)
+        writer = PartWriter(folder, 0, tokenizer.vocab_size)
+        for split, documents in splits.items():
+            for document in documents:
+                writer.add(split, *document)
+        for name, content in more_files:
+            write_atomic(os.path.join(folder, name), [content])
+        writer.commit(1, 0, done=True)
+        return finish_source(folder, tokenizer, settings, [writer.state])
 
 
 def print_table(metas, seconds=None, tokens_made=None):

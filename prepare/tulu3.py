@@ -8,11 +8,12 @@ https://huggingface.co/datasets/allenai/tulu-3-sft-olmo-2-mixture-0225
 """
 import _path  # noqa: F401  (import path)
 
-from configurator import configure
+from configurator import configure, one_of
 from prepare.common import Dataset, PrepareConfig, prepare
 
 # -- knobs --
-chat_template = 'llama3'         # or chatml. The tokenizer must have its special tokens
+chat_template: one_of('llama3', 'chatml') = 'llama3'     # the tokenizer must have its special
+                                                         # tokens
 
 REPO = 'hf://datasets/allenai/tulu-3-sft-olmo-2-mixture-0225'
 FILES = [f'{REPO}/data/*.parquet']

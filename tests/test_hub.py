@@ -1,4 +1,5 @@
 """Reading from the hub: the real huggingface_hub client against a stand-in hub on this machine."""
+import hashlib
 import http.server
 import io
 import json
@@ -18,7 +19,8 @@ from tests import test_prepare
 from tests.conftest import ROOT, assert_one_sentence, run
 from tests.test_prepare import contents, documents, read_meta, total
 
-byte_tokenizer = test_prepare.byte_tokenizer            # a fixture
+byte_tokenizer = test_prepare.byte_tokenizer            # fixtures
+cache_folder = test_prepare.cache_folder
 SHA = 'e92b25a616738fe95dc186b64dfb19f9c8525594'        # the commit that prepare/finemath.py names
 FINEMATH = 'HuggingFaceTB/finemath'
 NOWHERE = 'http://127.0.0.1:9'
@@ -51,7 +53,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
             folders.update(path[:match.start()] for match in re.finditer('/', path))
         found = [dict(type='directory', path=path, oid='x', size=0) for path in sorted(folders)]
         for path, content in files.items():
-            found.append(dict(type='file', path=path, oid='x', size=len(content)))
+            oid = hashlib.sha1(content).hexdigest()
+            found.append(dict(type='file', path=path, oid=oid, size=len(content)))
         return [entry for entry in found if entry['path'].startswith(below)]
 
     def do_GET(self):
@@ -181,6 +184,19 @@ def test_an_unpinned_dataset_goes_on_at_the_commit_that_it_was_begun_with(
     assert read_meta(tmp_path / 'new/openwebmath')['revision'] == {repo: second}
 
 
+def test_a_branch_with_other_files_of_the_same_sizes_is_another_input(
+        hub, tmp_path, byte_tokenizer):
+    hub.repos[FINEMATH] = {'finemath-3plus/train-0.parquet': parquet(['a text'])}
+    hub.old = ['branch']
+    prepare(hub.url, byte_tokenizer, tmp_path, '--revision=branch')
+    assert 'complete already' in prepare(hub.url, byte_tokenizer, tmp_path, '--revision=branch')
+    hub.repos[FINEMATH] = {'finemath-3plus/train-0.parquet': parquet(['b text'])}
+    done = run_on_hub(
+        hub.url, 'prepare/finemath.py', '--workers=0', f'--tokenizer={byte_tokenizer}',
+        f'--out={tmp_path}', '--revision=branch')
+    assert_one_sentence(done, 2, 'made with other settings (files)')
+
+
 def test_a_taste_reads_little(hub, tmp_path, byte_tokenizer):
     hub.repos[FINEMATH] = {}
     for i in range(2):
@@ -201,6 +217,7 @@ def test_https_files_are_read_in_ranges(hub, monkeypatch):
     monkeypatch.setattr(reading, 'LARGEST_PART', 100_000)
     files, commits = reading.remote_files([f'{hub.url}/datasets/x/y/resolve/main/all.jsonl'])
     parts = reading.make_parts(files)
+    assert files[0].content.startswith('"')         # the ETag
     assert commits == {} and len(parts) == -(-files[0].size // 100_000) > 5
     records = reading.records_in([file for part in parts for file in part], ['text'])
     assert [record['text'] for _, record in records] == texts

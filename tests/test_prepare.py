@@ -1,8 +1,11 @@
 """Preparing text: formats, kills, ranks, limits, broken input, tokenizers, and the demo's data."""
+import concurrent.futures
 import gzip
 import hashlib
 import json
+import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +17,7 @@ import pyarrow.parquet
 import pytest
 
 from configurator import BadInput
-from data import Source
+from data import Source, open_shard
 from lib import reading
 from lib import tokenizer as tokenizer_module
 from lib.tokenizer import (
@@ -25,9 +28,10 @@ from lib.tokenizer import (
     make_tokenizer,
     save_tokenizer,
 )
-from prepare.common import check_space
+from prepare import inputs
+from prepare.common import PrepareConfig, check_space, find_rank
 from prepare.demo import cut_docstrings, math_problem
-from prepare.shards import lock
+from prepare.shards import lock, source_folder
 from tests.conftest import ROOT, assert_one_sentence, run, run_here
 
 WORDS = 'the cat sat on a mat and then it ran away from 12 dogs near 305 old houses naïve café 中文'
@@ -38,6 +42,14 @@ END = '<|endoftext|>'
 def documents(n, seed=0):
     rng = random.Random(seed)
     return [' '.join(rng.choice(WORDS) for _ in range(rng.randint(1, 400))) for _ in range(n)]
+
+
+@pytest.fixture(autouse=True)
+def cache_folder(tmp_path_factory, monkeypatch):
+    """A cache of hashes for each test, so that none comes into the user's folder."""
+    folder = tmp_path_factory.mktemp('cache')
+    monkeypatch.setenv('XDG_CACHE_HOME', str(folder))
+    return folder / 'cheapertraining/inputs'
 
 
 @pytest.fixture
@@ -70,6 +82,13 @@ def prepare(env=None, **knobs):
 
 def assert_refused(*parts, **knobs):
     assert_one_sentence(run(command(**knobs)), 2, *parts)
+
+
+def refusal(**knobs):
+    """The message with which prepare/text.py, run in this process, refuses its input."""
+    with pytest.raises(BadInput) as error:
+        run_here(command(**knobs))
+    return str(error.value)
 
 
 def contents(folder):
@@ -115,7 +134,7 @@ def many_files(tmp_path_factory):
 def test_text_of_every_form_becomes_the_same_tokens(tmp_path, knobs):
     texts = documents(60)
     lines = write_lines(tmp_path / 'a.jsonl', texts, 'body').read_bytes()
-    (tmp_path / 'b.jsonl.gz').write_bytes(gzip.compress(lines))
+    (tmp_path / 'b.jsonl.gz').write_bytes(gzip.compress(lines, mtime=0))
     (tmp_path / 'c.jsonl.zst').write_bytes(pyarrow.compress(lines, codec='zstd', asbytes=True))
     pyarrow.parquet.write_table(pyarrow.table({'body': texts}), tmp_path / 'd.parquet')
     (tmp_path / 'folder').mkdir()
@@ -336,6 +355,309 @@ def test_broken_zst_gets_one_sentence(tmp_path, knobs, broken):
     (tmp_path / 'a.jsonl.zst').write_bytes(content)
     knobs.update(input=tmp_path / 'a.jsonl.zst', workers=1)
     assert_refused('a.jsonl.zst', 'cannot be read', **knobs)
+
+
+# -- inputs are known by their content -------------------------------------------------------------
+
+
+def test_an_edited_input_is_another_one_and_a_copy_elsewhere_is_the_same(tmp_path, knobs, capsys):
+    path = write_lines(tmp_path / 'in/a.jsonl', documents(30))
+    run_here(command(**knobs, input=path))
+    made = contents(tmp_path / 'x')
+    (tmp_path / 'other').mkdir()
+    copy = tmp_path / 'other/a.jsonl'
+    copy.write_bytes(path.read_bytes())
+    os.utime(copy, (0, 0))
+    run_here(command(**knobs, input=copy))
+    assert 'complete already' in capsys.readouterr().out and contents(tmp_path / 'x') == made
+    copy.write_bytes(copy.read_bytes().replace(b'cat', b'cow'))
+    os.utime(copy, (0, 0))
+    message = refusal(**knobs, input=copy)
+    assert 'other settings (files)' in message and 'Delete it' in message
+    assert contents(tmp_path / 'x') == made
+
+
+def test_an_input_is_hashed_once_and_again_after_an_edit(tmp_path, monkeypatch, cache_folder):
+    paths = [str(write_lines(tmp_path / f'{i}.jsonl', documents(3, i))) for i in range(4)]
+    expected = {path: hashlib.sha256(open(path, 'rb').read()).hexdigest() for path in paths}
+    hashed = []
+
+    def hash_file(path, true=inputs.hash_file):
+        hashed.append(path)
+        return true(path)
+
+    def known():
+        hashed.clear()
+        return {path: about.sha256 for path, about in inputs.know(paths).items()}
+
+    monkeypatch.setattr(inputs, 'hash_file', hash_file)
+    # The files are younger than SETTLED_S. An edit in the same tick of the clock has no other time.
+    assert known() == known() == expected and sorted(hashed) == paths
+    monkeypatch.setattr(inputs, 'SETTLED_S', 0.0)
+    time.sleep(0.01)
+    assert known() == expected and sorted(hashed) == paths
+    assert known() == expected and not hashed
+    content = open(paths[1], 'rb').read()
+    with open(paths[1], 'r+b') as f:
+        f.write(content.swapcase())
+    os.utime(paths[1], ns=(0, os.stat(paths[2]).st_mtime_ns))
+    expected[paths[1]] = hashlib.sha256(content.swapcase()).hexdigest()
+    assert known() == expected and hashed == [paths[1]]
+    (cache,) = cache_folder.glob('*.json')
+    for damage in (b'', b'[1]', b'{"a": 1}', b'[["x", 1, 2]]', b'\xff'):
+        cache.write_bytes(damage)
+        assert known() == expected and sorted(hashed) == paths
+
+
+def test_of_several_ranks_one_hashes(tmp_path, monkeypatch):
+    paths = [str(write_lines(tmp_path / f'{i}.jsonl', documents(3, i))) for i in range(4)]
+    hashed = []
+
+    def hash_file(path, true=inputs.hash_file):
+        hashed.append(path)
+        return true(path)
+
+    monkeypatch.setattr(inputs, 'hash_file', hash_file)
+    monkeypatch.setattr(inputs, 'SETTLED_S', 0.0)
+    time.sleep(0.01)
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        first, *others = pool.map(inputs.know, [paths] * 3)
+    assert sorted(hashed) == paths and all(known == first for known in others)
+
+
+def test_without_a_cache_folder_inputs_are_hashed_every_time(tmp_path, monkeypatch, capsys):
+    path = str(write_lines(tmp_path / 'a.jsonl', documents(3)))
+    (tmp_path / 'file').touch()
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'file'))
+    for _ in range(2):
+        sha256 = inputs.know([path])[path].sha256
+        assert sha256 == hashlib.sha256(open(path, 'rb').read()).hexdigest()
+        assert 'cannot be kept' in capsys.readouterr().out
+
+
+def test_an_input_that_changes_meanwhile_is_an_error(tmp_path):
+    path = str(write_lines(tmp_path / 'a.jsonl', documents(3)))
+    known = inputs.know([path])
+    os.utime(path, (0, 0))
+    inputs.check_unchanged(known)
+    with open(path, 'r+b') as f:
+        f.write(b'#')
+    with pytest.raises(BadInput, match='was changed while it was read'):
+        inputs.check_unchanged(known)
+
+
+# -- which files, and of what kind -----------------------------------------------------------------
+
+LINE = b'{"text": "hello"}\n'
+
+
+@pytest.mark.parametrize('name, content', [
+    ('a.jsonl', LINE), ('a.ndjson', LINE), ('a.jl', LINE), ('a.JSONL', LINE), ('a.Json', LINE),
+    ('a.JSONL.GZ', gzip.compress(LINE, mtime=0)), ('a.TXT', b'hello'),
+    ('a.ndjson.ZST', pyarrow.compress(LINE, 'zstd', True)),
+    ('a.MD.gz', gzip.compress(b'hello', mtime=0)), ('a.jsonl', reading.BOM + LINE)])
+def test_the_ending_says_what_a_file_holds(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    assert list(reading.texts_in(reading.local_files(str(tmp_path / name)))) == ['hello']
+    assert list(reading.texts_in(reading.local_files(str(tmp_path)))) == ['hello']
+
+
+@pytest.mark.parametrize('name', [
+    'a.csv', 'a.tsv', 'a.jsonl.xz', 'a.txt.bz2', 'a.zip', 'a.html', 'a.parquet.gz', 'a.gz', 'a.dat',
+    'jsonl', 'a'])
+def test_other_endings_are_refused_and_in_a_folder_left_out_with_a_word(tmp_path, name):
+    (tmp_path / name).write_bytes(b'id,text\n1,hello\n')
+    for pattern in (tmp_path / name, tmp_path / '*'):
+        with pytest.raises(BadInput, match=f'{name}: files with this ending .*ndjson'):
+            reading.local_files(str(pattern))
+    with pytest.raises(BadInput, match=f'no file that can be read.*{name}'):
+        reading.local_files(str(tmp_path))
+    (tmp_path / 'b.jsonl').write_bytes(LINE)
+    (tmp_path / '.hidden.jsonl').write_bytes(LINE)
+    said = []
+    (file,) = reading.local_files(str(tmp_path), say=said.append)
+    assert file.name == 'b.jsonl'
+    assert '1 files are read, 2 left out' in said[0]
+    assert f'({name})' in said[0] and '1 hidden' in said[0]
+
+
+@pytest.mark.parametrize('content, parts', [
+    (json.dumps([{'text': 'x'}]).encode(), 'JSON array .*jq'),
+    (json.dumps([{'text': 'x'}] * 3, indent=1).encode(), 'JSON array .*jq'),
+    (b'\n' + json.dumps({'text': 'x', 'n': 1}, indent=4).encode(), 'JSON object .*jq'),
+    (b'{"text": "x",\n "n": 1}\n', 'JSON object .*jq'),
+    (LINE + b'[1]\n', 'a.json:2: no JSON object but list'),
+    (b'[1]\n' + LINE, 'a.json:1: no JSON object but list'),
+    (b'{"text": \n' + LINE, 'a.json:1: no valid JSON'),
+    (LINE + '{"text": "é"}'.encode('latin-1'), 'a.json:2: no valid JSON .not UTF-8'),
+    (LINE.decode().encode('utf-16'), 'begins like a file of the format UTF-16'),
+    (gzip.compress(LINE, mtime=0), 'begins like a file of the format gzip'),
+    (pyarrow.compress(LINE, 'zstd', True), 'begins like a file of the format zstd')])
+def test_json_that_is_not_lines_is_named(tmp_path, content, parts):
+    for name, packed in (('a.json', content), ('b/a.json.gz', gzip.compress(content, mtime=0))):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(packed)
+        with pytest.raises(BadInput, match=parts.replace('.json:', '.json[.gz]*:')):
+            list(reading.texts_in(reading.local_files(str(tmp_path / name))))
+
+
+@pytest.mark.parametrize('name', ['a.jsonl.gz', 'a.txt.zst', 'a.parquet'])
+def test_an_empty_packed_file_is_damaged(tmp_path, name):
+    (tmp_path / name).touch()
+    said = []
+    files = reading.local_files(str(tmp_path / name), say=said.append)
+    assert '1 of 1 input files are empty' in said[0]
+    with pytest.raises(BadInput, match=f'{name} is empty'):
+        list(reading.texts_in(files))
+
+
+def test_files_are_found_once_and_links_to_nothing_are_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ('a,b.jsonl', 'c[1].jsonl', 'd.jsonl'):
+        write_lines(tmp_path / 'in' / name, ['x'])
+        assert [f.name for f in reading.local_files(f'in/{name}')] == [name]
+    assert len(reading.local_files(f'in/d.jsonl,./in/d.jsonl,in,{tmp_path}/in')) == 3
+    (tmp_path / 'in/gone.jsonl').symlink_to('nowhere')
+    for pattern in ('in', 'in/gone.jsonl', 'in/*'):
+        with pytest.raises(BadInput, match='gone.jsonl is a link to nowhere, which does not exist'):
+            reading.local_files(pattern)
+    for pattern in ('hf://datasets/x/y/z.jsonl', 'https://x/y.jsonl'):
+        with pytest.raises(BadInput, match='is a URL'):
+            reading.local_files(pattern)
+
+
+# -- mistakes --------------------------------------------------------------------------------------
+
+MESSAGES = json.dumps({'text': [
+    {'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}]}).encode()
+CHAT = {name: 300 + i for i, name in enumerate((END, '<|im_start|>', '<|im_end|>'))}
+
+
+@pytest.mark.parametrize('name, content, extra, parts', [
+    ('a.jsonl', MESSAGES, {}, ['a.jsonl:1', 'list of messages', '--chat_template']),
+    ('a.jsonl', LINE, dict(chat_template='chatml'), ['a.jsonl:1', 'holds text', '--chat_template']),
+    ('a.txt', b'hello', dict(chat_template='chatml'), ['a.txt', 'holds text', '--chat_template']),
+    ('a.jsonl', MESSAGES, dict(chat_template='lama'), ['llama3, chatml']),
+    ('a.jsonl', MESSAGES, dict(chat_template='llama3'), ['has no <|start_header_id|>', 'chatml']),
+    ('a.jsonl', LINE * 3, dict(column='b', skip_bad=True), ['3 broken', "no field 'b'"]),
+    ('a.txt', 'é'.encode('latin-1'), {}, ['a.txt', 'utf-8']),
+    ('a.txt.gz', gzip.compress('é'.encode('latin-1'), mtime=0), {}, ['a.txt.gz', 'utf-8']),
+    ('a.jsonl', b'\n\n', {}, ['holds no text']),
+    ('a.jsonl', LINE, dict(max_tokens=0), ['max_tokens = 0', 'at least 1']),
+    ('a.jsonl', LINE, dict(shard_tokens=-1), ['shard_tokens = -1', 'at least 1']),
+    ('a.jsonl', LINE, dict(workers=-1), ['workers = -1', 'at least 0']),
+    ('a.jsonl', LINE, dict(val_fraction=-0.1), ['val_fraction = -0.1']),
+    ('a.jsonl', LINE, dict(probe_fraction=1.1), ['probe_fraction = 1.1']),
+    ('a.jsonl', LINE, dict(rank=0), ['go together']),
+    ('a.jsonl', LINE, dict(rank=0, world_size=0), ['world_size = 0']),
+    ('a.jsonl', LINE, dict(revision='main'), ['--revision', '--input'])])
+def test_a_mistake_is_named(tmp_path, knobs, name, content, extra, parts):
+    ranks = {bytes([b]): b for b in range(256)}
+    (tmp_path / 'chat').mkdir()
+    save_tokenizer(str(tmp_path / 'chat'), make_tokenizer('x', ranks, GPT2_PATTERN, CHAT, END))
+    (tmp_path / name).write_bytes(content)
+    knobs['tokenizer'] = tmp_path / 'chat'
+    message = refusal(**{**knobs, 'input': tmp_path / name, **extra})
+    assert all(part in message for part in parts), message
+    assert not (tmp_path / 'x/meta.json').exists()
+
+
+@pytest.mark.parametrize('name', [
+    '', '.', '..', '../x', 'a/b', '/x', '-x', '.x', 'a=b', 'a\nb', 'probe'])
+def test_a_source_has_the_name_of_a_folder(tmp_path, name):
+    with pytest.raises(BadInput, match='cannot be the name of a source'):
+        source_folder(str(tmp_path), name)
+    for good in ('a', 'docs.jsonl', 'my data-2_x', 'été'):
+        assert source_folder(str(tmp_path), good) == str(tmp_path / good)
+
+
+def test_out_is_a_local_folder(tmp_path, knobs):
+    knobs['input'] = write_lines(tmp_path / 'in.jsonl', ['x'])
+    assert 'no folder' in refusal(**{**knobs, 'out': knobs['input']})
+    assert 'local folders only' in refusal(**{**knobs, 'out': 'gs://bucket/data'})
+
+
+@pytest.mark.parametrize('variables, parts', [
+    (dict(RANK='0'), 'only one is set'), (dict(WORLD_SIZE='2'), 'only one is set'),
+    (dict(RANK='x', WORLD_SIZE='2'), "RANK = 'x' must be a whole number"),
+    (dict(RANK='', WORLD_SIZE='2'), "RANK = '' must be a whole number"),
+    (dict(RANK='-1', WORLD_SIZE='2'), "RANK = '-1' must be"),
+    (dict(RANK='0', WORLD_SIZE='0'), "WORLD_SIZE = '0' must be .* at least 1"),
+    (dict(RANK='2', WORLD_SIZE='2'), 'below world_size'),
+    (dict(SLURM_PROCID='0', SLURM_NTASKS='1.5'), "SLURM_NTASKS = '1.5' must be")])
+def test_odd_variables_of_the_launcher_are_named(monkeypatch, variables, parts):
+    for name in ('RANK', 'WORLD_SIZE', 'SLURM_PROCID', 'SLURM_NTASKS'):
+        monkeypatch.delenv(name, raising=False)
+    assert find_rank(PrepareConfig()) == (0, 1, '')
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(BadInput, match=parts):
+        find_rank(PrepareConfig())
+
+
+# -- what stands half done, or is damaged ----------------------------------------------------------
+
+
+@pytest.fixture
+def half(tmp_path, knobs):
+    """Knobs of a source x that is half done, since its last record is broken."""
+    lines = write_lines(tmp_path / 'in.jsonl', documents(60)).read_bytes()
+    (tmp_path / 'in.jsonl').write_bytes(lines + b'broken\n')
+    knobs.update(input=tmp_path / 'in.jsonl', shard_tokens=10_000)
+    assert 'no valid JSON' in refusal(**knobs)
+    assert len(list((tmp_path / 'x/train').glob('*.bin'))) >= 3
+    return knobs
+
+
+@pytest.mark.parametrize('damage', ['missing', 'truncated', 'zeros'])
+def test_a_shard_that_is_gone_is_found_before_the_source_goes_on(tmp_path, half, damage):
+    shard = min((tmp_path / 'x/train').glob('*.bin'))
+    content = shard.read_bytes()
+    if damage == 'missing':
+        shard.unlink()
+    else:
+        shard.write_bytes(content[:-100] if damage == 'truncated' else bytes(len(content)))
+    open_shard.cache_clear()
+    message = refusal(**half, skip_bad=True)
+    assert shard.name in message and 'Delete' in message and 'progress/00000.json' in message
+    # The remedy works and gives the bytes of a source that was never damaged.
+    (tmp_path / 'x/progress/00000.json').unlink()
+    run_here(command(**half, skip_bad=True))
+    run_here(command(**{**half, 'out': tmp_path / 'whole'}, skip_bad=True))
+    assert contents(tmp_path / 'x') == contents(tmp_path / 'whole/x')
+    shard.unlink()
+    message = refusal(**half, skip_bad=True)
+    assert f'{shard} is recorded, but it is missing. Delete the folder' in message
+
+
+DAMAGES = [b'{"sh', b'', b'[]', b'null', b'{}', b'\xff', b'{"settings": 1, "shards": {}}']
+
+
+@pytest.mark.parametrize('damage', DAMAGES)
+@pytest.mark.parametrize('name, remedy', [
+    ('progress/00000.json', 'Delete .*00000.json. Then this part'),
+    ('progress/source.json', 'Delete the folder')])
+def test_damaged_progress_is_named(tmp_path, half, damage, name, remedy):
+    path = tmp_path / 'x' / name
+    path.write_bytes(damage)
+    assert re.search(f'{path} (is no valid JSON|has another structure).*{remedy}', refusal(**half))
+
+
+def test_progress_without_its_settings_does_not_go_on(tmp_path, half):
+    (tmp_path / 'x/progress/source.json').unlink()
+    assert 'has lost its source.json' in refusal(**half)
+
+
+@pytest.mark.parametrize('damage', [*DAMAGES, 'shards'])
+def test_a_damaged_meta_is_named(tmp_path, knobs, damage):
+    knobs['input'] = write_lines(tmp_path / 'in.jsonl', ['some text'] * 9)
+    run_here(command(**knobs))
+    path = tmp_path / 'x/meta.json'
+    if damage == 'shards':
+        damage = json.dumps(json.loads(path.read_text()) | dict(shards=[1])).encode()
+    path.write_bytes(damage)
+    parts = f'{path} (is no valid JSON|has another structure).*Delete the folder'
+    assert re.search(parts, refusal(**knobs))
 
 
 # -- tokenizers ------------------------------------------------------------------------------------
@@ -583,3 +905,24 @@ def test_a_folder_of_texts_becomes_sources_that_share_a_tokenizer(tmp_path):
     assert bytes_of('data/b/train') == bytes_of('other/b/train')
     with pytest.raises(BadInput, match="has no train/<source>.jsonl.gz in it"):
         prepare_folder(tmp_path / 'data', 'x')
+    # An edited text is another one, even one that the tokenizer was not trained on.
+    more = [f'--tokenizer={tmp_path / "data/a"}']
+    path = write_lines(tmp_path / 'text/val/a.jsonl', [t.swapcase() for t in texts['val', 'a']])
+    (tmp_path / 'text/val/a.jsonl.gz').unlink()
+    with pytest.raises(BadInput, match=r'data/a was made with other settings \(files\)'):
+        prepare_folder(tmp_path / 'text', 'data', *more)
+    for content, message in (
+            ('{"text": \n', 'a.jsonl:1: no valid JSON'),
+            ('{"x": 1}', "no text in the field 'text'"), (None, 'has no val/a.jsonl.gz')):
+        path.write_text(content) if content else path.unlink()
+        with pytest.raises(BadInput, match=message):
+            prepare_folder(tmp_path / 'text', 'fresh', *more)
+    for argument in ('--vocab_size=10', '--vocab_size=0'):
+        with pytest.raises(BadInput, match='must be at least 259'):
+            prepare_folder(tmp_path / 'text', 'fresh', argument)
+    write_lines(tmp_path / 'text/val/a.jsonl', ['x'])
+    (tmp_path / 'text/val/a.JSONL.gz').write_bytes(gzip.compress(LINE, mtime=0))
+    with pytest.raises(BadInput, match='a.jsonl and .*a.JSONL.gz have the same name'):
+        prepare_folder(tmp_path / 'text', 'fresh', *more)
+    with pytest.raises(BadInput, match='leave it out with --tokenizer'):
+        prepare_folder(tmp_path / 'text', 'fresh', '--vocab_size=300', *more)

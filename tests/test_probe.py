@@ -11,6 +11,7 @@ import pytest
 from configurator import BadInput
 from data import Source, open_shard
 from lib.tokenizer import load_tokenizer
+from prepare.adopt import split_of
 from prepare.common import hash_share
 from tests import test_prepare
 from tests.conftest import assert_one_sentence, run, run_here, write_shard
@@ -25,6 +26,7 @@ from tests.test_prepare import (
 )
 
 byte_tokenizer = test_prepare.byte_tokenizer        # fixtures
+cache_folder = test_prepare.cache_folder
 knobs = test_prepare.knobs
 
 
@@ -129,12 +131,126 @@ def test_score_and_repeatability(tmp_path, byte_tokenizer):
     assert all(texts.index(text) % 5 == 4 for text in chosen(tmp_path / 'a'))
 
 
+def probe_here(out, tokenizer, *arguments):
+    run_here(['prepare/probe.py', f'--tokenizer={tokenizer}', f'--out={out}', *arguments])
+
+
+@pytest.mark.parametrize('arguments, message', [
+    (['--sources={}'], 'sources is empty'),
+    (["--sources={'math': 'common'}"], 'prepare/common.py makes no source'),
+    (["--sources={'math': 'dolmino'}"], 'prepare/dolmino.py makes no source'),
+    (["--sources={'math': '../train'}"], 'no script prepare/../train.py'),
+    (["--sources={'../x': 'text'}", '--input={}'], "'../x' cannot be the name"),
+    (['--input.math=chat.jsonl', "--sources={'math': 'tulu3'}"], 'chat.jsonl:1: .*conversation'),
+    (['--min_score=1'], "in.jsonl:1: min_score needs a number in the field 'score'"),
+    (['--min_chars=9', '--max_chars=8'], 'min_chars = 9 is larger'),
+    (['--samples=0'], 'samples = 0'), (['--probe_fraction=-1'], 'probe_fraction = -1'),
+    (['--probe_fraction=2'], 'probe_fraction = 2'), (['--min_printable=2'], 'min_printable = 2'),
+    (['--evaluation=in.csv'], 'in.csv: files with this ending')])
+def test_mistakes_in_probe_sets_are_named(tmp_path, byte_tokenizer, arguments, message):
+    messages = [{'role': role, 'content': 'x'} for role in ('user', 'assistant')]
+    (tmp_path / 'chat.jsonl').write_text(json.dumps({'messages': messages}))
+    (tmp_path / 'in.jsonl').write_text(json.dumps({'text': 'hello', 'score': 'high'}))
+    (tmp_path / 'in.csv').write_text('hello')
+    arguments = [re.sub(r'=(in|chat)[.]', rf'={tmp_path}/\1.', argument) for argument in arguments]
+    with pytest.raises(BadInput, match=message):
+        probe_here(
+            tmp_path / 'out', byte_tokenizer, "--sources={'math': 'text'}", '--evaluation=',
+            f'--input.math={tmp_path}/in.jsonl', '--min_chars=0', '--probe_fraction=1', *arguments)
+
+
+def test_probe_sets_of_edited_texts_are_others(tmp_path, byte_tokenizer, capsys):
+    texts = sentences(60, seed=4)
+    arguments = ["--sources={'math': 'text'}", '--samples=3', '--probe_fraction=0.5']
+
+    def draw(path, benchmark):
+        probe_here(
+            tmp_path / 'out', byte_tokenizer, f'--input.math={path}', f'--evaluation={benchmark}',
+            *arguments)
+
+    path = write_lines(tmp_path / 'in.jsonl', texts)
+    benchmark = write_lines(tmp_path / 'eval.jsonl', ['a question of ' + 'many words ' * 9])
+    draw(path, benchmark)
+    copy = write_lines(tmp_path / 'copy/in.jsonl', texts)
+    draw(copy, benchmark)       # complete already, and the same content
+    for edited in (copy, benchmark):
+        content = edited.read_text()
+        edited.write_text(content.swapcase().replace('TEXT', 'text'))
+        with pytest.raises(BadInput, match='made with other settings .(files|evaluation).'):
+            draw(copy, benchmark)
+        edited.write_text(content)
+
+
 # -- adopted shards --------------------------------------------------------------------------------
 
 
-def adopt(folder, tokenizer, out):
-    run_here(['prepare/adopt.py', '--source=x', f'--input={folder / "*.bin"}',
+def adopt(folder, tokenizer, out, pattern='*.bin'):
+    open_shard.cache_clear()
+    run_here(['prepare/adopt.py', '--source=x', f'--input={folder / pattern}',
               f'--tokenizer={tokenizer}', f'--out={out}'])
+
+
+@pytest.mark.parametrize('path, split', [
+    ('dump/shard_000.bin', 'train'), ('x/retrieval_000.bin', 'train'), ('x/web_val_0.bin', 'val'),
+    ('x/val/000.bin', 'val'), ('validation/000.bin', 'val'), ('x/a-validation-1.bin', 'val'),
+    ('x/val.bin', 'val'), ('x/val000.bin', 'val'), ('x/VAL_0.bin', 'val'), ('Val/0.bin', 'val'),
+    ('x/interval.bin', 'train'), ('x/valid_0.bin', 'train'), ('val/x/0.bin', 'train'),
+    ('x/value_1.bin', 'train'), ('evaluation/0.bin', 'train')])
+def test_the_word_val_makes_a_validation_shard(path, split):
+    assert split_of(f'/data/{path}') == split
+
+
+def make_shards(folder, tokenizer, texts):
+    """Writes a shard for every text. texts: path below `folder` -> text."""
+    for name, text in texts.items():
+        ids = [tokenizer.bos_id, *tokenizer.encode(text)]
+        write_shard(folder / name, np.array(ids), 259)
+
+
+def test_shards_of_one_name_are_refused_and_those_of_folders_kept_apart(tmp_path, byte_tokenizer):
+    tokenizer = load_tokenizer(byte_tokenizer)
+    make_shards(tmp_path, tokenizer, {'in/a/0.bin': 'one', 'in/b/0.bin': 'two words'})
+    with pytest.raises(BadInput, match='in/a/0.bin and .*in/b/0.bin would both be train/0.bin'):
+        adopt(tmp_path, byte_tokenizer, tmp_path / 'out', 'in/*/0.bin')
+    make_shards(tmp_path, tokenizer, {'two/train/0.bin': 'one', 'two/val/0.bin': 'two words'})
+    adopt(tmp_path, byte_tokenizer, tmp_path / 'out', 'two/*/0.bin')
+    splits = read_meta(tmp_path / 'out/x')['splits']
+    assert {split: about['bytes'] for split, about in splits.items()} == {'train': 3, 'val': 9}
+    for split in splits:
+        link = tmp_path / 'out/x' / split / '0.bin'
+        assert link.resolve() == tmp_path / 'two' / split / '0.bin'
+
+
+def test_no_link_is_kept_that_is_not_asked_for(tmp_path, byte_tokenizer):
+    tokenizer = load_tokenizer(byte_tokenizer)
+    make_shards(tmp_path, tokenizer, {'a/0.bin': 'one', 'a/1.bin': 'two', 'b/0.bin': 'three'})
+    make_shards(tmp_path, tokenizer, {'c/0.bin': 'three'})
+    # As a killed run leaves it: links and no meta.json.
+    adopt(tmp_path / 'a', byte_tokenizer, tmp_path)
+    (tmp_path / 'x/meta.json').unlink()
+    (tmp_path / 'x/progress').mkdir()
+    adopt(tmp_path / 'b', byte_tokenizer, tmp_path)
+    links = {path.name: path.resolve() for path in (tmp_path / 'x/train').iterdir()}
+    assert links == {'0.bin': tmp_path / 'b/0.bin'}
+    # With meta.json nothing is replaced.
+    with pytest.raises(BadInput, match=r'other settings \(files\)'):
+        adopt(tmp_path / 'a', byte_tokenizer, tmp_path)
+    with pytest.raises(BadInput, match='0.bin is not a link to .*c/0.bin, but to .*b/0.bin'):
+        adopt(tmp_path / 'c', byte_tokenizer, tmp_path)
+    make_shards(tmp_path, tokenizer, {'b/0.bin': 'threE'})
+    with pytest.raises(BadInput, match=r'other settings \(files\)'):
+        adopt(tmp_path / 'b', byte_tokenizer, tmp_path)
+
+
+@pytest.mark.parametrize('name, message', [
+    ('folder', 'is a folder. Name its files'), ('a.txt', 'no shard, which is a file with'),
+    ('gone.bin', 'is a link to nowhere, which does not exist'), ('none*', 'matches no file')])
+def test_what_is_no_shard_is_not_adopted(tmp_path, byte_tokenizer, name, message):
+    (tmp_path / 'folder').mkdir()
+    (tmp_path / 'a.txt').touch()
+    (tmp_path / 'gone.bin').symlink_to('nowhere')
+    with pytest.raises(BadInput, match=message):
+        adopt(tmp_path, byte_tokenizer, tmp_path / 'out', name)
 
 
 def test_foreign_shards_become_a_source_by_links_alone(tmp_path, byte_tokenizer):
