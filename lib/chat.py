@@ -8,13 +8,18 @@ characters inside a message are plain text, so no message can end a turn. A cont
 from the header before it, because that is how it is generated.
 """
 
+import contextlib
+import functools
 import json
+import math
 import os
+import signal
+import threading
 import time
 
 import numpy as np
 
-from configurator import BadInput
+from configurator import BadInput, read_json, read_source
 
 # What stands before the role, between role and content, after the content, and after the turn.
 # <|...|> are special tokens.
@@ -33,6 +38,9 @@ JINJA = {
     "{{ '<|im_start|>assistant\n' }}{% endif %}",
 }
 ROLES = ('system', 'user', 'assistant', 'tool', 'ipython')
+# Limits of a stranger's template.
+MOST_ITEMS = 10**7          # items or characters that a product may have
+MOST_SECONDS = 10           # time of a rendering
 
 
 def missing_tokens(tokenizer, template):
@@ -105,14 +113,66 @@ def encode_chat(tokenizer, messages, template):
     return np.concatenate(ids), np.concatenate(mask)
 
 
+@functools.cache
+def sandbox_class():
+    """The class of Jinja environments for templates that a stranger may have written.
+
+    Such a template reaches no private attribute, changes no value that it is given, and makes no
+    large range and no large product.
+    """
+    # Imported here, because only templates need it.
+    from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+
+    class Sandbox(ImmutableSandboxedEnvironment):
+        # Jinja would evaluate a product of constants in C, where no time limit reaches it.
+        intercepted_binops = frozenset(('*', '**'))
+
+        def call_binop(self, context, operator, left, right):
+            sizes = [len(x) if hasattr(x, '__len__') else abs(x) for x in (left, right)]
+            if operator == '**' and max(sizes) > 100 or math.prod(sizes) > MOST_ITEMS:
+                raise SecurityError(f"'{operator}' of values as large as these is not allowed")
+            return super().call_binop(context, operator, left, right)
+
+    return Sandbox
+
+
+@contextlib.contextmanager
+def time_limit(seconds):
+    """Raises TimeoutError in the block after so many seconds, if this is the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield               # Python runs the handlers of signals in the main thread only
+        return
+
+    def stop(*_):
+        raise TimeoutError(f'it ran for more than {seconds} seconds')
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def line_in_template(error):
+    """The line of a template that an error comes from. None: unknown."""
+    line = getattr(error, 'lineno', None)
+    traceback = error.__traceback__
+    while traceback is not None:
+        # Jinja gives the frames of a template this name, and the template's lines.
+        if traceback.tb_frame.f_code.co_filename == '<template>':
+            line = traceback.tb_lineno
+        traceback = traceback.tb_next
+    return line
+
+
 def render(tokenizer, messages, template, add_generation_prompt=True):
     """Renders messages as text by a Jinja chat template: one of JINJA, or a model's own.
 
-    Raises BadInput if the template fails.
+    Raises BadInput if the template fails in any way, or takes longer than MOST_SECONDS.
     """
-    # Imported here, because only a model's own template needs it.
     from jinja2 import TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     def raise_exception(message):
         raise TemplateError(message)
@@ -123,21 +183,27 @@ def render(tokenizer, messages, template, add_generation_prompt=True):
 
     # The settings and functions that transformers gives to templates.
     # The template may come from a stranger's model, so it runs in a sandbox.
-    environment = ImmutableSandboxedEnvironment(
+    environment = sandbox_class()(
         trim_blocks=True, lstrip_blocks=True, extensions=['jinja2.ext.loopcontrols']
     )
     environment.globals |= dict(raise_exception=raise_exception, strftime_now=time.strftime)
     environment.filters['tojson'] = to_json
+    values = dict(messages=messages, add_generation_prompt=add_generation_prompt, tools=None)
+    values['bos_token'] = tokenizer.names[tokenizer.bos_id]
+    values['eos_token'] = tokenizer.names[tokenizer.stop_ids[0]]
     try:
-        return environment.from_string(template).render(
-            messages=messages,
-            add_generation_prompt=add_generation_prompt,
-            tools=None,
-            bos_token=tokenizer.names[tokenizer.bos_id],
-            eos_token=tokenizer.names[tokenizer.stop_ids[0]],
-        )
-    except TemplateError as error:
-        raise BadInput(f"the model's chat template fails: {error}. Set --chat_template.") from None
+        with time_limit(MOST_SECONDS):
+            return environment.from_string(template).render(values)
+    except Exception as error:
+        # A template is a program of somebody else, which may raise anything.
+        line = line_in_template(error)
+        where = '' if line is None else f' in its line {line}'
+        folder = os.path.dirname(tokenizer.path) or '.'
+        reason = f'{type(error).__name__}: {error}'.rstrip('.')
+        raise BadInput(
+            f'the chat template of the model in {folder} fails{where}: {reason}. Mend it, or set '
+            '--chat_template to llama3 or chatml.'
+        ) from None
 
 
 def encode_prompt(tokenizer, messages, template):
@@ -153,29 +219,50 @@ def encode_prompt(tokenizer, messages, template):
     return ids.tolist() + encode_parts(tokenizer, [*before, 'assistant', *between])
 
 
+def read_template(path):
+    """The Jinja template in a chat_template.jinja or tokenizer_config.json. None: it has none.
+
+    Raises BadInput if the file is damaged or of another form.
+    """
+    if not path.endswith('.json'):
+        return read_source(path)
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise BadInput(f'{path} is no JSON object. Restore the file of the model.')
+    template = config.get('chat_template')
+    # There may be several templates, each with a name.
+    if isinstance(template, list):
+        try:
+            template = {t['name']: t['template'] for t in template}['default']
+        except (KeyError, TypeError):
+            raise BadInput(
+                f"{path}: chat_template is a list without a template named 'default'. Set "
+                '--chat_template.'
+            ) from None
+    if template is not None and not isinstance(template, str):
+        raise BadInput(
+            f'{path}: chat_template must be text, it is of type {type(template).__name__}. Mend '
+            'it, or set --chat_template.'
+        )
+    return template
+
+
 def find_template(folder, tokenizer, asked='auto'):
     """The chat template to use: a name in TEMPLATES, or the text of a Jinja template.
 
     That is the one asked for. For 'auto' it is the model's own in `folder`, or else one of
-    TEMPLATES that the tokenizer has the tokens of. Raises BadInput if there is none.
+    TEMPLATES that the tokenizer has the tokens of. Raises BadInput if there is none, and if the
+    model's own is damaged.
     """
     if asked != 'auto':
         check_template(tokenizer, asked)
         return asked
     for name in ('chat_template.jinja', 'tokenizer_config.json'):
         path = os.path.join(folder, name)
-        if not os.path.isfile(path):
-            continue
-        with open(path, encoding='utf-8') as f:
-            template = f.read()
-        if name.endswith('.json'):
-            template = json.loads(template).get('chat_template')
-        # There may be several templates, each with a name.
-        if isinstance(template, list):
-            named = {t['name']: t['template'] for t in template}
-            template = named.get('default')
-        if template:
-            return template
+        if os.path.isfile(path):
+            template = read_template(path)
+            if template:
+                return template
     fits = fitting_templates(tokenizer)
     if not fits:
         raise BadInput(f'{folder} has no chat template, and its tokenizer fits neither of ours.')

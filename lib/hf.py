@@ -13,7 +13,9 @@ text model of Llama 4 without experts) and MobileLLM (with or without shared lay
 with the name of the field.
 """
 
+import functools
 import glob
+import inspect
 import math
 import os
 import shutil
@@ -22,11 +24,12 @@ from dataclasses import asdict
 
 import torch
 
-from configurator import BadInput, read_json
+from configurator import BadInput, check_type, parse_knobs, read_json, read_source
 from lib import checkpoint, storage
-from lib.chat import JINJA, check_template
+from lib.chat import JINJA, check_template, read_template
+from lib.device import check_memory
 from lib.tokenizer import load_tokenizer, save_tokenizer_json, write_json
-from model import GPT, ModelConfig
+from model import GPT, ModelConfig, count_parameters
 from ops import ranks
 
 FAMILIES = {
@@ -59,11 +62,78 @@ NAMES = {
     'ffn.w_up': 'mlp.up_proj',
     'ffn.w_down': 'mlp.down_proj',
 }
+ORIGINAL = 'original_max_position_embeddings'
 ROPE_NAMES = {'type': 'rope_type', 'original_max_position': 'original_max_position_embeddings'}
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
 
+# safetensors' names of the dtypes that weights may have. Others belong to quantized models.
+FLOATS = ('F64', 'F32', 'F16', 'BF16')
+# Fields of a config.json with their types. SIZES must be at least 1 where they are given.
+SIZES = ('vocab_size', 'num_hidden_layers', 'num_attention_heads', 'hidden_size')
+SIZES += ('intermediate_size', 'num_key_value_heads', 'head_dim', 'max_position_embeddings')
+SIZES += ('intermediate_size_mlp', 'attention_chunk_size', 'no_rope_layer_interval')
+FIELDS = {name: 'int | None' for name in SIZES}
+FIELDS |= dict.fromkeys(('rms_norm_eps', 'rope_theta', 'partial_rotary_factor'), 'float | None')
+FIELDS |= dict.fromkeys(('rope_scaling', 'rope_parameters'), 'dict | None')
+FIELDS |= dict.fromkeys(('layer_types', 'no_rope_layers', 'moe_layers'), 'list | None')
+FIELDS |= dict.fromkeys(('share_embedding', 'layer_sharing', 'use_qk_norm'), 'bool | None')
+FIELDS |= dict(tie_word_embeddings='bool', interleave_moe_layer_step='int')
+MOST_LAYERS = 100_000
+
+
 # -- config ----------------------------------------------------------------------------------------
+
+
+def check_fields(hf, where):
+    """Raises BadInput for a field of a config.json that has another type or cannot be right."""
+    for name, wanted in FIELDS.items():
+        if name not in hf:
+            continue
+        try:
+            value = check_type(hf[name], wanted, None)
+        except TypeError as error:
+            raise BadInput(f'{where}: {name} {error}.') from None
+        if name in SIZES and value is not None and value < 1:
+            raise BadInput(f'{where}: {name} = {value} must be at least 1.')
+    if (hf.get('num_hidden_layers') or 1) > MOST_LAYERS:
+        raise BadInput(f'{where}: num_hidden_layers must be at most {MOST_LAYERS:,}.')
+
+
+def positive(fields, name, where):
+    """A number above 0 among the fields (dict). Raises BadInput, or KeyError if it is missing."""
+    try:
+        value = check_type(fields[name], 'float', None)
+    except TypeError as error:
+        raise BadInput(f'{where}: {name} {error}.') from None
+    if not 0 < value < math.inf:
+        raise BadInput(f'{where}: {name} = {value} must be a number above 0.')
+    return value
+
+
+@functools.cache
+def model_types():
+    """Name -> type of every field of ModelConfig."""
+    path = inspect.getfile(ModelConfig)
+    knobs = parse_knobs(read_source(path), path, 'ModelConfig')
+    return {name: knob.type or 'str' for name, knob in knobs.items()}
+
+
+def make_config(fields, where):
+    """The ModelConfig with these fields (dict). Raises BadInput that names the file `where`."""
+    types = model_types()
+    for name, value in fields.items():
+        if name not in types:
+            raise BadInput(
+                f"{where}: the model has the field '{name}', which this version does not know.")
+        try:
+            check_type(value, types[name], None)
+        except TypeError as error:
+            raise BadInput(f'{where}: {name} {error}.') from None
+    try:
+        return ModelConfig(**fields)
+    except BadInput as error:
+        raise BadInput(f'{where}: {error}') from None
 
 
 def config_from_hf(hf, where):
@@ -73,7 +143,8 @@ def config_from_hf(hf, where):
     missing field. where: the file's name for messages.
     """
     family = hf.get('model_type')
-    if family not in FAMILIES:
+    check_fields(hf, where)
+    if not isinstance(family, str) or family not in FAMILIES:
         known = ', '.join(FAMILIES)
         raise BadInput(f"{where}: model_type '{family}' is not supported; {known} are.")
 
@@ -98,7 +169,9 @@ def config_from_hf(hf, where):
     model |= dict(ffn_dim=hf['intermediate_size'], head_dim=hf.get('head_dim'))
     model['tie_embeddings'] = hf.get('tie_word_embeddings', False)
     # A wrong epsilon would load without an error, hence the default of each family.
-    model['norm_eps'] = hf.get('rms_norm_eps', 1e-5 if is_llama4 else 1e-6)
+    model['norm_eps'] = 1e-5 if is_llama4 else 1e-6
+    if 'rms_norm_eps' in hf:
+        model['norm_eps'] = positive(hf, 'rms_norm_eps', where)
     model |= dict(qkv_bias=family == 'qwen2', qk_norm=family == 'qwen3')
     # Qwen3's default does not follow from n_embd / n_head.
     if family == 'qwen3':
@@ -110,7 +183,8 @@ def config_from_hf(hf, where):
         # A 1 in no_rope_layers means that the layer does have rotary positions.
         interval = hf.get('no_rope_layer_interval', 4)
         rotary = hf.get('no_rope_layers') or [int((i + 1) % interval != 0) for i in range(n_layer)]
-        require('no_rope_layers', rotary[:n_layer], [1] * n_layer)
+        if rotary[:n_layer] != [1] * n_layer:
+            raise BadInput(f'{where}: no_rope_layers must be 1 for all of the {n_layer} layers.')
         moe_layers = hf.get('moe_layers')
         if moe_layers is None:
             step = hf.get('interleave_moe_layer_step', 1)
@@ -122,14 +196,14 @@ def config_from_hf(hf, where):
         # are the same, because a rotation keeps the norm.
         model |= dict(qk_norm=hf.get('use_qk_norm', True), qk_norm_weight=False)
     theta, scaling = rope_from_hf(hf, where, 500000.0 if is_llama4 else 10000.0)
-    return ModelConfig(**model, rope_theta=theta, rope_scaling=scaling)
+    return make_config(dict(**model, rope_theta=theta, rope_scaling=scaling), where)
 
 
 def rope_from_hf(hf, where, default_theta):
     """Returns (rope_theta, rope_scaling) of a config.json."""
     # transformers 4 writes two fields, transformers 5 rope_parameters.
     rope = {**(hf.get('rope_scaling') or {}), **(hf.get('rope_parameters') or {})}
-    theta = float(rope.get('rope_theta', hf.get('rope_theta', default_theta)))
+    theta = positive({'rope_theta': default_theta, **hf, **rope}, 'rope_theta', where)
     kind = rope.get('rope_type', rope.get('type', 'default'))
     if rope.get('partial_rotary_factor', hf.get('partial_rotary_factor', 1.0)) != 1.0:
         raise BadInput(f'{where}: partial_rotary_factor is not supported, only 1.0.')
@@ -138,16 +212,27 @@ def rope_from_hf(hf, where, default_theta):
     original = rope.get('original_max_position_embeddings', hf.get('max_position_embeddings'))
     scaling = dict(type=kind)
     if kind == 'linear':
-        scaling['factor'] = float(rope['factor'])
+        scaling['factor'] = positive(rope, 'factor', where)
     elif kind == 'llama3':
         for name in ('factor', 'low_freq_factor', 'high_freq_factor'):
-            scaling[name] = float(rope[name])
+            scaling[name] = positive(rope, name, where)
+        positive(dict(original_max_position_embeddings=original), ORIGINAL, where)
         scaling['original_max_position'] = original
     elif kind == 'yarn' and rope.get('truncate', True):
-        factor = float(rope.get('factor') or hf['max_position_embeddings'] / original)
+        positive(dict(original_max_position_embeddings=original), ORIGINAL, where)
+        # Fields of 0 and null have these defaults as well.
+        given = {name: value for name, value in rope.items() if value}
+        defaults = dict(beta_fast=32, beta_slow=1)
+        if 'factor' not in given:
+            defaults['factor'] = positive(hf, 'max_position_embeddings', where) / original
+        given = {**defaults, **given}
+        factor = positive(given, 'factor', where)
         scaling |= dict(factor=factor, original_max_position=original)
-        scaling['beta_fast'] = float(rope.get('beta_fast') or 32)
-        scaling['beta_slow'] = float(rope.get('beta_slow') or 1)
+        for name in ('beta_fast', 'beta_slow'):
+            scaling[name] = positive(given, name, where)
+        for name in ('attention_factor', 'mscale', 'mscale_all_dim'):
+            if name in given:
+                positive(given, name, where)
         scaling['attention_factor'] = float(yarn_attention_factor(rope, factor))
     else:
         known = 'default, linear, llama3 and (truncated) yarn'
@@ -170,7 +255,7 @@ def yarn_attention_factor(rope, factor):
 
 def context_of(hf):
     """The context, in tokens, that the model of a config.json was made for."""
-    limit = hf.get('max_position_embeddings', 2048)
+    limit = hf.get('max_position_embeddings') or 2048
     if hf['model_type'] == 'llama4_text':
         return min(limit, hf.get('attention_chunk_size') or limit)
     return limit
@@ -251,7 +336,14 @@ def safetensors_files(folder):
     """The paths of a model's safetensors files. Raises BadInput if any or all are missing."""
     index = os.path.join(folder, 'model.safetensors.index.json')
     if os.path.isfile(index):
-        names = set(read_json(index)['weight_map'].values())
+        found = read_json(index)
+        weight_map = found.get('weight_map') if isinstance(found, dict) else None
+        names = set(weight_map.values()) if isinstance(weight_map, dict) else {None}
+        # A name with a path could lead to any file of this machine.
+        if not all(isinstance(name, str) and os.path.basename(name) == name for name in names):
+            raise BadInput(
+                f'{index} has no weight_map of tensors to names of files beside it. Download it '
+                'again.')
         files = sorted(os.path.join(folder, name) for name in names)
     else:
         files = sorted(glob.glob(os.path.join(folder, '*.safetensors')))
@@ -275,11 +367,18 @@ def read_weights(folder, hf, model):
     config = model.config
     files = safetensors_files(folder)
     shapes = {}
+    faults = []
     for path in files:
         try:
             with safe_open(path, framework='pt') as f:
-                # A slice gives the shape without reading the tensor.
-                shapes |= {name: list(f.get_slice(name).get_shape()) for name in f.keys()}
+                for name in f.keys():
+                    if name in shapes:
+                        faults.append(f'{name} is in two files')
+                    # A slice gives shape and dtype without reading the tensor.
+                    part = f.get_slice(name)
+                    shapes[name] = list(part.get_shape())
+                    if part.get_dtype() not in FLOATS:
+                        faults.append(f'{name} has dtype {part.get_dtype()}')
         except SafetensorError as error:
             raise BadInput(f'{path} is damaged or cut off ({error}). Download it again.') from None
     wanted = {}
@@ -290,7 +389,6 @@ def read_weights(folder, hf, model):
     # Some files hold a tied table twice.
     if config.tie_embeddings:
         extra.discard('lm_head.weight')
-    faults = []
     for kind, names in (('missing', wanted.keys() - shapes.keys()), ('not known', extra)):
         if names:
             shown = sorted(names)[:5] + ['...'] * (len(names) > 5)
@@ -375,6 +473,25 @@ def find_folder(name, revision=None, weights=True):
         return snapshot_download(name, revision=revision, allow_patterns=patterns)
 
 
+def read_object(path):
+    """The dict in a JSON file. Raises BadInput if it holds something else."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise BadInput(f'{path} is no JSON object. Download it again, or restore it.')
+    return content
+
+
+def check_companions(folder):
+    """Raises BadInput if a file that describes how the model is used is damaged."""
+    for name in ('tokenizer_config.json', 'special_tokens_map.json', 'generation_config.json'):
+        path = os.path.join(folder, name)
+        if os.path.isfile(path):
+            read_object(path)
+    config = os.path.join(folder, 'tokenizer_config.json')
+    if os.path.isfile(config):
+        read_template(config)
+
+
 def find_model(path, revision=None, weights=True):
     """Describes a run, checkpoint, imported folder, Hugging Face folder or hub name: a dict.
 
@@ -403,11 +520,17 @@ def find_model(path, revision=None, weights=True):
         else:
             folder = os.path.dirname(os.path.dirname(os.path.abspath(found)))
         hf = state.get('hf')
-        model = ModelConfig(**state['model'])
-        context = state.get('context') or state['config']['block_size']
-    elif os.path.isfile(config_file) and 'model_type' in read_json(config_file):
+        try:
+            model = make_config(dict(state['model']), found)
+            context = state.get('context') or state['config']['block_size']
+        except (KeyError, TypeError) as error:
+            raise BadInput(
+                f'{found}/state.json does not describe a model ({type(error).__name__}: {error}). '
+                'It is damaged: take another checkpoint.'
+            ) from None
+    elif os.path.isfile(config_file) and 'model_type' in read_object(config_file):
         state = {}
-        hf = read_json(config_file)
+        hf = read_object(config_file)
         try:
             model = config_from_hf(hf, f'{path}/config.json')
         except KeyError as error:
@@ -415,11 +538,16 @@ def find_model(path, revision=None, weights=True):
         context = context_of(hf)
     else:
         raise BadInput(f"'{path}' has neither a complete checkpoint nor a model's config.json.")
+    check_companions(folder)
     about = dict(folder=folder, checkpoint=found, state=state, hf=hf, model=model, context=context)
     about['fingerprint'] = state.get('tokenizer')
     # A model without a usable tokenizer can still be trained.
     try:
         tokenizer = load_tokenizer(folder)
+        if about['fingerprint'] not in (None, tokenizer.fingerprint):
+            raise BadInput(
+                f"the tokenizer in {folder} ({tokenizer.fingerprint}) is not the one that the "
+                f"model was trained with ({about['fingerprint']}). Restore it.")
         about['fingerprint'] = tokenizer.fingerprint
         if tokenizer.vocab_size > model.vocab_size:
             raise BadInput(
@@ -428,6 +556,10 @@ def find_model(path, revision=None, weights=True):
             )
     except BadInput as error:
         tokenizer = error
+        # A file that is cut off is no reason to train without it.
+        path = os.path.join(folder, 'tokenizer.json')
+        if os.path.isfile(path):
+            read_object(path)
     return {**about, 'tokenizer': tokenizer}
 
 
@@ -440,7 +572,13 @@ def load_weights(about, model):
 
 
 def load_model(about, device, dtype):
-    """Makes the frozen GPT of `find_model`'s dict on a device, with its weights in `dtype`."""
+    """Makes the frozen GPT of `find_model`'s dict on a device, with its weights in `dtype`.
+
+    Raises BadInput if its weights do not fit into the memory of the device.
+    """
+    n_bytes = count_parameters(about['model'])['total'] * dtype.itemsize
+    name = about['checkpoint'] or about['folder']
+    check_memory(n_bytes, torch.device(device), f"the model '{name}' in {dtype}")
     # On the meta device the weights take no memory in fp32 before they are converted.
     with torch.device('meta'):
         model = GPT(about['model'])
@@ -496,8 +634,8 @@ def import_model(name, revision, out):
         raise BadInput(f"'{name}' is a run already: all scripts accept it as it is.")
     hf = about['hf']
     dtype = hf.get('dtype', hf.get('torch_dtype')) or 'float32'
-    if dtype not in DTYPES:
-        raise BadInput(f"{name}: dtype '{dtype}' is not supported; {', '.join(DTYPES)} are.")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise BadInput(f"{name}: dtype {dtype!r} is not supported; {', '.join(DTYPES)} are.")
     model = load_model(about, 'cpu', DTYPES[dtype])
     copy_companions(about['folder'], out)
     config = asdict(about['model'])

@@ -46,6 +46,8 @@ BLANK_RUN = re.compile(r'\s{%d}' % LONGEST_BLANK)
 CUTS = (re.compile(r'\S\n(?=[^\W\d_])'), re.compile(r'[^\W\d_](?= [^\W\d_])'))
 # A document begins with the first of these that the tokenizer has.
 END_OF_TEXT = ('<|begin_of_text|>', '<|endoftext|>', '<|end_of_text|>', '<s>', '</s>')
+# What reading a file of another form raises.
+OTHER_FORM = (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError)
 # These end a text or a turn of a conversation.
 ENDS = ('<|endoftext|>', '<|end_of_text|>', '</s>', '<|eot_id|>', '<|eom_id|>', '<|im_end|>')
 
@@ -204,6 +206,18 @@ class Tokenizer:
         return sizes
 
 
+def check_ids(path, ranks, special_tokens):
+    """Raises BadInput unless every token has an id of its own that fits into 32 bits."""
+    ids = [*ranks.values(), *special_tokens.values()]
+    if not ranks:
+        raise BadInput(f'{path} holds no tokens. Restore the tokenizer.')
+    # A bool is an int to isinstance.
+    if not all(type(i) is int and 0 <= i < 2**32 for i in ids) or len(set(ids)) < len(ids):
+        raise BadInput(
+            f'{path}: the ids of its tokens must be different whole numbers from 0 to 2**32 - 1. '
+            'Restore the tokenizer.')
+
+
 def make_tokenizer(path, ranks, pattern, special_tokens, bos=None, nfc=False, added=()):
     """Makes a Tokenizer.
 
@@ -212,10 +226,12 @@ def make_tokenizer(path, ranks, pattern, special_tokens, bos=None, nfc=False, ad
     special_tokens  name -> id
     bos             name of the special token that begins a document. None: the first in END_OF_TEXT
     added           names of special tokens that are matched in plain text
-    Raises BadInput if there is no special token to begin a document with.
+    Raises BadInput if there is no special token to begin a document with, and for ids that cannot
+    be right.
     """
     if bos is None:
         bos = next((name for name in END_OF_TEXT if name in special_tokens), None)
+    check_ids(path, ranks, special_tokens)
     if bos is None:
         raise BadInput(f'{path} has no special tokens to begin documents: {" ".join(END_OF_TEXT)}.')
     # tiktoken crashes on a byte that has no token.
@@ -246,6 +262,18 @@ def load_tokenizer(path):
 
     Raises BadInput if there is none, or if tiktoken cannot express it exactly.
     """
+    try:
+        return read_tokenizer(path)
+    except OTHER_FORM as error:
+        if isinstance(error, BadInput):
+            raise
+        raise BadInput(
+            f'{path} is no tokenizer of a form that is supported ({type(error).__name__}: '
+            f'{error}). It is damaged, or of another kind.') from None
+
+
+def read_tokenizer(path):
+    """`load_tokenizer` for files whose form is right."""
     if os.path.isdir(path):
         for name in ('tokenizer.tiktoken', 'tokenizer.json', 'tokenizer.model'):
             if os.path.isfile(os.path.join(path, name)):
@@ -385,7 +413,10 @@ def load_tokenizer_json(path):
     tokenizer.add_bos = any('SpecialToken' in first for first in firsts)
     config_file = os.path.join(os.path.dirname(path), 'tokenizer_config.json')
     if os.path.isfile(config_file):
-        tokenizer.prefix_id = prefix_id(read_json(config_file), tokenizer)
+        config = read_json(config_file)
+        if not isinstance(config, dict):
+            raise BadInput(f'{config_file} is no JSON object. Restore the file of the model.')
+        tokenizer.prefix_id = prefix_id(config, tokenizer)
     return tokenizer
 
 

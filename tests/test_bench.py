@@ -2,7 +2,10 @@
 import json
 import sys
 
-from tests.conftest import assert_one_sentence, run
+import pytest
+
+from configurator import BadInput
+from tests.conftest import assert_one_sentence, run, run_here
 
 BENCH = [sys.executable, 'tools/bench.py']
 
@@ -42,3 +45,16 @@ def test_unknown_names_and_missing_packages_are_named():
     assert_one_sentence(run([*BENCH, 'parts', "--parts=['data']"]), 2, "'data' must be one of")
     done = run([*BENCH, 'memory', '--cases=none'])
     assert_one_sentence(done, 2, "'none' must be one of", 'plain')
+
+
+@pytest.mark.parametrize('arguments, message', [
+    ('step', "unknown command 'step'. Did you mean 'steps'"),
+    ('steps --rounds=0', 'rounds = 0 must be at least 1'),
+    ('steps --tokens=0', 'tokens = 0 must be at least 1'),
+    ('steps --dtypes=["int8"]', "'int8' must be one of auto, float32, bfloat16"),
+    ('steps --compiled=[3]', "'3' must be one of True, False"),
+    ('steps --kernels=cuda', "kernels = 'cuda' must be one of"),
+])
+def test_a_bad_knob_is_named(arguments, message):
+    with pytest.raises(BadInput, match=message):
+        run_here(['tools/bench.py', *arguments.split()])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from configurator import BadInput
-from lib.chat import check_template, encode_chat, marked
+from lib.chat import check_template, encode_chat, encode_prompt, find_template, marked
 from lib.tokenizer import GPT2_PATTERN, LLAMA3_PATTERN, load_tokenizer
 from tests.test_prepare import trained_tokenizer_json
 
@@ -124,3 +124,44 @@ def test_real_conversations_are_those_of_transformers(shared_data):
                 messages = json.loads(line)['messages']
                 ids, mask = encode_chat(tokenizer, messages, 'chatml')
                 assert (ids.tolist(), mask.tolist()) == reference(path, CHATML, messages)
+
+
+@pytest.mark.parametrize('template, message', [
+    ('{{ 1//0 }}', 'line 1: ZeroDivisionError'),
+    ('a\n{{ messages[5].content.x }}', 'line 2: UndefinedError'),
+    ('{{ raise_exception("roles must alternate") }}', 'roles must alternate'),
+    ('{% for m in messages %}', 'Unexpected end of template'),
+    ('{% for i in range(10**9) %}{% endfor %}', 'Range too big'),
+    ('{{ 10**10**9 }}', 'not allowed'),
+    ("{{ 'a' * 10000000000 }}", 'not allowed'),
+    ('{{ messages.append(1) }}', 'SecurityError'),
+    ("{{ messages.__class__.__base__.__subclasses__() }}", 'SecurityError'),
+    ("{{ cycler.__init__.__globals__.os.system('true') }}", 'SecurityError'),
+    ('{{ 1 + messages }}', 'TypeError'),
+    ('{% include "x" %}', 'TypeError'),
+    ('{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}', 'RecursionError'),
+    (
+        '{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}',
+        'it ran for more than'),
+])
+def test_whatever_a_models_template_does_is_one_error(tmp_path, monkeypatch, template, message):
+    monkeypatch.setattr('lib.chat.MOST_SECONDS', 1.0)
+    _, tokenizer = tokenizer_with_specials(tmp_path)
+    with pytest.raises(BadInput) as refused:
+        encode_prompt(tokenizer, conversation('Hi'), template)
+    assert message in str(refused.value) and f'the model in {tmp_path}' in str(refused.value)
+
+
+@pytest.mark.parametrize('name, content, message', [
+    ('chat_template.jinja', b'\xff{{ messages }}', 'not UTF-8'),
+    ('tokenizer_config.json', b'[]', 'no JSON object'),
+    ('tokenizer_config.json', b'{"chat_template": "{{', 'no valid JSON'),
+    ('tokenizer_config.json', b'{"chat_template": 5}', 'must be text'),
+    ('tokenizer_config.json', b'{"chat_template": ["a"]}', "without a template named 'default'"),
+    ('tokenizer_config.json', b'{"chat_template": [{"name": "a", "template": "b"}]}', "'default'"),
+])
+def test_a_damaged_template_file_is_an_error(tmp_path, name, content, message):
+    _, tokenizer = tokenizer_with_specials(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(BadInput, match=message):
+        find_template(str(tmp_path), tokenizer)

@@ -182,3 +182,71 @@ def test_a_sweep_of_shapes_and_a_grid(tmp_path, tiny_data, capsys):
         out = tmp_path / 'none'
         run_here([
             'tools/sweep.py', 'arch', '--dry_run=True', '--n_params=[1, 2]', f'--out={out}', *tiny])
+
+
+def save_state(folder, name, history, **about):
+    path = folder / name / 'trainer_state.json'
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(dict(global_step=40, total_flos=4e9, log_history=history, **about)))
+
+
+def test_a_diverged_run_is_never_the_best_and_the_last_of_equal_steps_counts(tmp_path, capsys):
+    nan = float('nan')
+    steps = (10, 20, 30, 40)
+    save_state(tmp_path, '2_4_64_128', [dict(step=s, loss=9 - s / 10) for s in steps])
+    history = [dict(step=10, loss=7.5, grad_norm=1.0)]
+    history += [dict(step=s, loss=0.0, grad_norm=nan) for s in steps[1:]]
+    save_state(tmp_path, '2_4_64_160', history)
+    # It was resumed at step 20, whose first log counts no more.
+    losses = ((10, 8.0), (20, 7.0), (30, 3.0), (20, 7.1), (30, 6.1), (40, 5.1))
+    save_state(tmp_path, '2_4_64_192', [dict(step=s, loss=y) for s, y in losses])
+    rows = [f'2\t4\t64\t{width}\t{100_000 + width}\n' for width in (128, 160, 192)]
+    (tmp_path / 'ablation_params.tsv').write_text(''.join(rows))
+    bands = {'1k-1M': None}
+    found = curves.collect(str(tmp_path), str(tmp_path / 'o'), bands, 'step', 25, 'train', 0)
+    got = {row['shape']: row['loss'] for row in found['picks']['1k-1M']['rows']}
+    assert got == pytest.approx({'2_4_64_128': 6.5, '2_4_64_192': 6.6})
+    assert 'left out: 3 points of 1 runs' in capsys.readouterr().out
+
+
+STATE = '{"global_step": 5, "log_history": [{"step": 1, "loss": 2}]}'
+CSV = 'step,loss,params,config\n1,2.0,100,2_4_64_128\n'
+
+
+@pytest.mark.parametrize('name, content, message', [
+    ('r_2_4_64_128/trainer_state.json', b'[]', 'no trainer_state.json'),
+    ('r_2_4_64_128/trainer_state.json', b'{"global_step": 5}', "KeyError: 'log_history'"),
+    ('r_2_4_64_128/trainer_state.json', b'{"global_step": 5, "log_history": [3]}', 'no trainer'),
+    ('r_2_4_64_128/trainer_state.json', STATE.replace('1', '"1"').encode(), 'must be int'),
+    ('r_2_4_64_128/trainer_state.json', STATE[:-3].encode(), 'no valid JSON'),
+    ('r_2_4_64_128/trainer_state.json', STATE.replace('2', '"x"').encode(), 'loss must be float'),
+    ('r_2_4_64_128/trainer_state.json', STATE.replace('2', '-2').encode(), 'which cannot be'),
+    ('r_1/trainer_state.json', STATE.encode(), 'does not name a shape'),
+    ('ablation_params.tsv', b'2\t4\t64\n', 'tsv:1 must be five whole numbers'),
+    ('ablation_params.tsv', b'2\t4\t64\t128\tmany\n', 'tsv:1 must be five whole numbers'),
+    ('ablation_params.tsv', b'\xff\n', 'is not UTF-8'),
+    ('t.csv', b'', 'has no column'),
+    ('t.csv', b'\xff\xfe', 'is not UTF-8'),
+    ('t.csv', CSV.replace('2.0', 'low').encode(), "t.csv:2: loss is 'low', which is no number"),
+    ('t.csv', CSV.replace('100', '').encode(), 't.csv:2 needs a config'),
+    ('t.csv', (CSV + '5\n').encode(), 't.csv:3 needs a config'),
+    ('t.json', b'null', 'no table of curves'),
+    ('t.json', b'{"meta": {"first_step": "1", "step_stride": 1}, "runs": {}}', 'must be int'),
+    ('t.json', b'{"meta": {"first_step": 1, "step_stride": 1}, "runs": []}', 'no table of curves'),
+])
+def test_a_damaged_table_is_an_error(tmp_path, name, content, message):
+    (tmp_path / 'ablation_params.tsv').write_text('2\t4\t64\t128\t1000\n')
+    if name.endswith('.tsv'):
+        save_state(tmp_path, '2_4_64_128', [dict(step=1, loss=2.0)])
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content)
+    is_table = path.suffix == '.csv' or path.name == 't.json'
+    with pytest.raises(BadInput, match=message):
+        curves.read_curves(str(path if is_table else tmp_path), 'train')
+
+
+@pytest.mark.parametrize('band', ['1.2.3', '5X', '', '1e999', None])
+def test_a_band_that_is_no_size(tmp_path, band):
+    with pytest.raises(BadInput, match='bands: '):
+        curves.collect(str(tmp_path), str(tmp_path), {band: None}, 'step', None, 'val', 0)

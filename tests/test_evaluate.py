@@ -346,6 +346,14 @@ def test_paired_differences_are_those_of_the_documents():
     ('--tasks=DIR/choice.yaml --chat_template=llama3', r'has no <\|start_header_id\|>'),
     ('--bpb=nowhere.txt', 'matches no file'),
     ('--tasks=DIR/continue.yaml --context=20', 'generates up to 24 tokens'),
+    ('--tasks=,', 'tasks and bpb hold no name'),
+    ('--tasks=DIR/choice.yaml --limit=0', 'limit = 0 must be at least 1'),
+    ('--tasks=DIR/choice.yaml --num_fewshot=-1', 'num_fewshot = -1 must be at least 0'),
+    ('--tasks=DIR/choice.yaml --context=0', 'context = 0 must be at least 1'),
+    ('--tasks=DIR/choice.yaml --batch_tokens=0', 'batch_tokens = 0 must be at least 1'),
+    ('--tasks=DIR/choice.yaml --dtype=int8', "dtype = 'int8' must be one of"),
+    ('--tasks=DIR/choice.yaml --out=DIR', 'is a folder. Name a file of results'),
+    ('--tasks=arc_easy,humaneval', "task 'humaneval' runs code that the model wrote"),
 ])
 def test_bad_input(model_folder, arguments, message):
     arguments = arguments.replace('DIR', str(model_folder)).split()
@@ -391,6 +399,116 @@ def test_a_begun_answer_is_not_closed(model_folder):
     history = [dict(role='user', content='Say it.'), dict(role='assistant', content='It is')]
     text = ours.apply_chat_template(history, add_generation_prompt=False)
     assert text.endswith('<|im_start|>assistant\nIt is')
+
+
+PLAIN_TASK = """task: t
+dataset_path: json
+dataset_kwargs: {data_files: {validation: rows.jsonl}}
+validation_split: validation
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_target: 0
+doc_to_choice: ["a", "b"]
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+"""
+
+
+def task_file(folder, old, new):
+    """A YAML file in which `old` is replaced, or new is added, beside a module that leaves a trace
+    when it is imported.
+    """
+    (folder / 'utils.py').write_text(f"open({str(folder / 'trace')!r}, 'w')\ndef f(x): return x\n")
+    (folder / 'rows.jsonl').write_text('{"question": "q", "choices": ["a", "b"]}\n')
+    text = PLAIN_TASK.replace('rows.jsonl', str(folder / 'rows.jsonl'))
+    path = folder / 'task.yaml'
+    path.write_text(text.replace(old, new) if old else text + new)
+    return str(path)
+
+
+CALLS_OUT = "{{ cycler.__init__.__globals__.os.system('touch trace') }}"
+
+
+@pytest.mark.parametrize('old, new, line, what', [
+    ('', 'process_docs: !function utils.f\n', 10, '!function utils.f runs Python'),
+    ('{{question}}', CALLS_OUT, 6, "calls 'system'"),
+    ('"{{question}}"', f'|\n  Question:\n  {CALLS_OUT}', 8, "calls 'system'"),
+    ('{{question}}', "{{ question['__class__'] }}", 6, "attribute '__class__'"),
+    ('{{question}}', "{{ question|attr('x') }}", 6, "filter 'attr'"),
+    ('{{question}}', '{% macro f() %}{% endmacro %}', 6, 'kind Macro'),
+    ('', 'metadata: {x: &a "{{lipsum()}}"}\ndescription: *a\n', 10, "calls 'lipsum'"),
+    ('metric: acc', 'metric: somebody/acc', 9, "metric 'somebody/acc'"),
+    ('metric: acc', 'hf_evaluate: true, metric: acc', 9, 'hf_evaluate'),
+    ('dataset_path: json', 'dataset_path: utils.py', 2, 'Python script'),
+    ('{data_files', '{trust_remote_code: true, data_files', 3, 'trust_remote_code'),
+    ('', 'use_prompt: other.yaml:p\n', 10, 'template of another file'),
+])
+def test_a_task_that_runs_code_of_its_author_needs_allow_code(tmp_path, old, new, line, what):
+    path = task_file(tmp_path, old, new)
+    with pytest.raises(BadInput) as refused:
+        benchmarks.load_tasks([path])
+    message = str(refused.value)
+    assert message.startswith(f'{path}:{line}: ') and what in message and '--allow_code' in message
+    # The same in a file that another one includes.
+    (tmp_path / 'other.yaml').write_text('include: task.yaml\ntask: other\n')
+    with pytest.raises(BadInput, match=f'task.yaml:{line}: '):
+        benchmarks.load_tasks([str(tmp_path / 'other.yaml')])
+    assert not (tmp_path / 'trace').exists()
+
+
+def test_allow_code_loads_what_runs_code(tmp_path):
+    path = task_file(tmp_path, '', 'process_docs: !function utils.f\n')
+    assert benchmarks.load_tasks([path], allow_code=True).keys() == {path}
+    assert (tmp_path / 'trace').exists()
+
+
+def test_plain_templates_need_no_flag_and_render_in_a_sandbox(tmp_path):
+    import lm_eval
+
+    text = "{% for c in choices %}{{ loop.index }}{{ c|upper }}{% endfor %} {{ question.strip() }}"
+    path = task_file(tmp_path, '{{question}}', text + " {{ choices.index('b') }} {{ 'x____' }}")
+    [(_, [task])] = benchmarks.load_tasks([path]).values()
+    assert task.doc_to_text(task.eval_docs[0]) == '1A2B q 1 x____'
+    with pytest.raises(Exception, match='unsafe'):
+        lm_eval.utils.apply_template('{{ q[key] }}', dict(q='a', key='__class__'))
+    with pytest.raises(Exception, match='Range too big'):
+        lm_eval.utils.apply_template('{{ range(10**9) }}', {})
+
+
+@pytest.mark.parametrize('old, new, message', [
+    (PLAIN_TASK, '- a\n', 'must be a mapping'),
+    (PLAIN_TASK, 'a: [', 'no valid YAML'),
+    ('task: t\n', '', 'neither a `task` nor a `group`'),
+    ('task: t\n', 'task: 5\n', 'task.yaml:1: task must be of YAML type str'),
+    ('doc_to_text', 'doc_to_txt', "6: unknown field 'doc_to_txt'. Did you mean 'doc_to_text'"),
+    ('multiple_choice', 'choice', "5: output_type 'choice' must be one of"),
+    ('validation_split: validation\n', '', 'needs a dataset_path'),
+    ('validation_split: validation', 'validation_split: x', "cannot be used .KeyError: 'x'"),
+    ('{{question}}', '{{quest}}', "UndefinedError: 'quest' is undefined"),
+    ('{{question}}', '{{question', '6: the template is wrong'),
+    ('aggregation: mean', 'aggregation: maen', "9: aggregation 'maen' must be one of"),
+    ('metric: acc, ', '', 'needs a field `metric`'),
+    ('', 'include: nowhere.yaml\n', '10: include: there is no file'),
+    ('', 'include: task.yaml\n', 'includes itself'),
+    ('', 'description: !!python/object/apply:os.getcwd []\n', '10: the tag .* is not supported'),
+    ('', 'metadata: &a [*a]\n', 'one contains itself'),
+])
+def test_a_task_file_that_is_wrong(tmp_path, old, new, message):
+    path = task_file(tmp_path, old, new)
+    if old == PLAIN_TASK:
+        (tmp_path / 'task.yaml').write_text(new)
+    with pytest.raises(BadInput, match=message):
+        benchmarks.load_tasks([path])
+
+
+def test_a_task_file_that_is_not_utf8_or_grows_by_its_aliases(tmp_path):
+    path = tmp_path / 'task.yaml'
+    path.write_bytes(b'task: \xe9\xff\n')
+    with pytest.raises(BadInput, match='is not UTF-8'):
+        benchmarks.load_tasks([str(path)])
+    lines = ['a0: &a0 [x, x]'] + [f'a{i}: &a{i} [*a{i - 1}, *a{i - 1}]' for i in range(1, 60)]
+    path.write_text('\n'.join(lines))
+    with pytest.raises(BadInput, match='aliases are written out'):
+        benchmarks.load_tasks([str(path)])
 
 
 def test_benchmarks_while_training_leave_the_run_as_it_was(model_folder, trained, tmp_path):

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from configurator import BadInput
 from data import MixtureLoader, Source
@@ -20,7 +20,7 @@ from lib.tokenizer import (
     save_tokenizer,
     save_tokenizer_json,
 )
-from tests.conftest import ROOT, run, train
+from tests.conftest import ROOT, run, sign_again, train
 
 transformers = pytest.importorskip('transformers')
 LLAMA3_ROPE = dict(rope_type='llama3', rope_theta=500000.0, factor=8.0, low_freq_factor=1.0)
@@ -92,9 +92,8 @@ def test_import_and_export_equal_transformers(tmp_path, family, changes):
 
     # Without their config.json, as in a run of ours, a new one is written.
     state = tmp_path / 'ours' / 'ckpt' / 'step_000000' / 'state.json'
-    size = state.stat().st_size
-    text = json.dumps({**json.loads(state.read_text()), 'hf': None})
-    state.write_text(text + ' ' * (size - len(text)))
+    state.write_text(json.dumps({**json.loads(state.read_text()), 'hf': None}))
+    sign_again(state.parent)
     hf.export_model(str(tmp_path / 'ours'), str(tmp_path / 'new'), 'auto', None)
     loaded, about = load_theirs(tmp_path / 'new', output_loading_info=True)
     for fault in ('missing_keys', 'unexpected_keys', 'mismatched_keys'):
@@ -294,3 +293,108 @@ def test_what_is_neither_a_folder_nor_a_model(name, monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(BadInput, match='neither a folder here nor a model'):
         hf.find_model(name)
+
+
+@pytest.fixture(scope='module')
+def small_model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('small')
+    their_model('Llama', {}, folder / 'hf')
+    return folder / 'hf'
+
+
+def opened(folder):
+    return hf.open_model(str(folder), 'cpu', torch.float32, needs_tokenizer=False)
+
+
+@pytest.mark.parametrize('changes, message', [
+    (dict(hidden_size='48'), "hidden_size must be int .*, got str '48'"),
+    (dict(hidden_size=None), 'must be int, got NoneType'),
+    (dict(hidden_size=-48), 'hidden_size = -48 must be at least 1'),
+    (dict(hidden_size=48.5), 'hidden_size must be int'),
+    (dict(num_attention_heads=0), 'num_attention_heads = 0 must be at least 1'),
+    (dict(num_attention_heads=5, head_dim=None), 'not a multiple of n_head = 5'),
+    (dict(num_key_value_heads=4), 'not a multiple of n_kv_head = 4'),
+    (dict(num_hidden_layers=10**9), 'must be at most'),
+    (dict(vocab_size=-1), 'vocab_size = -1'),
+    (dict(vocab_size=10**13), 'needs .* GiB, and .* CPU has .* GiB'),
+    (dict(head_dim=15), 'head_dim = 15 is odd'),
+    (dict(rope_scaling=[1]), 'rope_scaling must be dict'),
+    (dict(rope_scaling='linear'), 'rope_scaling must be dict'),
+    (dict(rope_parameters=dict(rope_type='linear')), "has no field 'factor'"),
+    (dict(rope_parameters=dict(rope_type='linear', factor='two')), 'factor must be float'),
+    (dict(rope_parameters=dict(rope_type='linear', factor=-2)), 'factor = -2.0 must be a number'),
+    (dict(rope_parameters={**YARN, 'original_max_position_embeddings': 0}), '_embeddings = 0.0'),
+    (dict(rope_parameters=dict(rope_theta=0)), 'rope_theta = 0.0 must be a number above 0'),
+    (dict(rope_parameters=dict(rope_theta='big')), 'rope_theta must be float'),
+    (dict(rms_norm_eps=-1.0), 'rms_norm_eps = -1.0'),
+    (dict(rms_norm_eps=float('nan')), 'rms_norm_eps = nan'),
+    (dict(layer_types=5), 'layer_types must be list'),
+    (dict(max_position_embeddings='long'), 'max_position_embeddings must be int'),
+    (dict(tie_word_embeddings='no'), 'tie_word_embeddings must be bool'),
+    (dict(model_type=['llama']), "model_type '.'llama'.' is not supported"),
+])
+def test_an_odd_config_is_named_by_its_field(small_model, tmp_path, changes, message):
+    config = json.loads((small_model / 'config.json').read_text())
+    (tmp_path / 'config.json').write_text(json.dumps({**config, **changes}))
+    with pytest.raises(BadInput, match=message):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize('name, content, message', [
+    ('config.json', b'[]', 'no JSON object'),
+    ('config.json', b'{"model_type"', 'no valid JSON'),
+    ('config.json', b'\xff\xfe', 'no valid JSON'),
+    ('model.safetensors', b'', 'damaged or cut off'),
+    ('model.safetensors', b'some text ' * 20, 'damaged or cut off'),
+    ('model.safetensors.index.json', b'{}', 'has no weight_map'),
+    ('model.safetensors.index.json', b'[]', 'has no weight_map'),
+    ('model.safetensors.index.json', b'{"weight_map": {"a": 5}}', 'has no weight_map'),
+    ('model.safetensors.index.json', b'{"weight_map": {"a": "x.safetensors"}}', 'x.s.* is missing'),
+    ('model.safetensors.index.json', b'{"weight_map": {"a": "../x.safetensors"}}', 'weight_map'),
+    ('tokenizer.json', b'{"model"', 'no valid JSON'),
+    ('tokenizer.json', b'[]', 'no JSON object'),
+    ('tokenizer_config.json', b'[]', 'no JSON object'),
+    ('tokenizer_config.json', b'{"chat_template": 5}', 'chat_template must be text'),
+    ('generation_config.json', b'[]', 'no JSON object'),
+    ('generation_config.json', b'\xff', 'no valid JSON'),
+])
+def test_a_damaged_file_of_a_model(small_model, tmp_path, name, content, message):
+    shutil.copytree(small_model, tmp_path / 'hf')
+    (tmp_path / 'hf' / name).write_bytes(content)
+    with pytest.raises(BadInput, match=message):
+        opened(tmp_path / 'hf')
+
+
+@pytest.mark.parametrize('name, tensor, message', [
+    ('model.norm.weight', torch.ones(47), r'has shape .47., the config asks for .48.'),
+    ('model.norm.weight', torch.ones(48, dtype=torch.int64), 'has dtype I64'),
+    ('model.norm.weight', torch.ones(48).to(torch.float8_e4m3fn), 'has dtype F8_E4M3'),
+    ('model.norm.weight', None, 'missing: model.norm.weight'),
+    ('more.weight', torch.ones(3), 'not known: more.weight'),
+])
+def test_tensors_that_do_not_fit_are_named(small_model, tmp_path, name, tensor, message):
+    shutil.copytree(small_model, tmp_path / 'hf')
+    path = tmp_path / 'hf' / 'model.safetensors'
+    tensors = {**load_file(path), name: tensor}
+    save_file({key: value for key, value in tensors.items() if value is not None}, path)
+    with pytest.raises(BadInput, match=message):
+        opened(tmp_path / 'hf')
+    save_file(load_file(small_model / 'model.safetensors'), path)
+    shutil.copy(path, tmp_path / 'hf' / 'copy.safetensors')
+    with pytest.raises(BadInput, match='is in two files'):
+        opened(tmp_path / 'hf')
+
+
+@pytest.mark.parametrize('content, message', [
+    ('{}', 'model type None'),
+    ('{"model": []}', 'no tokenizer of a form that is supported'),
+    ('{"model": {"type": "Unigram", "vocab": []}}', "model type 'Unigram'"),
+    ('{"model": {"type": "BPE", "merges": ["a b"]}}', "KeyError: 'vocab'"),
+    ('{"model": {"type": "BPE", "merges": [["a", "b"]], "vocab": {"a": 1, "b": 1, "ab": 2}}, '
+     '"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": false}, "added_tokens": '
+     '[{"content": "<s>", "id": 9, "special": true}]}', 'must be different whole numbers'),
+])
+def test_a_tokenizer_of_another_kind(tmp_path, content, message):
+    (tmp_path / 'tokenizer.json').write_text(content)
+    with pytest.raises(BadInput, match=message):
+        load_tokenizer(str(tmp_path))

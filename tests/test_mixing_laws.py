@@ -262,9 +262,63 @@ def test_the_report_of_a_table(tmp_path):
     (dict(changes={2: dict(p=[0.5, 0.5])}), ['run 2 has 2 shares', '3 groups']),
     (dict(changes={2: dict(p=[0.5, 0.6, 0.5])}), ['run 2 sum to 1.6']),
     (dict(changes={1: dict(loss=None)}), ['no table of runs']),
+    (dict(changes={1: dict(loss=['low', 1, 1])}), ['no table of runs']),
+    (dict(changes={1: dict(loss=[-1.0, 3.0, 3.0])}), ['run 1 has the loss -1']),
+    (dict(changes={1: dict(p=[np.nan, 0.5, 0.5])}), ['run 1 sum to nan']),
+    (dict(changes={1: dict(p=[1.5, -0.5, 0.0])}), ['must not be negative']),
+    (dict(changes={1: dict(p=[[1.0]])}), ['no table of runs']),
+    (dict(changes={1: dict(seed='a')}), ['no table of runs', 'must be int']),
+    (dict(n=0), ['no table of runs', 'runs is empty']),
 ])
 def test_bad_tables_are_refused_in_a_sentence(tmp_path, change, parts):
     make_table(tmp_path / 't.json', **change)
     with pytest.raises(BadInput) as error:
         command('fit-static', tmp_path / 't.json')
     assert all(part in str(error.value) for part in parts), error.value
+
+
+@pytest.mark.parametrize('content, message', [
+    ('[]', 'no table of runs'),
+    ('null', 'no table of runs'),
+    ('{"groups": "ab", "runs": []}', 'lists of different names'),
+    ('{"groups": ["a", "a"], "runs": []}', 'lists of different names'),
+    ('{"groups": ["a", "b"], "runs": [3]}', 'no table of runs'),
+    ('{"groups": ["a", "b"], "ru', 'no valid JSON'),
+    ('{"groups": ["a"], "runs": [{"p": [1], "loss": [3]}, {"p": [1], "loss": [3]}, '
+     '{"p": [1], "loss": [2]}]}', 'needs two groups or more'),
+])
+def test_what_is_no_table_is_refused(tmp_path, content, message):
+    (tmp_path / 't.json').write_text(content)
+    with pytest.raises(BadInput, match=message):
+        command('fit-static', tmp_path / 't.json')
+
+
+@pytest.mark.parametrize('name, content', [
+    ('sim', '[]'), ('sim', '{"groups": ["a", "b"]}'),
+    ('sim', '{"groups": ["a", "b"], "methods": {"m": {"A_star": "x", "A": [], "b": []}}}'),
+    ('plot', '[]'), ('plot', '{"optimum": 5}'), ('plot', '{"fits": [1], "groups": ["a"]}'),
+])
+def test_a_file_of_fits_of_another_form(tmp_path, name, content):
+    (tmp_path / 'a_star.json').write_text(content)
+    with pytest.raises(BadInput, match='does not hold what'):
+        command(name, tmp_path / 'a_star.json')
+
+
+def test_regmix_refuses_losses_that_are_not_finite(tmp_path):
+    make_table(tmp_path / 't.json', changes={4: dict(loss=[3.0, None, 3.1])})
+    with pytest.raises(BadInput, match='the loss of run.* 4 .* is not finite'):
+        command('regmix', tmp_path / 't.json')
+
+
+def test_the_command_line_names_what_is_wrong(tmp_path, capsys):
+    make_table(tmp_path / 't.json')
+    with pytest.raises(BadInput, match="unknown command 'fit'. Commands are fit-static"):
+        command('fit', tmp_path / 't.json')
+    with pytest.raises(BadInput, match='name one folder of runs.* There are 0'):
+        run_here(['tools/mixing_laws.py', 'fit-static'])
+    with pytest.raises(BadInput, match="target = 'maths' .* Did you mean 'math'"):
+        run_here(['tools/mixing_laws.py', 'regmix', str(tmp_path / 't.json'), '--target=maths'])
+    with pytest.raises(BadInput, match='no valid JSON'):
+        (tmp_path / 'a_star.json').write_text('{')
+        run_here(['tools/mixing_laws.py', 'sim', str(tmp_path), '--huber=True'])
+    assert 'warning: --huber has no effect with sim.' in capsys.readouterr().err

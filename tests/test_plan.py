@@ -113,3 +113,14 @@ def test_the_table_has_every_model_and_its_remedies_fit(capsys):
     for name, value in re.findall(r'--(\w+)=(\w+)', remedy):
         changes[name] = int(value) if value.isdigit() else value
     assert plan.plan(config, {**knobs, **changes}, small)['fits']
+
+
+@pytest.mark.parametrize('argument', ['--anything', '--plan_on=8xH100', 'config/stage1.py'])
+def test_the_table_takes_no_arguments(argument):
+    with pytest.raises(BadInput, match=f"takes no arguments, got '{argument}'"):
+        run_here(['tools/plan.py', argument])
+
+
+def test_help(capsys):
+    assert run_here(['tools/plan.py', '--help']) == 0
+    assert 'Estimates what a run will cost' in capsys.readouterr().out

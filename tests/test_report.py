@@ -183,3 +183,62 @@ def test_a_run_that_appears_later_is_taken_in(tmp_path):
     late.rename(tmp_path / 'runs' / 'second')
     assert watcher.wait(120) == 0
     assert row((tmp_path / 'out' / 'report.md').read_text(), 'second')[3] == 'finished'
+
+
+def test_a_diverged_run_takes_no_part_and_records_are_sorted(tmp_path):
+    make_run(tmp_path / 'a', (3.0, 3.2), 0)
+    make_run(tmp_path / 'b', (2.9, 3.0), 0, learning_rate=2e-3)
+    for name, loss in (('c', None), ('d', float('nan'))):
+        run_folder = make_run(tmp_path / name, (1.0, 1.0), 0, learning_rate=len(name) + ord(name))
+        path = run_folder / 'metrics.jsonl'
+        lines = path.read_text().splitlines()
+        lines[-1] = json.dumps({**json.loads(lines[-1]), 'val/loss_a': loss})
+        path.write_text('\n'.join(lines) + '\n')
+    # Two processes that wrote to one file leave its steps out of order.
+    path = tmp_path / 'b' / 'metrics.jsonl'
+    lines = path.read_text().splitlines()
+    path.write_text('\n'.join(lines[8:] + lines[:8]) + '\n')
+    markdown, _ = page(tmp_path, *(tmp_path / name for name in 'abcd'))
+    arms = markdown.split('## Arms')[1].split('## ')[0]
+    assert row(arms, 'b')[4] == '-0.1500 (one seed, no interval)'
+    for name in 'cd':
+        assert row(arms, name)[2] == 'n/a'
+        assert f"'{name}' has diverged: its last losses are not finite" in markdown
+    # exp of a loss of 77,158 has no float.
+    make_run(tmp_path / 'e', (77158.0, 77158.0), 0)
+    markdown, _ = page(tmp_path, tmp_path / 'e')
+    assert row(markdown, 'e')[6] == 'inf'
+
+
+@pytest.mark.parametrize('name, damage, message', [
+    ('config.json', '[]', 'no config of a run'),
+    ('config.json', 'null', 'no config of a run'),
+    ('config.json', '', 'no valid JSON'),
+    ('config.json', dict(n_layer='DELETE'), "has no knob 'n_layer'"),
+    ('config.json', dict(sources='DELETE'), "has no knob 'sources'"),
+    ('config.json', dict(seed='zero'), "seed must be int, got str 'zero'"),
+    ('config.json', dict(n_embd='64'), "n_embd must be int, got str '64'"),
+    ('config.json', dict(n_head=0), 'config.json: n_head = 0 must be at least 1'),
+    ('config.json', dict(total_batch_tokens=0), 'total_batch_tokens = 0'),
+    ('config.json', dict(sources=['a']), 'sources must be dict'),
+    ('config.json', dict(sources={'a': -1.0}), 'are no weights'),
+    ('config.json', dict(max_steps='many'), 'max_steps must be int'),
+    ('metrics.jsonl', '{"step": 0, "val/loss": "low"}\n', "val/loss = 'low' is no number"),
+    ('metrics.jsonl', '{"step": 0, "val/loss": -2.5}\n', 'is negative'),
+    ('eval.json', '[1]', 'no file of results'),
+    ('eval.json', '{"results": {"t": 5}}', 'no file of results'),
+    ('eval.json', '{"results": {"t": {"metrics": {"acc": ["x", null]}}}}', 'no file of results'),
+])
+def test_a_damaged_run_is_named(tmp_path, name, damage, message):
+    folder = make_run(tmp_path / 'a', (3.0, 3.2), 0)
+    if isinstance(damage, dict):
+        config = {**json.loads((folder / name).read_text()), **damage}
+        damage = json.dumps({k: v for k, v in config.items() if v != 'DELETE'})
+    (folder / name).write_text(damage)
+    with pytest.raises(BadInput, match=message):
+        page(tmp_path, folder)
+
+
+def test_a_config_of_another_version_may_have_more_knobs(tmp_path):
+    folder = make_run(tmp_path / 'a', (3.0, 3.2), 0, a_knob_of_later=5)
+    assert row(page(tmp_path, folder)[0], 'a')[3] == 'finished'

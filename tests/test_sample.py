@@ -151,8 +151,36 @@ def test_a_conversation_in_a_terminal(trained):
     ('--ckpt=CKPT --chat=True --chat_template=llama3', r'has no <\|start_header_id'),
     ('--ckpt=CKPT --chat=True --chat_template=alpaca', 'must be one of llama3, chatml'),
     (f'--ckpt=CKPT --prompt={"x" * 80}', 'has 81 tokens, the context of the model 64'),
+    ('--ckpt=CKPT --prompt=a\udcff', 'prompt is not valid UTF-8 text: character 2'),
+    ('--ckpt=CKPT --chat=True --system=\udcff', 'system is not valid UTF-8'),
+    ('--ckpt=CKPT --n_samples=0', 'n_samples = 0 must be at least 1'),
+    ('--ckpt=CKPT --seed=99999999999999999999', 'seed = 99999999999999999999 must be at least 0'),
+    ('--ckpt=CKPT --dtype=int8', "dtype = 'int8' must be one of auto, float32, bfloat16"),
+    ('--ckpt=CKPT --device=tpu', "device = 'tpu' must be one of auto, cpu, cuda"),
 ])
 def test_bad_input(trained, arguments, message):
     arguments = arguments.replace('CKPT', str(trained)).split()
     with pytest.raises(BadInput, match=message):
         run_here(['tools/sample.py', '--device=cpu', *arguments])
+
+
+@pytest.mark.parametrize('said, template, message', [
+    (b'\xff\xfe\n', None, 'the message is not valid UTF-8'),
+    (b'hello\n', '{{ 1//0 }}', 'fails in its line 1: ZeroDivisionError'),
+])
+def test_a_chat_that_cannot_go_on(trained, tmp_path, monkeypatch, said, template, message):
+    hf.export_model(str(trained), str(tmp_path / 'hf'), 'auto', None)
+    if template:
+        (tmp_path / 'hf' / 'chat_template.jinja').write_text(template)
+    (tmp_path / 'said').write_bytes(said)
+    with open(tmp_path / 'said', encoding='utf-8') as stdin, pytest.raises(BadInput, match=message):
+        monkeypatch.setattr(sys, 'stdin', stdin)
+        run_here(['tools/sample.py', f'--ckpt={tmp_path}/hf', '--device=cpu', '--chat=True'])
+
+
+def test_knobs_without_effect_are_said(trained, capsys):
+    options = ['--device=cpu', f'--ckpt={trained}', '--max_new_tokens=1', '--temperature=0']
+    run_here(['tools/sample.py', *options, '--system=x', '--top_k=5'])
+    said = capsys.readouterr().err
+    assert 'warning: --system has no effect without --chat=True.' in said
+    assert 'warning: --top_k has no effect with --temperature=0.' in said

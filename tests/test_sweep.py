@@ -186,3 +186,37 @@ def test_a_finished_run_with_other_knobs_is_not_taken_for_this_one(tmp_path, tin
 def test_an_impossible_sweep_is_refused(tmp_path, tiny_data, own, knobs, message):
     with pytest.raises(BadInput, match=message):
         run_here(command(tiny_data, tmp_path / 'out', *own, **knobs))
+
+
+@pytest.mark.parametrize('arguments, message', [
+    ('bogus', "unknown command 'bogus'. Commands are arch, grid"),
+    ('grid --grid.learning_rate=["a"]', "learning_rate must be float, got str 'a'"),
+    ('grid --grid.learning_rate=[-1]', 'learning_rate = -1.0 must be at least 0'),
+    ('grid --grid.learning_rate=[1,1]', 'has a value twice'),
+    ('grid --grid.seed=[1,2]', 'See --seeds'),
+    ('grid --seeds=[] --grid.learning_rate=[1]', 'seeds = '),
+    ('grid --seeds=[0,0] --grid.learning_rate=[1]', 'seeds = '),
+    ('grid --seeds=[-1] --grid.learning_rate=[1]', 'seeds = '),
+    ('grid --jobs=0', 'jobs = 0 must be at least 1'),
+    ('grid --threads=0', 'threads = 0 must be at least 1'),
+    ('grid --out= --grid.learning_rate=[1]', 'out is empty'),
+    ('arch --heads=["a"]', 'heads = .* whole numbers above 0'),
+    ('arch --ffn_ratios=[0]', 'ffn_ratios = .* numbers above 0'),
+    ('arch --n_params=[5]', 'must be .fewest, most. parameters'),
+    ('mixture --method=nope --break_step=2', "mixture = 'nope' must be one of"),
+    ('mixture --n=0', 'n = 0 must be at least 1'),
+    ('mixture --break_step=0', 'break_step = 0 must be at least 1'),
+    ('method --method=regmix --target=c', "target = 'c' is none of the sources a, b"),
+    ('method --method=dml --dry_run=True', 'dry_run is not for method'),
+])
+def test_a_mistake_is_noticed_before_the_first_run(tmp_path, tiny_data, arguments, message):
+    name, *own = arguments.split()
+    with pytest.raises(BadInput, match=message):
+        run_here([*command(tiny_data, tmp_path / 'out', name), *own])
+    assert not list(tmp_path.glob('out/*_seed*'))
+
+
+def test_a_knob_without_effect_is_said(tmp_path, capsys):
+    command = ['tools/sweep.py', 'arch', '--heads=[4]', '--ffn_ratios=[1]', '--dry_run=True']
+    run_here([*command, '--unit=flops', f'--out={tmp_path}'])
+    assert 'warning: --unit has no effect with arch.' in capsys.readouterr().err

@@ -37,18 +37,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from configurator import BadInput, RunFault, configure
+from configurator import BadInput, RunFault, at_least, configure, one_of
 from lib.device import device_name, leave_ranks, peak_flops, pick_dtype, start_ranks, tune_malloc
+from tools.commands import read_command, warn_unused
 
 # -- knobs --
 models: list | None = None       # names of SHAPES. None: what fits the device (steps), s1 (parts)
 dtypes = ['auto']                # auto, as train.py chooses | float32 | bfloat16 by autocast
-rounds = 5                       # turns of every side
-tokens: int | None = None        # tokens per row. None: those of the shape (steps), 256 (parts)
+rounds: at_least(1) = 5          # turns of every side
+tokens: at_least(1) | None = None    # tokens per row. None: those of the shape (steps), or 256
 vs = ''                          # steps: peers, separated by commas
 compiled = [False, True]         # steps: eager, compiled blocks, or both
-rows: int | None = None          # steps: rows of a step. None: those of the shape
-kernels = 'auto'                 # steps: as in train.py
+rows: at_least(1) | None = None      # steps: rows of a step. None: those of the shape
+kernels: one_of('auto', 'triton', 'torch') = 'auto'     # steps: as in train.py
 profile = False                  # steps: also print where the time goes
 json = ''                        # steps: file for all figures
 parts: list | None = None        # parts: what to measure. None: everything
@@ -951,6 +952,32 @@ def measure_case(name):
     leave_ranks(0)
 
 
+def bench_checkpoint(n_rounds, device):
+    """Checking, reading and writing a checkpoint of SmolLM2-135M with AdamW, in the page cache."""
+    from lib import checkpoint
+    model = make_model(SMOLLM2, device)
+    optimizer = make_optimizer(model)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    state = dict(model=asdict(model.config), config={})
+    with tempfile.TemporaryDirectory() as out:
+        writer = checkpoint.Checkpointer(out, 1, False)
+        folder = f'{out}/ckpt/step_000000'
+        writer.save(0, model, [optimizer], state)
+        n_bytes = sum(entry['bytes'] for entry in checkpoint.read_manifest(folder).values())
+        jobs = {
+            'read': lambda: checkpoint.load(folder, model, [optimizer]),
+            'check, untouched since it was written': lambda: checkpoint.fault_of(folder),
+            'check, every byte': lambda: checkpoint.fault_of(folder, trusts_stamps=False),
+            'write': lambda: writer.save(0, model, [optimizer], state),
+        }
+        medians, ratios = in_turns(jobs, n_rounds)
+    print_head(f'checkpoint, {n_bytes / 1e9:.2f} GB', 'job', 's', 'time against reading')
+    for name, seconds in medians.items():
+        print_row(name, f'{seconds:.3f}', spread(ratios[name], '.4f'))
+
+
 def bench_memory(names):
     """The peak of tensors in a step, measured and planned. Ranks are processes of torchrun."""
     print(f"{'case':<20}{'measured':>12}{'planned':>10}   MiB; ratio; moment of the planned peak")
@@ -971,14 +998,20 @@ def bench_memory(names):
 # -- the command line ------------------------------------------------------------------------------
 
 OF_MODELS = dict(influence=bench_influence, presence=bench_presence, kd=bench_kd)
-OTHERS = dict(loader=bench_loader, loss=bench_loss)
+OTHERS = dict(loader=bench_loader, checkpoint=bench_checkpoint, loss=bench_loss)
 OTHERS.update(attention=bench_attention, kernels=bench_kernels)
+
+
+# Command -> knobs that it does not read.
+UNUSED = dict(steps=('parts', 'cases'))
+UNUSED['parts'] = ('vs', 'compiled', 'rows', 'kernels', 'profile', 'json')
+UNUSED['memory'] = ('models', 'dtypes', 'rounds', 'tokens', 'parts', *UNUSED['parts'])
 
 
 def check_names(names, known):
     for name in names:
         if name not in known:
-            raise BadInput(f"'{name}' must be one of {', '.join(known)}.")
+            raise BadInput(f"'{name}' must be one of {', '.join(map(str, known))}.")
 
 
 def check_peers(names, device):
@@ -992,9 +1025,10 @@ def check_peers(names, device):
 
 
 if __name__ == '__main__':
-    command = sys.argv[1] if len(sys.argv) > 1 else '--help'
-    commands = ('steps', 'parts', 'memory', 'side', 'case')
-    configure(globals(), sys.argv[2:] if command in commands else ['--help'], verbose=False)
+    # `side` and `case` run in the processes that `steps` and `memory` start.
+    command, arguments = read_command(('steps', 'parts', 'memory', 'side', 'case'))
+    configure(globals(), arguments, verbose=False)
+    warn_unused(arguments, UNUSED.get(command, ()), f'with {command}')
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     if device.type == 'cpu':
         # Threads that wait for others spin, and CPU time would count that as work.
@@ -1007,6 +1041,10 @@ if __name__ == '__main__':
     check_names(chosen, SHAPES)
     chosen_cases = cases.split(',') if cases else list(CASES)
     check_names(chosen_cases, CASES)
+    check_names(dtypes, ('auto', 'float32', 'bfloat16'))
+    check_names(compiled, (True, False))
+    if command == 'steps' and not (dtypes and compiled):
+        raise BadInput('dtypes and compiled name no case: give each of them one value or more.')
     works = []
     for name in chosen:
         _, n_rows, n_tokens = SHAPES[name]
@@ -1026,7 +1064,6 @@ if __name__ == '__main__':
     if command in ('steps', 'parts'):
         print(', '.join(f'{key} {value}' for key, value in about.items()))
 
-    # `side` and `case` run in the processes that `steps` and `memory` start.
     if command == 'side':
         run_side(vs, works[0], device)
     elif command == 'case':

@@ -15,9 +15,11 @@ import os
 import random
 import time
 
+import lm_eval
 import numpy as np
 import torch
 import torch.distributed as dist
+from jinja2 import BaseLoader, StrictUndefined, TemplateError
 from lm_eval import simple_evaluate
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import (
@@ -29,11 +31,12 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from configurator import BadInput, RunFault, did_you_mean, read_json
+from configurator import BadInput, RunFault, check_type, did_you_mean, read_json
 from data import open_shard
-from lib.chat import JINJA, render
+from lib.chat import JINJA, render, sandbox_class
 from lib.parallel import sum_numbers
 from lib.reading import local_files, read_batches, records_of
+from tools.task_files import check_task
 
 # Set -> task -> shots. None: the task's own number.
 ZERO_SHOT = 'arc_easy arc_challenge hellaswag winogrande piqa boolq openbookqa social_iqa'.split()
@@ -121,6 +124,10 @@ class Scorer(TemplateLM):
             return text
         # The model continues the last message, so its turn must not be closed.
         last = chat_history[-1]['content'].strip()
+        if last not in text:
+            raise BadInput(
+                "the model's chat template does not show the last message as it is, which this "
+                'task continues. Set --chat_template to llama3 or chatml, or leave it out.')
         return text[: text.rindex(last) + len(last)]
 
     def chat_template(self, chat_template=False):
@@ -331,16 +338,50 @@ def expand_tasks(names, shots, manager):
     return tasks if shots is None else dict.fromkeys(tasks, shots)
 
 
+# What lm-eval raises for a YAML that asks for what is not there: a field, a split, a metric.
+FAULTS_OF_FILES = (
+    TypeError, ValueError, LookupError, AttributeError, AssertionError, SyntaxError, TemplateError)
+
+
+def guard_templates():
+    """Makes lm-eval render templates in a sandbox from now on. Its own tasks render the same."""
+    options = dict(loader=BaseLoader(), undefined=StrictUndefined, keep_trailing_newline=True)
+    environment = sandbox_class()(**options)
+    environment.filters['regex_replace'] = lm_eval.utils.regex_replace
+    lm_eval.utils.env = environment
+
+
+def refuse_unsafe(name):
+    raise BadInput(
+        f"task '{name}' runs code that the model wrote. Set --allow_code=True in a sandbox, or "
+        f'leave it out: -{name} after the name of the set.'
+    )
+
+
 def load_tasks(names, shots=None, allow_code=False):
     """Loads tasks with their data: {task: (shots, lm-eval's task objects)}.
 
-    names and shots as in `expand_tasks`. Raises BadInput for an unknown task, and for a task that
-    runs code written by the model unless allow_code. Raises RunFault if its data cannot be loaded.
+    names and shots as in `expand_tasks`. Raises BadInput for an unknown task and for a YAML file
+    that is wrong. Unless allow_code, it also raises BadInput for a task that runs code written by
+    the model, and for a YAML file that runs code of its author.
+    Raises RunFault if the data cannot be loaded.
     """
     logging.getLogger('lm_eval').setLevel(logging.ERROR)
     manager = task_manager()
+    tasks = expand_tasks(names, shots, manager)
+    files = [name for name in tasks if name not in manager.all_tasks]
+    # All files are checked before anything of one of them is loaded.
+    for file in files:
+        check_task(file, allow_code)
+    if files and not allow_code:
+        guard_templates()
+    for name in tasks:
+        about = manager.task_index.get(name)
+        # Before the load, because lm-eval runs code of the hub while it loads such a task.
+        if about is not None and (about.cfg or {}).get('unsafe_code') and not allow_code:
+            refuse_unsafe(name)
     found = {}
-    for name, count in expand_tasks(names, shots, manager).items():
+    for name, count in tasks.items():
         # Some tasks shuffle their documents while they load. lm-eval sets the same seeds.
         random.seed(0)
         np.random.seed(1234)
@@ -350,16 +391,16 @@ def load_tasks(names, shots=None, allow_code=False):
         except Exception as error:
             # lm-eval, datasets and the hub raise errors of any type.
             reason = (str(error).strip().splitlines() or [''])[0]
+            reason = f'{type(error).__name__}: {reason}'
+            if name in files and isinstance(error, FAULTS_OF_FILES):
+                raise BadInput(f"task '{name}' cannot be used ({reason}). Mend its YAML.") from None
             raise RunFault(
-                f"task '{name}' or its data cannot be loaded ({type(error).__name__}: {reason}). "
+                f"task '{name}' or its data cannot be loaded ({reason}). "
                 'Check the network or the YAML, or leave it out.'
             ) from error
         runs_code = any(getattr(t, 'UNSAFE_CODE', False) for t in loaded['tasks'].values())
         if runs_code and not allow_code:
-            raise BadInput(
-                f"task '{name}' runs code that the model wrote. Set --allow_code=True in a "
-                f'sandbox, or leave it out: -{name} after the name of the set.'
-            )
+            refuse_unsafe(name)
         # A group includes its tasks and groups, so only the outermost ones are run.
         inner = set().union(*loaded['group_map'].values())
         groups = [group for label, group in loaded['groups'].items() if label not in inner]
@@ -376,18 +417,24 @@ def run_tasks(scorer, tasks, limit=None, allow_code=False, done=lambda results: 
     items: {metric: value of every document}, where the metric has such values
     """
     results = {}
-    for count, loaded in tasks.values():
+    for name, (count, loaded) in tasks.items():
         start = time.perf_counter()
-        found = simple_evaluate(
-            scorer,
-            tasks=loaded,
-            num_fewshot=count,
-            limit=limit,
-            apply_chat_template=scorer.template is not None,
-            confirm_run_unsafe_code=allow_code,
-            task_manager=task_manager(),
-            bootstrap_iters=1000,
-        )
+        try:
+            found = simple_evaluate(
+                scorer,
+                tasks=loaded,
+                num_fewshot=count,
+                limit=limit,
+                apply_chat_template=scorer.template is not None,
+                confirm_run_unsafe_code=allow_code,
+                task_manager=task_manager(),
+                bootstrap_iters=1000,
+            )
+        except TemplateError as error:
+            raise BadInput(
+                f"task '{name}': a template fails on a document ({type(error).__name__}: {error}). "
+                'Mend its YAML or its data.'
+            ) from None
         box = [found and summarize(found, time.perf_counter() - start)]
         # lm-eval returns its results on rank 0 only.
         if dist.is_initialized():
@@ -468,7 +515,13 @@ def read_documents(path, tokenizer, column, limit):
 
 def read_shards(path, tokenizer, limit):
     """`read_documents` of a source's folder. Raises BadInput for shards of another tokenizer."""
-    theirs = read_json(os.path.join(path, 'meta.json'))['tokenizer']['fingerprint']
+    meta = os.path.join(path, 'meta.json')
+    try:
+        theirs = read_json(meta)['tokenizer']['fingerprint']
+    except (KeyError, TypeError):
+        raise BadInput(
+            f'{meta} does not name the tokenizer of its shards. Restore it, or prepare the source '
+            'again.') from None
     if theirs != tokenizer.fingerprint:
         raise BadInput(f'{path} has another tokenizer than the model ({theirs}).')
     sizes = tokenizer.token_bytes()
@@ -554,6 +607,9 @@ def compare_results(results, others):
 
 def print_differences(rows):
     """Prints the rows of `compare_results`."""
+    if not rows:
+        print('\nnothing to compare: the two files of results have no task and metric in common')
+        return
     print(
         f'\n{"task":<28}{"metric":<24}{"here":>9}{"there":>9}{"difference":>12}{"stderr":>9}'
     )
@@ -574,6 +630,8 @@ def results_path(ckpt, out):
             out = os.path.join(os.path.dirname(parent), f'eval_{name}.json')
         else:
             out = os.path.join(folder, 'eval.json')
+    elif out is not None and os.path.isdir(out):
+        raise BadInput(f"out = '{out}' is a folder. Name a file of results, {out}/eval.json.")
     elif out is None:
         out = ckpt.replace('/', '_') + '_eval.json'
     if not os.path.isdir(os.path.dirname(out) or '.'):
@@ -584,13 +642,24 @@ def results_path(ckpt, out):
 
 
 def read_results(path):
-    """Reads {task: entry} from a file of results or a run's folder. Raises BadInput."""
+    """Reads {task: entry} from a file of results or a run's folder. Raises BadInput.
+
+    Every entry has `metrics`, and `items` unless another program wrote it.
+    """
     path = os.path.join(path, 'eval.json') if os.path.isdir(path) else path
     try:
         with open(path, encoding='utf-8') as f:
-            return json.load(f)['results']
-    except (OSError, ValueError, KeyError, TypeError) as error:
+            results = json.load(f)['results']
+        for entry in results.values():
+            for value, error in entry['metrics'].values():
+                check_type(value, 'float', None)
+                check_type(error, 'float | None', None)
+            for values in entry.setdefault('items', {}).values():
+                for value in values:
+                    check_type(value, 'float', None)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BadInput(f'{path} is no file of results: {error!r}.') from None
+    return results
 
 
 def write_results(path, results, about):

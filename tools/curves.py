@@ -8,6 +8,7 @@ not get that far are left out, and the table says how many they are.
 """
 import csv
 import glob
+import io
 import json
 import os
 import re
@@ -17,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-from configurator import BadInput, pick, read_json
+from configurator import BadInput, check_type, pick, read_json, read_source
 from model import ModelConfig, count_parameters
 from tools.plots import draw_curves
 from tools.runs import read_run, token_flops
@@ -34,10 +35,11 @@ class Curve:
     source: str                     # file or folder that it was read from
     shape: tuple                    # the values of SHAPE
     params: int                     # parameters of the model, embeddings included
-    loss: np.ndarray                # (points,) nats per token, may hold nan
+    loss: np.ndarray                # (points,) nats per token, finite
     x: dict                         # unit -> (points,) where the losses were taken. None: unknown
     seed: int = 0
     tokenizer: str | None = None
+    n_left_out: int = 0             # points whose loss or gradient norm was not finite
 
     @property
     def label(self):
@@ -65,19 +67,49 @@ def shape_of(name, source):
     if found is None:
         form = '_'.join(SHAPE)
         raise BadInput(f"{source}: '{name}' does not name a shape as {form}: 10_22_160_240.")
-    return tuple(int(n) for n in found.groups())
+    shape = tuple(int(n) for n in found.groups())
+    if 0 in shape:
+        raise BadInput(f"{source}: '{name}' names a shape with a 0 in it.")
+    return shape
+
+
+def as_number(value, name, where):
+    """A number from a file: float, nan for None. Raises BadInput for anything else."""
+    if value is None:
+        return np.nan
+    try:
+        return check_type(value, 'float', None)
+    except TypeError as error:
+        raise BadInput(f'{where}: {name} {error}.') from None
 
 
 def make_curve(name, source, shape, params, points, seed=0, tokenizer=None):
-    """A Curve from its points: dicts with loss, step and perhaps tokens and flops."""
+    """A Curve from its points: dicts with loss, step and perhaps tokens, flops and grad_norm.
+
+    The points may have any order. The last one of a step counts, as a run that was resumed logs
+    steps again. A point whose loss or gradient norm is not finite is left out: that of a diverged
+    run. Raises BadInput for what is no number, and for a step or a loss below 0.
+    """
+    where = f"{source}: run '{name}'"
+    by_step = {}            # step -> point
+    for point in points:
+        point = {key: as_number(value, key, where) for key, value in point.items()}
+        if not 0 <= point['step'] < np.inf or point['loss'] < 0:
+            raise BadInput(
+                f'{where} has the loss {point["loss"]} at step {point["step"]}, which cannot be.')
+        by_step[point['step']] = point
+    kept = []
+    for step in sorted(by_step):
+        point = by_step[step]
+        if np.isfinite(point['loss']) and np.isfinite(point.get('grad_norm', 0.0)):
+            kept.append(point)
     x = {}
     for unit in UNITS:
-        values = [point.get(unit) for point in points]
-        # An empty cell of a CSV is unknown as well.
-        is_known = not any(value in (None, '') for value in values)
-        x[unit] = np.array(values, dtype=np.float64) if is_known else None
-    loss = np.array([point['loss'] for point in points], dtype=np.float64)
-    return Curve(name, source, shape, params, loss, x, seed, tokenizer)
+        values = np.array([point.get(unit, np.nan) for point in kept], dtype=np.float64)
+        x[unit] = values if np.isfinite(values).all() else None
+    loss = np.array([point['loss'] for point in kept], dtype=np.float64)
+    n_left_out = len(by_step) - len(kept)
+    return Curve(name, source, shape, params, loss, x, seed, tokenizer, n_left_out)
 
 
 def read_train_run(folder, loss):
@@ -87,13 +119,16 @@ def read_train_run(folder, loss):
     flops_per_step = token_flops(config) * config['total_batch_tokens']
     points = []
     for record in run.records:
-        y = record.get(f'{loss}/loss')
         # A training loss is logged at the index of its step, an evaluation at the steps done. The
         # evaluation before training is left out.
         step = record['step'] + 1 if loss == 'train' else record['step']
-        if y is not None and step > 0:
+        if f'{loss}/loss' in record and step > 0:
             tokens = step * config['total_batch_tokens']
-            points.append(dict(step=step, loss=y, tokens=tokens, flops=step * flops_per_step))
+            point = dict(step=step, loss=record[f'{loss}/loss'], tokens=tokens)
+            point['flops'] = step * flops_per_step
+            if loss == 'train' and 'train/grad_norm' in record:
+                point['grad_norm'] = record['train/grad_norm']
+            points.append(point)
     shape = tuple(config[name] for name in SHAPE)
     params = count_parameters(pick(ModelConfig, config))['total']
     return make_curve(run.name, folder, shape, params, points, run.seed, run.tokenizer)
@@ -104,17 +139,12 @@ def read_trainer_states(folder, paths, loss):
 
     ablation_params.tsv in `folder` has the parameters of every shape, as `sweep.py arch` writes it.
     """
-    counts = {}             # shape -> parameters
     counts_path = os.path.join(folder, 'ablation_params.tsv')
-    if os.path.isfile(counts_path):
-        with open(counts_path, encoding='utf-8') as f:
-            for row in csv.reader(f, delimiter='\t'):
-                *shape, params = (int(cell) for cell in row)
-                counts[tuple(shape)] = params
+    counts = read_counts(counts_path) if os.path.isfile(counts_path) else {}
     # A run may have a state in every checkpoint. The latest one holds the full history.
     latest = {}             # name of the run -> (path, state)
     for path in paths:
-        state = read_json(path)
+        state = read_state(path)
         run_folder = os.path.dirname(path)
         if re.fullmatch(r'checkpoint-\d+', os.path.basename(run_folder)):
             run_folder = os.path.dirname(run_folder)
@@ -131,10 +161,12 @@ def read_trainer_states(folder, paths, loss):
                 f'separated by tabs: {", ".join(SHAPE)}, parameters.')
         points = []
         for entry in state['log_history']:
-            if entry.get(key) is not None:
+            if key in entry:
                 point = dict(step=entry['step'], loss=entry[key])
                 # 0 means that the Trainer did not count tokens.
                 point['tokens'] = entry.get('num_input_tokens_seen') or None
+                if 'grad_norm' in entry:
+                    point['grad_norm'] = entry['grad_norm']
                 if state.get('total_flos'):
                     point['flops'] = entry['step'] / state['global_step'] * state['total_flos']
                 points.append(point)
@@ -142,28 +174,79 @@ def read_trainer_states(folder, paths, loss):
     return curves
 
 
+def read_counts(path):
+    """The parameters of every shape in an ablation_params.tsv: dict shape -> int."""
+    counts = {}
+    for i, line in enumerate(read_source(path).splitlines(), 1):
+        try:
+            *shape, params = (int(cell) for cell in line.split('\t'))
+        except ValueError:
+            shape = []
+        if len(shape) != len(SHAPE) or params < 1:
+            raise BadInput(
+                f'{path}:{i} must be five whole numbers separated by tabs: {", ".join(SHAPE)}, '
+                'parameters.')
+        counts[tuple(shape)] = params
+    return counts
+
+
+def read_state(path):
+    """A trainer_state.json. Raises BadInput if it is damaged or has another form."""
+    state = read_json(path)
+    try:
+        step = check_type(state['global_step'], 'int', None)
+        check_type(state.get('total_flos'), 'float | None', None)
+        for entry in state['log_history']:
+            entry.get('loss')
+            check_type(entry['step'], 'int', None)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise BadInput(
+            f'{path} is no trainer_state.json of Hugging Face ({type(error).__name__}: {error}). '
+            'It needs global_step and log_history, a list of entries with a step.') from None
+    if step < 1 and state['log_history']:
+        raise BadInput(f'{path}: global_step = {step} must be at least 1.')
+    return state
+
+
+def number_in(row, name, where):
+    """A number in a cell of a CSV: float, None for an empty cell. Raises BadInput."""
+    text = row.get(name)
+    if text in (None, ''):
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        raise BadInput(f"{where}: {name} is '{text}', which is no number.") from None
+
+
 def read_csv(path):
     """Curves from a table with the columns step, loss, params, config, as `write_csv` makes it.
 
-    The columns seed, tokens and flops are optional.
+    The columns seed, tokens and flops are optional. Raises BadInput for a table of another form.
     """
-    with open(path, encoding='utf-8', newline='') as f:
-        rows = list(csv.DictReader(f))
+    try:
+        rows = list(csv.DictReader(io.StringIO(read_source(path), newline='')))
+    except csv.Error as error:
+        raise BadInput(f'{path} is no table ({error}). Restore it.') from None
     missing = {'step', 'loss', 'params', 'config'} - set(rows[0] if rows else ())
     if missing:
         raise BadInput(
             f"{path} has no column {', '.join(sorted(missing))}. The first line of a table of "
             'curves names step, loss, params and config.')
-    by_run = {}             # (name, seed) -> step -> row. Published tables repeat some steps
-    for row in rows:
-        points = by_run.setdefault((row['config'], int(row.get('seed') or 0)), {})
-        # Two rows of one step would give np.interp two losses at the same point.
-        points[float(row['step'])] = row
+    by_run = {}             # (name, seed) -> (parameters, points)
+    for i, row in enumerate(rows, 2):
+        where = f'{path}:{i}'
+        numbers = {key: number_in(row, key, where) for key in ('params', 'seed', 'loss', *UNITS)}
+        params = numbers.pop('params') or 0
+        seed = numbers.pop('seed') or 0
+        is_right = 1 <= params < 1e18 and abs(seed) < 1e18
+        if not (row['config'] and is_right) or numbers['step'] is None:
+            raise BadInput(f'{where} needs a config, a step, and params and seed as whole numbers.')
+        key = (row['config'], int(seed))
+        by_run.setdefault(key, (int(params), []))[1].append(numbers)
     curves = []
-    for (name, seed), points in by_run.items():
-        ordered = [points[step] for step in sorted(points)]
-        params = int(ordered[0]['params'])
-        curves.append(make_curve(name, path, shape_of(name, path), params, ordered, seed))
+    for (name, seed), (params, points) in by_run.items():
+        curves.append(make_curve(name, path, shape_of(name, path), params, points, seed))
     return curves
 
 
@@ -176,15 +259,15 @@ def read_compact(path, loss):
     key = dict(val='eval_loss', train='train_loss')[loss]
     curves = []
     try:
-        first = found['meta']['first_step']
-        stride = found['meta']['step_stride']
+        first = check_type(found['meta']['first_step'], 'int', None)
+        stride = check_type(found['meta']['step_stride'], 'int', None)
         for name, run in found['runs'].items():
             # A run without parameters or without this loss has no place in a band.
             if run['params'] is not None and run[key]:
+                params = check_type(run['params'], 'int', None)
                 points = [dict(step=first + stride * i, loss=y) for i, y in enumerate(run[key])]
-                shape = shape_of(name, path)
-                curves.append(make_curve(name, path, shape, run['params'], points))
-    except (KeyError, TypeError) as error:
+                curves.append(make_curve(name, path, shape_of(name, path), params, points))
+    except (KeyError, TypeError, AttributeError) as error:
         raise BadInput(f'{path} is no table of curves ({type(error).__name__}: {error}).') from None
     return curves
 
@@ -215,10 +298,14 @@ def read_curves(path, loss):
         curves = read_compact(compact, loss)
     else:
         raise BadInput(f"'{path}' has neither a metrics.jsonl nor a trainer_state.json in it.")
+    report_left_out(curves)
     # A sweep may be collected while it trains, when some runs have no loss of this kind yet.
-    curves = [curve for curve in curves if np.isfinite(curve.loss).any()]
+    n_runs = len(curves)
+    curves = [curve for curve in curves if len(curve.loss)]
     if not curves:
         raise BadInput(f"no run in '{path}' has a {loss} loss yet.")
+    if len(curves) < n_runs:
+        print(f'left out: {n_runs - len(curves)} runs without a {loss} loss')
     tokenizers = {curve.tokenizer: curve.name for curve in curves if curve.tokenizer}
     if len(tokenizers) > 1:
         a, b = list(tokenizers.values())[:2]
@@ -226,6 +313,18 @@ def read_curves(path, loss):
             f"runs '{a}' and '{b}' have different tokenizers: their losses are not comparable. "
             'Collect them separately.')
     return curves
+
+
+def report_left_out(curves):
+    """Prints how many points of diverged runs were left out."""
+    diverged = [curve for curve in curves if curve.n_left_out]
+    if diverged:
+        names = ', '.join(curve.name for curve in diverged[:5])
+        names += ', ...' if len(diverged) > 5 else ''
+        n_points = sum(curve.n_left_out for curve in diverged)
+        print(
+            f'left out: {n_points:,} points of {len(diverged)} runs, because their loss or '
+            f'gradient norm is not finite ({names})')
 
 
 # -- picks -----------------------------------------------------------------------------------------
@@ -245,13 +344,10 @@ def loss_at(curve, unit, at):
     x = curve.x[unit]
     if x is None:
         raise BadInput(f"'{curve.name}' ({curve.source}) does not say its {unit}. Compare by step.")
-    # A diverged run logs losses that are not finite.
-    keep = np.isfinite(curve.loss)
-    x = x[keep]
     # The tolerance is for FLOPs, whose products differ in the last bits.
     if not len(x) or x[0] > at * (1 + 1e-9) or at > x[-1] * (1 + 1e-9):
         return np.nan
-    return float(np.interp(at, x, curve.loss[keep]))
+    return float(np.interp(at, x, curve.loss))
 
 
 def common_point(curves, unit):
@@ -409,8 +505,8 @@ def effects(curves, unit, at, least=0):
 
 def parse_band(text):
     """A band of sizes as (low, high): '3e6-5e6', '3M-5M', or '5M' for 10 % to either side."""
-    number = r'([\d.]+(?:e\d+)?)([kKMB]?)'
-    found = re.fullmatch(f'{number}(?:-{number})?', text)
+    number = r'(\d+(?:\.\d+)?(?:e\d{1,2})?)([kKMB]?)'
+    found = re.fullmatch(f'{number}(?:-{number})?', str(text))
     if found is None:
         raise BadInput(
             f"bands: '{text}' must be such as 5M (10 % to either side), 3M-5M or 3e6-5e6.")
@@ -440,8 +536,6 @@ def write_csv(path, curves):
         table.writerow(['config', *SHAPE, 'params', 'seed', *UNITS, 'loss'])
         for curve in curves:
             for i, loss in enumerate(curve.loss):
-                if not np.isfinite(loss):
-                    continue
                 xs = ['' if curve.x[u] is None else f'{curve.x[u][i]:.0f}' for u in UNITS]
                 table.writerow([curve.name, *curve.shape, curve.params, curve.seed, *xs, loss])
 
@@ -509,6 +603,10 @@ def collect(path, out, bands, unit, at, loss, least):
     least   parameters that a model must have to count for the effects of shape
     Returns what collect.json holds.
     """
+    for name, point in bands.items():
+        parse_band(name)
+        if point is not None and (not isinstance(point, (int, float)) or point <= 0):
+            raise BadInput(f"bands: the point of '{name}' must be a number above 0, got {point!r}.")
     curves = read_curves(path, loss)
     os.makedirs(out, exist_ok=True)
     write_csv(os.path.join(out, 'curves.csv'), curves)

@@ -16,19 +16,21 @@ resolves far smaller differences between two models than their standard errors d
 """
 
 import os
+import sys
 import time
 from importlib.metadata import version
-
-import torch
 
 if __name__ == '__main__':
     import _path  # noqa: F401  (puts the project's folder on the import path)
 
-from configurator import BadInput, configure
+import torch
+
+from configurator import BadInput, at_least, configure, one_of
 from lib import hf
 from lib.chat import find_template
 from lib.device import leave_ranks, pick_dtype, start_ranks, tune_malloc
 from tools import benchmarks
+from tools.commands import warn_unused
 
 # -- knobs --
 ckpt = ''                               # run, checkpoint, imported folder, Hugging Face folder or
@@ -38,24 +40,33 @@ tasks = ''                              # comma-separated: core, bitdistill, tas
 bpb = ''                                # bits per byte of these, comma-separated: files of text,
                                         # or folders of sources (their val shards)
 column = 'text'                         # bpb: field of a record that holds its text
-limit: int | None = None                # documents per task; None: all
-num_fewshot: int | None = None          # shots; None: those of the set, or the task's own
-context: int | None = None              # tokens that the model may see; None: as in training
+limit: at_least(1) | None = None        # documents per task; None: all
+num_fewshot: at_least(0) | None = None  # shots; None: those of the set, or the task's own
+context: at_least(1) | None = None      # tokens that the model may see; None: as in training
 chat_template: str | None = None        # ask in conversations: auto (the model's own template),
                                         # llama3 or chatml; None: plain text
 allow_code = False                      # let tasks such as humaneval run code that the model wrote
-batch_tokens: int | None = None         # padded tokens of a forward pass;
+batch_tokens: at_least(1) | None = None # padded tokens of a forward pass;
                                         # None: 4096 on a CPU, 65536 on a GPU
 out: str | None = None                  # file of results; None: eval.json in the run's folder
 compare: str | None = None              # another run's folder or file of results to compare with
-device = 'auto'                         # auto | cpu | cuda
-dtype = 'auto'                          # weights and computation: auto | float32 | bfloat16
+device: one_of('auto', 'cpu', 'cuda') = 'auto'      # auto: CUDA when there is a GPU
+dtype: one_of('auto', 'float32', 'bfloat16') = 'auto'       # of weights and computation
 
 
 if __name__ == '__main__':
     configure(globals(), verbose=False)
     if not ckpt or not (tasks or bpb):
         raise BadInput('name a model and what to score: --ckpt=out/run --tasks=core or --bpb=file.')
+    names = [name.strip() for name in tasks.split(',') if name.strip()]
+    texts = [what.strip() for what in bpb.split(',') if what.strip()]
+    if not names and not texts:
+        raise BadInput('tasks and bpb hold no name: give --tasks=core or --bpb=file.')
+    if not names:
+        unused = ('num_fewshot', 'chat_template', 'allow_code')
+        warn_unused(sys.argv[1:], unused, 'without --tasks')
+    if not texts:
+        warn_unused(sys.argv[1:], ['column'], 'without --bpb')
     tune_malloc()
     rank, _, here = start_ranks(device)
     is_master = rank == 0
@@ -64,7 +75,6 @@ if __name__ == '__main__':
     path = benchmarks.results_path(ckpt, out)
     if allow_code:
         os.environ['HF_ALLOW_CODE_EVAL'] = '1'
-    names = [name.strip() for name in tasks.split(',') if name.strip()]
     # All tasks are loaded before the first one runs, so a mistake shows at once.
     loaded = benchmarks.load_tasks(names, num_fewshot, allow_code)
     model, tokenizer, about = hf.open_model(ckpt, here, precision)
@@ -88,10 +98,9 @@ if __name__ == '__main__':
 
     start = time.perf_counter()
     results = {}
-    for what in bpb.split(','):
-        if what:
-            documents = benchmarks.read_documents(what, tokenizer, column, limit)
-            results[f'bpb {what}'] = benchmarks.bits_per_byte(scorer, documents)
+    for what in texts:
+        documents = benchmarks.read_documents(what, tokenizer, column, limit)
+        results[f'bpb {what}'] = benchmarks.bits_per_byte(scorer, documents)
     # Results are written after every task, so a crash loses only one.
     keep(results)
     results |= benchmarks.run_tasks(scorer, loaded, limit, allow_code, keep)

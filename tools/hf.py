@@ -7,34 +7,38 @@
 folder for transformers and vLLM. The work is done in lib/hf.py.
 """
 
-import sys
+import os
 
 import _path  # noqa: F401  (puts the project's folder on the import path)
 
-from configurator import BadInput, configure
+from configurator import BadInput, configure, one_of
 from lib.hf import export_model, import_model
+from tools.commands import read_command, warn_unused
 
 # -- knobs of the command line --
 model = ''                              # import: hub name or folder
 revision: str | None = None             # import: branch, tag or commit of a hub name
 ckpt = ''                               # export: run folder, checkpoint or imported folder
 out = ''                                # folder to write
-dtype = 'auto'                          # export: float32, bfloat16 or float16;
+dtype: one_of('auto', 'float32', 'bfloat16', 'float16') = 'auto'    # export: of the weights;
                                         # auto: float32 for our runs, else as imported
-chat_template: str | None = None        # export: llama3 or chatml, written as chat_template.jinja
+chat_template: one_of('llama3', 'chatml') | None = None     # export: the template to write as
+                                        # chat_template.jinja
 
 if __name__ == '__main__':
-    argv = sys.argv[1:] or ['--help']
-    command = argv[0]
-    is_known = command in ('import', 'export')
-    configure(globals(), argv[1:] if is_known else argv, verbose=False)
+    command, arguments = read_command(('import', 'export'))
+    configure(globals(), arguments, verbose=False)
     source = model if command == 'import' else ckpt
-    if not (is_known and source and out):
+    if not (source and out):
         raise BadInput(
             'Use `tools/hf.py import --model=... --out=...` or '
             '`tools/hf.py export --ckpt=... --out=...`.'
         )
     if command == 'import':
+        warn_unused(arguments, ('ckpt', 'dtype', 'chat_template'), 'with import')
+        if os.path.isdir(model):
+            warn_unused(arguments, ['revision'], 'for a folder')
         import_model(model, revision, out)
     else:
+        warn_unused(arguments, ('model', 'revision'), 'with export')
         export_model(ckpt, out, dtype, chat_template)

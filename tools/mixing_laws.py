@@ -20,7 +20,6 @@ Shapes: n runs, m trained groups, k evaluated groups, d = m - 1 free shares, S s
 import json
 import math
 import os
-import sys
 from collections import namedtuple
 from dataclasses import dataclass, field
 
@@ -31,7 +30,8 @@ from scipy.stats import spearmanr
 if __name__ == '__main__':
     import _path  # noqa: F401
 
-from configurator import BadInput, configure, read_json
+from configurator import BadInput, configure, did_you_mean, read_json
+from tools.commands import read_command, warn_unused
 from tools.runs import read_table
 
 # -- knobs --
@@ -204,6 +204,8 @@ def check_points(p, losses, what, n_parameters):
     p (n, m), losses (n,) or (n, k), what: name of the fit.
     """
     n, m = p.shape
+    if m < 2:
+        raise BadInput(f'{what}: a law of mixtures needs two groups or more, there is {m}.')
     finite = np.isfinite(losses.reshape(n, -1)).all(1)
     if not finite.all():
         wrong = ', '.join(str(i) for i in np.flatnonzero(~finite))
@@ -653,12 +655,18 @@ def measured_matrix(run, groups):
     found = []
     for record in run.records:
         if f'mixture/A_{groups[0]}_{groups[0]}' in record:
-            found.append([[record[f'mixture/A_{i}_{j}'] for j in groups] for i in groups])
+            found.append([[record.get(f'mixture/A_{i}_{j}') for j in groups] for i in groups])
     if not found:
         raise BadInput(
             f"run '{run.name}' (mixture = '{run.method}') measured no matrix. Let it run longer, "
             'or lower mixture_interval.')
-    return np.mean(found if run.method == 'aioli' else found[-1:], 0)
+    # An entry that was not logged becomes nan.
+    mean = np.mean(np.array(found if run.method == 'aioli' else found[-1:], dtype=np.float64), 0)
+    if not np.isfinite(mean).all():
+        raise BadInput(
+            f"run '{run.name}' logged a matrix with entries that are missing or not finite. Take "
+            'it out of the folder.')
+    return mean
 
 
 def a_star_runs(table):
@@ -722,7 +730,10 @@ def regmix_runs(table, target):
             '(the paper has 512). fit-static needs fewer.')
     if target and target not in table.evaluated:
         names = ', '.join(table.evaluated)
-        raise BadInput(f"target = '{target}' is not one of the groups {names}.")
+        raise BadInput(
+            f"target = '{target}' is not one of the groups {names}."
+            f'{did_you_mean(target, table.evaluated)}')
+    check_points(table.p, table.loss, 'regmix', 0)
     y = table.loss[:, table.evaluated.index(target)] if target else table.loss.mean(1)
     held = np.arange(len(y)) % 4 == 3
     predicted = fit_trees(table.p[~held], y[~held]).predict(table.p[held])
@@ -735,8 +746,19 @@ def regmix_runs(table, target):
 
 
 if __name__ == '__main__':
-    command, path = [*sys.argv[1:3], '', ''][:2]
-    configure(globals(), sys.argv[3:] if command in COMMANDS else ['--help'], verbose=False)
+    command, arguments = read_command(COMMANDS)
+    paths = [a for a in arguments if not a.startswith('-')]
+    knobs = [a for a in arguments if a.startswith('-')]
+    configure(globals(), knobs, verbose=False)
+    if len(paths) != 1:
+        raise BadInput(
+            f'name one folder of runs, for example: python tools/mixing_laws.py {command} '
+            f'out/sweep. There are {len(paths)} in these arguments.')
+    [path] = paths
+    if command != 'fit-static':
+        warn_unused(knobs, ['huber'], f'with {command}')
+    if command != 'regmix':
+        warn_unused(knobs, ['target'], f'with {command}')
     if command == 'sim' and os.path.isdir(path):
         path = os.path.join(path, 'a_star.json')
     if not os.path.exists(path):
@@ -755,7 +777,13 @@ if __name__ == '__main__':
         if command != 'sim':
             name = f'{os.path.splitext(file)[0]}_{name}'
     if command == 'sim':
-        result = similarities(read_json(path))
+        fitted = read_json(path)
+        try:
+            result = similarities(fitted)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise BadInput(
+                f'{path} does not hold what a-star writes ({type(error).__name__}: {error}). Run '
+                'a-star again.') from None
     elif command == 'fit-static':
         result = fit_static_runs(read_table(path), 0.02 if huber else None)
     elif command == 'fit-dynamic':

@@ -16,10 +16,10 @@ import runpy
 import sys
 from dataclasses import dataclass, fields, replace
 
-import torch
-
 if __name__ == '__main__':
     import _path  # noqa: F401  (puts the project's folder on the import path)
+
+import torch
 
 from configurator import BadInput, did_you_mean
 from kd import kd_chunk_rows
@@ -480,8 +480,13 @@ def print_table(knobs, tokens):
 
 
 if __name__ == '__main__':
+    if '--help' in sys.argv or '-h' in sys.argv:
+        print(__doc__.strip())
+        raise SystemExit(0)
     if sys.argv[1:]:
-        raise BadInput('tools/plan.py takes no arguments. For one run: train.py ... --dry_run=True')
+        raise BadInput(
+            f"tools/plan.py takes no arguments, got '{sys.argv[1]}'. For one run: train.py ... "
+            '--dry_run=True')
     knobs = dict(batch_size=16, block_size=2048, total_batch_tokens=4_194_304, optimizer='adamw')
     knobs |= dict(activation_checkpointing='none', reshard_after_forward=None)
     knobs |= dict(dp_replicate=1, dp_shard=-1, tp=1, ep=1, plan_mfu=0.4, plan_link=None)

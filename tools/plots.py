@@ -12,6 +12,7 @@ from matplotlib.ticker import EngFormatter
 
 from configurator import BadInput, read_json
 from lib.log import read_metrics
+from tools.runs import read_config, read_records
 
 
 def _panels(n, columns, width, height, **options):
@@ -276,8 +277,7 @@ def draw_laws(path):
     paths = []
     for file in files:
         if os.path.isfile(file):
-            fitted = read_json(file)
-            figure = _draw_static(fitted) if 'optimum' in fitted else _draw_matrices(fitted)
+            figure = _draw_fits(file)
             paths.append(_save(figure, file.removesuffix('.json') + '.png'))
     runs = _moving_runs(path)
     if runs:
@@ -289,6 +289,17 @@ def draw_laws(path):
     return paths
 
 
+def _draw_fits(path):
+    """The figure of a static.json, dynamic.json or a_star.json."""
+    fitted = read_json(path)
+    try:
+        return _draw_static(fitted) if 'optimum' in fitted else _draw_matrices(fitted)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise BadInput(
+            f'{path} does not hold what tools/mixing_laws.py writes ({type(error).__name__}: '
+            f'{error}). Fit it again.') from None
+
+
 def _moving_runs(folder):
     """The runs at any depth below a folder whose method moves the weights.
 
@@ -297,15 +308,17 @@ def _moving_runs(folder):
     found = {}
     pattern = os.path.join(glob.escape(folder), '**', 'config.json')
     for path in sorted(glob.glob(pattern, recursive=True)):
-        config = read_json(path)
         run = os.path.dirname(path)
-        has_metrics = os.path.isfile(os.path.join(run, 'metrics.jsonl'))
-        if config['mixture'] in ('fixed', 'stratified') or not has_metrics:
+        # The config.json of an imported model has no run beside it.
+        if not os.path.isfile(os.path.join(run, 'metrics.jsonl')):
             continue
+        config = read_config(run)
         total = sum(config['sources'].values())
+        if config['mixture'] in ('fixed', 'stratified') or total <= 0:
+            continue
         # A config may give weights that do not sum to 1.
         start = {name: weight / total for name, weight in config['sources'].items()}
-        found.setdefault(config['mixture'], []).append((start, read_metrics(run)))
+        found.setdefault(config['mixture'], []).append((start, read_records(run)))
     return found
 
 

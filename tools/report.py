@@ -29,6 +29,7 @@ if __name__ == '__main__':
 
 from configurator import BadInput, at_least, configure, one_of, pick, read_json
 from model import ModelConfig, count_parameters
+from tools.commands import warn_unused
 from tools.plots import draw_report
 from tools.runs import flops_of, planned_steps, read_run
 
@@ -97,8 +98,13 @@ def validation_hashes(run, source):
     path = os.path.join(run.config['data_dir'], source, 'meta.json')
     if not os.path.isfile(path):
         return None
-    shards = read_json(path).get('shards', [])
-    return tuple(shard['sha256'] for shard in shards if shard.get('split') == 'val')
+    try:
+        shards = read_json(path).get('shards', [])
+        return tuple(shard['sha256'] for shard in shards if shard.get('split') == 'val')
+    except (KeyError, TypeError, AttributeError) as error:
+        raise BadInput(
+            f'{path} is no meta.json of a source ({type(error).__name__}: {error}). Restore it, or '
+            'prepare the source again.') from None
 
 
 def check_comparable(runs, sources, metric):
@@ -218,6 +224,11 @@ def median_of(records, key):
     return float(np.median(values)) if values else math.nan
 
 
+def perplexity_of(loss):
+    # The exponential of a larger loss has no float.
+    return f'{math.exp(loss):.3f}' if loss < 700 else 'inf'
+
+
 def table_of_runs(c):
     rows = []
     for run in c.runs:
@@ -235,7 +246,7 @@ def table_of_runs(c):
         perplexity = ''
         if run.final:
             mean = f'{c.mean(run):.4f}'
-            perplexity = f'{math.exp(c.mean(run)):.3f}' if c.metric == 'loss' else ''
+            perplexity = perplexity_of(c.mean(run)) if c.metric == 'loss' else ''
         rows.append([
             run.name, run.arm, str(run.seed), state, f'{run.tokens:,}', mean, perplexity,
             f'{speed:,.0f}' if speed > 0 else ''])
@@ -249,7 +260,7 @@ def table_of_arms(c):
         values = [c.mean(run) for run in c.finished(arm)]
         perplexity = ''
         if values and c.metric == 'loss':
-            perplexity = f'{math.exp(np.mean(values)):.3f}'
+            perplexity = perplexity_of(np.mean(values))
         against = 'the first' if arm == c.arms[0] else c.difference(arm, c.mean)
         rows.append([arm, str(len(values)), mean_and_range(values), perplexity, against])
     header = ['arm', 'seeds', f'mean {c.metric} (range)', 'perplexity']
@@ -412,7 +423,11 @@ def build(runs, out, sources, metric):
     """All sections of the page about some runs. Draws their figures into the folder `out`."""
     c, remarks = compare(runs, sources, metric)
     for run in runs:
-        if run.status != 'finished':
+        if run.status == 'diverged':
+            remarks.append(
+                f"'{run.name}' has diverged: its last losses are not finite. It takes no part in "
+                'the differences.')
+        elif run.status != 'finished':
             remarks.append(
                 f"'{run.name}' is not finished ({run.status} at step {run.step:,}): it takes no "
                 'part in the differences.')
@@ -511,10 +526,15 @@ def write(out, sections, refresh_s):
 
 
 if __name__ == '__main__':
-    paths = [a for a in sys.argv[1:] if not a.startswith('--')]
-    configure(globals(), [a for a in sys.argv[1:] if a.startswith('--')], verbose=False)
+    paths = [a for a in sys.argv[1:] if not a.startswith('-')]
+    knobs = [a for a in sys.argv[1:] if a.startswith('-')]
+    configure(globals(), knobs, verbose=False)
     if not paths:
         raise BadInput('name the runs: python tools/report.py out/a out/b --out=report')
+    if not out:
+        raise BadInput('out is empty: name a folder for the report, --out=report.')
+    if not watch:
+        warn_unused(knobs, ['refresh'], 'without --watch=True')
     # In a folder of runs the next run of a sweep may be about to start.
     patience = 0 if find_folders(paths) == paths else 12
     n_idle = 0              # renewals since a run trained
@@ -525,8 +545,8 @@ if __name__ == '__main__':
         # With --watch the page is useful before an evaluation: it shows weights and throughput.
         if not watch and not any(run.final for run in runs):
             raise BadInput(
-                f'none of the runs has an evaluation yet ({", ".join(r.name for r in runs[:5])}). '
-                'Wait for one, or say --watch=True.')
+                'none of the runs has an evaluation with finite losses yet ('
+                f'{", ".join(r.name for r in runs[:5])}). Wait for one, or say --watch=True.')
         is_training = any(run.status == 'training' for run in runs)
         # Decided before the page is written, so that the last page does not reload itself.
         n_idle = 0 if is_training else n_idle + 1

@@ -6,18 +6,31 @@ that every run was trained on and the losses that it ended with.
 
 Letters in shapes: m trained sources, k evaluated sources, n runs.
 """
+import functools
 import glob
 import hashlib
+import inspect
+import math
 import os
+import re
 import time
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from configurator import BadInput, pick, read_json
+from configurator import BadInput, check_type, parse_knobs, pick, read_json, read_source
 from lib.log import read_metrics
 from lib.schedule import count_steps
 from model import ModelConfig, flops_per_token
+
+# Knobs of train.py that are read here and by the tools, and their types. A config.json also has
+# those of ModelConfig.
+KNOBS = dict(
+    seed='int', sources='dict[str, float]', mixture='str', data_dir='str', packing='str',
+    block_size='int', batch_size='int', total_batch_tokens='int', log_interval='int',
+    eval_rows='int', max_steps='int | None', max_tokens='int | None', epochs='float | None',
+    stop_step='int | None')
+POSITIVE = ('block_size', 'batch_size', 'total_batch_tokens', 'log_interval')
 
 # -- one run ---------------------------------------------------------------------------------------
 
@@ -29,7 +42,7 @@ class Run:
     config: dict                # config.json
     records: list               # metrics.jsonl, one dict per record
     final: dict                 # the last record with an evaluation, {} before the first one
-    status: str                 # finished | training | stopped
+    status: str                 # finished | training | stopped | diverged
     tokenizer: str | None       # fingerprint of the tokenizer's files. None: the run has none
     arm: str = ''               # name of the arm that a report puts the run in
 
@@ -51,6 +64,70 @@ class Run:
         return self.step * self.config['total_batch_tokens']
 
 
+@functools.cache
+def types_of_knobs():
+    """Name -> type of every knob that a config.json must have."""
+    path = inspect.getfile(ModelConfig)
+    shape = parse_knobs(read_source(path), path, 'ModelConfig')
+    return {**KNOBS, **{name: knob.type or 'str' for name, knob in shape.items()}}
+
+
+def read_config(folder):
+    """The config.json of a run of train.py: a dict.
+
+    Raises BadInput if it is missing or damaged, lacks a knob that is read here, as those of another
+    version of train.py may, or has one of another type. Further knobs do not matter.
+    """
+    path = os.path.join(folder, 'config.json')
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise BadInput(f'{path} is no config of a run. It should be a JSON object of knobs.')
+    for name, wanted in types_of_knobs().items():
+        if name not in config:
+            raise BadInput(
+                f"{path} has no knob '{name}': it is no config of a run of this version of "
+                'train.py. Take it out of the folder, or train the run again.')
+        try:
+            check_type(config[name], wanted, None)
+        except TypeError as error:
+            raise BadInput(f'{path}: {name} {error}.') from None
+    for name in POSITIVE:
+        if config[name] < 1:
+            raise BadInput(f'{path}: {name} = {config[name]} must be at least 1.')
+    weights = config['sources'].values()
+    if not all(math.isfinite(w) and w >= 0 for w in weights) or sum(weights) <= 0:
+        raise BadInput(f'{path}: sources = {config["sources"]} are no weights.')
+    try:
+        pick(ModelConfig, config)
+        count_steps(config, None)
+    except BadInput as error:
+        raise BadInput(f'{path}: {error}') from None
+    return config
+
+
+def read_records(folder):
+    """The records of a run's metrics.jsonl by step, [] if there is none.
+
+    Several runs that wrote to one file leave steps out of order. Raises BadInput for a damaged file
+    and for values that are no numbers.
+    """
+    path = os.path.join(folder, 'metrics.jsonl')
+    records = read_metrics(folder)
+    for i, record in enumerate(records, 1):
+        for name, value in record.items():
+            # null stands for a number that was not finite.
+            if value is not None and not isinstance(value, (int, float)):
+                raise BadInput(f'{path}:{i}: {name} = {value!r} is no number. Remove the line.')
+            if name.startswith(('val/loss', 'train/loss')) and value is not None and value < 0:
+                raise BadInput(f'{path}:{i}: {name} = {value} is negative. Remove the line.')
+    # A stable sort keeps the order of what was logged for one step. The last of it counts.
+    return sorted(records, key=lambda record: record['step'])
+
+
+def is_number(value):
+    return value is not None and math.isfinite(value)
+
+
 def planned_steps(config):
     """The step at which a run ends according to its config. None: the run counts epochs."""
     ends = (count_steps(config, None), config['stop_step'])
@@ -65,9 +142,9 @@ def has_ended(config, records):
 
 def is_finished(folder):
     """Whether the run in a folder has come to its end. False if there is no run."""
-    records = read_metrics(folder)
+    records = read_records(folder)
     # train.py writes config.json before its first record, so here the file is complete.
-    return bool(records) and has_ended(read_json(os.path.join(folder, 'config.json')), records)
+    return bool(records) and has_ended(read_config(folder), records)
 
 
 def status_of(folder, config, records):
@@ -98,12 +175,18 @@ def tokenizer_of(folder):
 
 
 def read_run(folder):
-    """Reads the run in a folder. Raises BadInput if config.json is missing or damaged."""
-    config = read_json(os.path.join(folder, 'config.json'))
-    records = read_metrics(folder)
+    """Reads the run in a folder. Raises BadInput if its config.json or metrics.jsonl is damaged.
+
+    A run whose last losses are not finite has diverged. It has no final record.
+    """
+    config = read_config(folder)
+    records = read_records(folder)
     evaluated = [r for r in records if 'val/loss' in r]
     final = evaluated[-1] if evaluated else {}
     status = status_of(folder, config, records)
+    if not all(is_number(value) for name, value in final.items() if name.startswith('val/')):
+        final = {}
+        status = 'diverged'
     return Run(folder, config, records, final, status, tokenizer_of(folder))
 
 
@@ -161,11 +244,11 @@ def origin_of(path):
     """What the knob continue_from names: (run folder, step). It is a run or a checkpoint of it."""
     path = os.path.normpath(path)
     name = os.path.basename(path)
-    if name.startswith('step_'):
+    if re.fullmatch(r'step_\d+', name):
         return os.path.dirname(os.path.dirname(path)), int(name.removeprefix('step_'))
     if not os.path.isdir(path):
         raise BadInput(f"'{path}' is missing, but other runs continue it. Put it back.")
-    return path, planned_steps(read_json(os.path.join(path, 'config.json')))
+    return path, planned_steps(read_config(path))
 
 
 def losses_at(run, step):
@@ -179,9 +262,14 @@ def losses_at(run, step):
             f"run '{run.folder}' has no evaluation at step {step}, it has come to step {run.step}. "
             'Let it finish (train.py --resume=True), or take it out of the folder.')
     record = found[-1]
-    missing = [name for name in run.config['sources'] if f'val/loss_{name}' not in record]
+    missing = []
+    for name in run.config['sources']:
+        if not is_number(record.get(f'val/loss_{name}')):
+            missing.append(name)
     if missing:
-        raise BadInput(f"run '{run.folder}' has no validation loss of {', '.join(missing)}.")
+        raise BadInput(
+            f"run '{run.folder}' has no finite validation loss of {', '.join(missing)} at step "
+            f'{record["step"]}. Take it out of the folder.')
     return {name: record[f'val/loss_{name}'] for name in run.config['sources']}, record['step']
 
 
@@ -195,6 +283,10 @@ def row_of(run, names, at=None):
     parent = None
     first = 0
     # A parent is read with `at`. What it continues itself does not matter for its children.
+    if not isinstance(run.config.get('continue_from', 0), str | None):
+        raise BadInput(
+            f"{run.folder}/config.json has no text in the knob 'continue_from': it was written by "
+            'another version of train.py, or damaged. Train the run again.')
     if at is None and run.config['continue_from']:
         folder, first = origin_of(run.config['continue_from'])
         parent = row_of(read_run(folder), names, first)
@@ -207,7 +299,13 @@ def row_of(run, names, at=None):
     if not logged:
         raise BadInput(
             f"run '{run.folder}' logged no mixture after step {first}. Lower its log_interval.")
-    weights = np.array([[r[f'mixture/weight_{name}'] for name in names] for r in logged])
+    # A weight that was not logged becomes nan.
+    keys = [f'mixture/weight_{name}' for name in names]
+    weights = np.array([[r.get(key) for key in keys] for r in logged], dtype=np.float64)
+    if not (np.abs(weights.sum(1) - 1) < 1e-3).all() or (weights < 0).any():
+        raise BadInput(
+            f"run '{run.folder}' logged weights of its sources that are negative, missing, or do "
+            'not sum to 1. Take it out of the folder.')
     if is_constant and np.ptp(weights, axis=0).max() > 1e-6:
         raise BadInput(
             f"the mixture of run '{run.folder}' is '{method}', but its weights changed when it was "
@@ -220,21 +318,31 @@ def row_of(run, names, at=None):
 
 
 def row_from_json(entry, name, path):
-    """The Row of an entry of a JSON table: {"p", "loss", "seed", "parent", ...}."""
+    """The Row of an entry of a JSON table: {"p", "loss", "seed", "parent", ...}.
+
+    Raises BadInput for numbers that cannot be right, and TypeError, KeyError or ValueError for an
+    entry of another form.
+    """
     p = np.array(entry['p'], dtype=np.float64)
+    # A loss that is null becomes nan, which the fits report with the number of the run.
+    loss = np.array(entry['loss'], dtype=np.float64)
+    if p.ndim != 1 or loss.ndim != 1:
+        raise TypeError(f'p and loss of run {name} must be lists of numbers')
     # Published shares are rounded. They are scaled to a sum of exactly 1 below.
-    if abs(p.sum() - 1) > 0.02 or (p < 0).any():
+    if not abs(p.sum() - 1) <= 0.02 or (p < 0).any():
         raise BadInput(
             f'{path}: the shares of run {name} sum to {p.sum():.4g}. They must not be negative '
             'and must sum to 1.')
-    # A loss that is null becomes nan, which the fits report with the number of the run.
-    loss = np.array(list(entry['loss']), dtype=np.float64)
+    if (loss < 0).any():
+        raise BadInput(f'{path}: run {name} has the loss {loss.min():.4g}. No loss is negative.')
+    about = dict(seed=0, tokens=None, tokenizer=None, method='fixed')
+    wanted = dict(seed='int', tokens='int | None', tokenizer='str | None', method='str')
+    for key in about:
+        about[key] = check_type(entry.get(key, about[key]), wanted[key], None)
     parent = None
     if 'parent' in entry:
         parent = row_from_json(entry['parent'], f'{name}.parent', path)
-    return Row(
-        str(entry.get('name', name)), p / p.sum(), loss, entry.get('seed', 0), entry.get('tokens'),
-        entry.get('tokenizer'), entry.get('method', 'fixed'), parent)
+    return Row(str(entry.get('name', name)), p / p.sum(), loss, **about, parent=parent)
 
 
 def read_json_table(path):
@@ -244,10 +352,14 @@ def read_json_table(path):
     """
     found = read_json(path)
     try:
-        groups = found['groups']
-        evaluated = found.get('evaluated', groups)
+        groups = check_names(found['groups'])
+        evaluated = check_names(found.get('evaluated', groups))
         rows = [row_from_json(entry, i, path) for i, entry in enumerate(found['runs'])]
-    except (KeyError, TypeError) as error:
+        if not rows:
+            raise ValueError('runs is empty')
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, BadInput):
+            raise
         raise BadInput(
             f'{path} is no table of runs ({type(error).__name__}: {error}). It should be '
             '{"groups": ["a", "b"], "runs": [{"p": [0.4, 0.6], "loss": [3.1, 2.9], "seed": 0}, '
@@ -258,6 +370,14 @@ def read_json_table(path):
                 f'{path}: run {row.name} has {len(row.p)} shares and {len(row.loss)} losses, but '
                 f'the table has {len(groups)} groups and {len(evaluated)} evaluated ones.')
     return Table(groups, evaluated, rows)
+
+
+def check_names(names):
+    """Returns names. Raises TypeError unless they are a list of different strings."""
+    is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    if not is_list or not names or len(set(names)) < len(names):
+        raise TypeError(f'groups and evaluated must be lists of different names, got {names!r}')
+    return names
 
 
 def read_run_folders(path):

@@ -15,15 +15,16 @@ import functools
 import re
 import sys
 
-import torch
-
 if __name__ == '__main__':
     import _path  # noqa: F401  (puts the project's folder on the import path)
 
-from configurator import BadInput, at_least, between, configure
+import torch
+
+from configurator import BadInput, at_least, between, configure, one_of
 from lib import hf
 from lib.chat import encode_prompt, find_template
 from lib.device import pick_dtype, start_ranks, tune_malloc
+from tools.commands import check_text, warn_unused
 
 # -- knobs --
 ckpt = ''                               # run, checkpoint, imported folder, Hugging Face folder or
@@ -33,15 +34,15 @@ chat = False                            # hold a conversation. `prompt` is its f
 system = ''                             # chat: the system message
 chat_template = 'auto'                  # chat: llama3 or chatml; auto: the model's own, or the one
                                         # that fits
-n_samples = 1                           # number of texts, each with its own seed
+n_samples: at_least(1) = 1              # number of texts, each with its own seed
 max_new_tokens: at_least(1) = 256       # maximum length of a text or an answer, in tokens
 temperature: at_least(0.0) = 0.8        # 0: always the most likely token
 top_k: at_least(1) | None = 50          # sample from this many of the most likely tokens; None: all
 top_p: between(1e-9, 1.0) | None = None # sample from the most likely tokens with this much
                                         # probability together
-seed = 1337                             # the same seed gives the same text
-device = 'auto'                         # auto | cpu | cuda
-dtype = 'auto'                          # auto | float32 | bfloat16
+seed: between(0, 9_223_372_036_854_775_807) = 1337  # the same seed gives the same text
+device: one_of('auto', 'cpu', 'cuda') = 'auto'      # auto: CUDA when there is a GPU
+dtype: one_of('auto', 'float32', 'bfloat16') = 'auto'       # of weights and computation
 
 DIM = '\x1b[2m'
 PLAIN = '\x1b[0m'
@@ -130,6 +131,9 @@ def converse(write, encode, system, first):
         except (EOFError, KeyboardInterrupt):
             print()
             return
+        except UnicodeDecodeError as error:
+            raise BadInput(f'the message is not valid UTF-8 text ({error}).') from None
+        check_text('the message', said)
         first = ''
         if said.strip() == '/exit':
             return
@@ -151,6 +155,14 @@ if __name__ == '__main__':
     configure(globals(), verbose=False)
     if not ckpt:
         raise BadInput('ckpt is missing: name a model, for example --ckpt=out/run.')
+    check_text('prompt', prompt)
+    check_text('system', system)
+    if chat:
+        warn_unused(sys.argv[1:], ['n_samples'], 'with --chat=True')
+    else:
+        warn_unused(sys.argv[1:], ['system', 'chat_template'], 'without --chat=True')
+    if temperature == 0:
+        warn_unused(sys.argv[1:], ['top_k', 'top_p', 'seed'], 'with --temperature=0')
     tune_malloc()
     _, _, here = start_ranks(device)
     model, tokenizer, about = hf.open_model(ckpt, here, pick_dtype(dtype, here)[0])
@@ -164,6 +176,8 @@ if __name__ == '__main__':
         template = find_template(about['folder'], tokenizer, chat_template)
         print(f'context of {context:,} tokens; /reset begins anew, /exit leaves')
         encode = functools.partial(encode_prompt, tokenizer, template=template)
+        # A template that fails on any message would fail on every one.
+        encode([dict(role='user', content='Hi')])
         converse(write, encode, system, prompt)
     else:
         ids = tokenizer.encode_marked(prompt)

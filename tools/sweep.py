@@ -45,6 +45,7 @@ from configurator import (
     BadInput,
     RunFault,
     at_least,
+    between,
     configure,
     configure_script,
     did_you_mean,
@@ -57,6 +58,7 @@ from data import prepare_missing
 from lib.log import read_metrics
 from lib.schedule import count_steps
 from model import ModelConfig, count_parameters
+from tools.commands import read_command, warn_unused
 from tools.curves import SHAPE, collect, parse_band
 from tools.runs import (
     flops_of,
@@ -71,7 +73,7 @@ from tools.runs import (
 out = 'out/sweep'                       # folder of the runs
 seeds = [0]                             # of train.py: initial weights and data order
 jobs: at_least(1) = 1                   # runs at the same time
-threads: int | None = None              # threads of every run. None: cores / jobs
+threads: at_least(1) | None = None      # threads of every run. None: cores / jobs
 slurm = False                           # write scripts for sbatch and run nothing
 # -- arch and grid --
 grid: dict[str, list] = {}              # values of train.py's knobs, all combinations
@@ -89,20 +91,29 @@ dry_run = False                         # list the runs, write ablation_params.t
 method = ''                             # mixture: the parents are runs of this method, one per
                                         # seed. method: whose phases to run
 design: one_of('dirichlet', 'grid') = 'dirichlet'   # space-filling, or equally spaced without 0
-n: at_least(1) = 9                      # mixtures. A grid of three sources or more has at least n
-m: int | None = None                    # check that the config has this many sources. None: any
-break_step: int | None = None           # step at which parents stop and children continue them.
+n: between(1, 1000) = 9                 # mixtures. A grid of three sources or more has at least n
+m: at_least(1) | None = None            # check that the config has this many sources. None: any
+break_step: at_least(1) | None = None   # step at which parents stop and children continue them.
                                         # None: no children
 child_steps: at_least(1) = 100          # steps of a child
 target = ''                             # regmix: source whose loss shall be low. '': mean of all
 # -- collect --
 unit: one_of('step', 'tokens', 'flops') = 'step'    # compare at equal step, tokens or flops
-at: float | None = None                 # the point. None: the last that half of the runs reached
+at: at_least(0.0) | None = None         # the point. None: the last that half of the runs reached
 loss: one_of('val', 'train') = 'val'    # which loss
-least = 0.0                             # parameters that a model must have to count for the
+least: at_least(0.0) = 0.0              # parameters that a model must have to count for the
                                         # effects of depth, heads and inner width
 
 PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+RUNS = ('out', 'seeds', 'jobs', 'threads', 'slurm')
+SHAPES = ('heads', 'head_widths', 'ffn_ratios', 'extra_layers', 'n_params', 'bands')
+# Command -> the knobs that it reads.
+USED = dict(
+    arch=(*RUNS, *SHAPES, 'grid', 'dry_run'), grid=(*RUNS, 'grid', 'dry_run'),
+    configs=(*RUNS, 'dry_run'),
+    mixture=(*RUNS, 'dry_run', 'method', 'design', 'n', 'm', 'break_step', 'child_steps'),
+    method=(*RUNS, 'method', 'design', 'n', 'target'),
+    collect=('out', 'bands', 'unit', 'at', 'loss', 'least'))
 PHASED = ('skillit', 'doge', 'doremi', 'dml', 'regmix')         # methods of several runs
 
 
@@ -148,6 +159,8 @@ def check_same_run(job, arguments):
     if not os.path.isfile(path):
         return
     there = read_json(path)
+    if not isinstance(there, dict):
+        raise BadInput(f'{path} is no config of a run. Remove the run, or restore the file.')
     # JSON makes lists of tuples, so both sides have to go through it.
     wanted = json.loads(json.dumps(train_config(job.command(arguments)[2:])))
     for key, value in wanted.items():
@@ -321,13 +334,24 @@ def combinations(grid, config):
         if name not in config:
             hint = did_you_mean(name, config)
             raise BadInput(f"--grid.{name}: train.py has no knob '{name}'.{hint}")
+        if name in ('seed', 'out_dir', 'resume'):
+            raise BadInput(f'--grid.{name}: tools/sweep.py sets that for every run. See --seeds.')
         if not isinstance(values, (list, tuple)) or not values:
             raise BadInput(f"--grid.{name}={values!r} must be a list, such as '[1, 2]'.")
+        if len({repr(value) for value in values}) < len(values):
+            raise BadInput(f'--grid.{name}={values!r} has a value twice: it would be one run.')
     return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
 
 
 def name_of(values):
     return '_'.join(f'{key}={value}' for key, value in values.items()).replace('/', '_')
+
+
+def check_values(grid, arguments):
+    """Raises BadInput if train.py would not take one of the values of a grid."""
+    for name, values in grid.items():
+        for value in values:
+            train_config([*arguments, f'--{name}={value}'])
 
 
 def grid_jobs(config, out, grid, seeds):
@@ -393,7 +417,9 @@ def config_jobs(folder, launch, seeds):
     pattern = os.path.join(glob.escape(folder), '[!_]*.py')
     files = sorted(glob.glob(pattern)) if folder else []
     if not files:
-        raise BadInput(f"'{folder}' has no config file in it. Name a folder of config files.")
+        raise BadInput(
+            f"'{folder}' has no config file in it. Name a folder of config files: sweep.py configs "
+            'config/study/presence ...')
     queue = []
     for seed, file in itertools.product(seeds, files):
         name = os.path.basename(file).removesuffix('.py')
@@ -586,6 +612,10 @@ def learn_mixture(launch, names, design, method, target, seed):
         run_all([proxy], launch, 'the proxy')
         # Both papers take the average of the proxy's weights over all steps, not the last ones.
         averages = [r for r in read_metrics(proxy.folder) if f'mixture/average_{names[0]}' in r]
+        if not averages:
+            raise BadInput(
+                f"'{proxy.folder}' logged no average of its weights. Let the runs be longer than "
+                'mixture_interval, and log_interval shorter.')
         shares = [averages[-1][f'mixture/average_{name}'] for name in names]
         return dict(mixture='fixed', sources=as_sources(names, shares))
     # The other two methods fit a law to the losses of runs on many mixtures.
@@ -627,21 +657,49 @@ def write_mixture(config, out, method, knobs):
 
 # -- the command line ------------------------------------------------------------------------------
 
+
+def check_seeds(seeds):
+    is_right = seeds and all(type(seed) is int and 0 <= seed < 2**63 for seed in seeds)
+    if not is_right or len(set(seeds)) < len(seeds):
+        raise BadInput(
+            f'seeds = {seeds} must be a list of different whole numbers from 0 to 2**63 - 1, such '
+            "as '[0, 1, 2]'.")
+
+
+def check_shapes(heads, extra_layers, head_widths, ffn_ratios, n_params):
+    """Raises BadInput for lists of arch that make no shapes."""
+    lists = dict(heads=heads, extra_layers=extra_layers, head_widths=head_widths)
+    for name, values in {**lists, 'ffn_ratios': ffn_ratios, 'n_params': n_params}.items():
+        kinds = (int,) if name in lists else (int, float)
+        least = 0 if name in ('extra_layers', 'n_params') else 1e-9
+        if not values or any(type(v) not in kinds or v < least for v in values):
+            whole = 'whole ' if name in lists else ''
+            raise BadInput(f'{name} = {values} must be a list of {whole}numbers above 0.')
+    if len(n_params) != 2 or n_params[0] > n_params[1]:
+        raise BadInput(f'n_params = {n_params} must be [fewest, most] parameters.')
+
+
 if __name__ == '__main__':
-    command = sys.argv[1] if len(sys.argv) > 1 else ''
-    rest = sys.argv[2:]
-    folder = rest.pop(0) if command in ('configs', 'collect') and rest else ''
+    command, rest = read_command(tuple(USED))
+    folder = ''
+    if command in ('configs', 'collect'):
+        folders = [a for a in rest if not a.startswith('-')]
+        folder = folders[0] if folders else ''
+        rest = [a for a in rest if a != folder]
     # `--dirichlet` and `--grid` without a value are short for --design=...
     rest = [f'--design={a[2:]}' if a in ('--dirichlet', '--grid') else a for a in rest]
     mine, theirs = split_arguments(globals(), rest)
-    if command == 'collect':
+    if command in ('collect', ''):
         mine = rest
-    elif command not in ('arch', 'grid', 'configs', 'mixture', 'method'):
-        mine = ['--help']
     configure(globals(), mine, verbose=False)
     for argument in theirs:
         if argument.startswith(('--out_dir=', '--resume=')):
             raise BadInput(f'{argument}: tools/sweep.py sets that for every run below --out.')
+    own = [a[2:].partition('=')[0].partition('.')[0] for a in mine]
+    warn_unused(mine, [name for name in own if name not in USED[command]], f'with {command}')
+    if not out:
+        raise BadInput('out is empty: name a folder for the runs, --out=out/sweep.')
+    check_seeds(seeds)
     launch = Launch(out, theirs, jobs, threads, slurm)
     mixtures = Design(design, n, seeds)
     queue = []
@@ -656,10 +714,13 @@ if __name__ == '__main__':
     else:
         config = train_config(theirs)
     if command in ('arch', 'grid'):
+        combinations(grid, config)
+        check_values(grid, theirs)
         next_command = f'sweep.py collect {out}'
         if command == 'grid':
             queue = grid_jobs(config, out, grid, seeds)
         else:
+            check_shapes(heads, extra_layers, head_widths, ffn_ratios, n_params)
             limits = [parse_band(name) for name in bands] or [n_params]
             limits = [(max(low, n_params[0]), min(high, n_params[1])) for low, high in limits]
             shapes = arch_shapes(heads, extra_layers, head_widths, ffn_ratios)
@@ -667,7 +728,14 @@ if __name__ == '__main__':
         if not dry_run:
             prepare_sources(config)
     elif command == 'method':
+        if dry_run:
+            raise BadInput('dry_run is not for method: its later runs follow from the first ones.')
         names = prepare_sources(config)
+        # An unknown group would be noticed only after all runs.
+        if method == 'regmix' and target and target not in names:
+            raise BadInput(
+                f"target = '{target}' is none of the sources {', '.join(names)}."
+                f'{did_you_mean(target, names)}')
         knobs = learn_mixture(launch, names, mixtures, method, target, config['seed'])
         write_mixture(config, out, method, knobs)
     elif command == 'mixture':
@@ -676,6 +744,8 @@ if __name__ == '__main__':
             raise BadInput(f'm = {m}, and the config has {len(names)} sources with a weight.')
         if len(names) < 2:
             raise BadInput('a sweep of mixtures needs two sources or more with a weight.')
+        if method:
+            train_config([*theirs, f'--mixture={method}'])
         if method and break_step is None:
             raise BadInput(f'--method={method} needs --break_step, where its runs are continued.')
         if break_step is None:
