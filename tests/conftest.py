@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 import torch
 
-from data import open_shard, shard_bytes
+from data import open_file, open_shard, read_header, sha256_of, shard_bytes
+from lib import checkpoint
 from lib.tokenizer import DIGITS_PATTERN, make_tokenizer, save_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,7 +51,9 @@ def shared_data():
 
 
 def write_shard(path, tokens, vocab_size=64):
-    open_shard.cache_clear()        # a test may write another shard under the same name
+    # A test may write another shard under the same name.
+    open_shard.cache_clear()
+    open_file.cache_clear()
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(b''.join(shard_bytes(tokens, vocab_size)))
 
@@ -87,6 +90,50 @@ def write_data(folder):
     make_source(folder, 'b')
     tokens = progression(np.random.default_rng(5), 1600, 3, 64)
     write_shard(folder / 'probe/m/probe/0.bin', tokens)
+
+
+def write_text(folder, n=40):
+    """Writes text.jsonl, with 3 n documents, and a byte-level tokenizer that knows ChatML."""
+    (folder / 'tokenizer').mkdir()
+    merges = {b' t': 259, b'he': 260, b' the': 261, b'in': 262, b'ing': 263, b'er': 264}
+    ranks = {bytes([b]): 3 + b for b in range(256)} | merges
+    special = {'<|endoftext|>': 0, '<|im_start|>': 1, '<|im_end|>': 2}
+    tokenizer = make_tokenizer('bytes', ranks, DIGITS_PATTERN, special, '<|endoftext|>')
+    save_tokenizer(str(folder / 'tokenizer'), tokenizer)
+    with open(folder / 'text.jsonl', 'w') as f:
+        for a in range(n):
+            for w in ('cat', 'river', 'number'):
+                sentences = [
+                    f'{a} times {b} is {a * b}, and the {w} is in the {w}ing.' for b in range(12)]
+                f.write(json.dumps({'text': ' '.join(sentences)}) + '\n')
+
+
+def list_shards(folder):
+    """What meta.json says of the shards in a source's folder: a list of entries."""
+    entries = []
+    for path in sorted(Path(folder).glob('*/*.bin')):
+        name = str(path.relative_to(folder))
+        entry = dict(
+            file=name, split=path.parent.name, tokens=read_header(str(path))[0],
+            sha256=sha256_of(path))
+        if path.with_suffix('.mask').exists():
+            entry['mask_sha256'] = sha256_of(path.with_suffix('.mask'))
+        entries.append(entry)
+    return entries
+
+
+def list_again(folder):
+    """Makes meta.json list the shards as they are now, after a test has changed them."""
+    path = Path(folder) / 'meta.json'
+    meta = json.loads(path.read_text())
+    path.write_text(json.dumps({**meta, 'shards': list_shards(folder)}))
+
+
+def sign_again(folder):
+    """Makes the manifest of a checkpoint list the files as they are now."""
+    manifest = Path(folder) / 'manifest.json'
+    manifest.unlink()
+    manifest.write_text(json.dumps(checkpoint.entries_of(str(folder))))
 
 
 @pytest.fixture(scope='module')
@@ -298,18 +345,7 @@ def demo_data(tmp_path_factory):
 def trained(tmp_path_factory):
     """The folder of a short run on text, with a byte-level tokenizer that has ChatML's tokens."""
     folder = tmp_path_factory.mktemp('trained')
-    (folder / 'tokenizer').mkdir()
-    merges = {b' t': 259, b'he': 260, b' the': 261, b'in': 262, b'ing': 263, b'er': 264}
-    ranks = {bytes([b]): 3 + b for b in range(256)} | merges
-    special = {'<|endoftext|>': 0, '<|im_start|>': 1, '<|im_end|>': 2}
-    tokenizer = make_tokenizer('bytes', ranks, DIGITS_PATTERN, special, '<|endoftext|>')
-    save_tokenizer(str(folder / 'tokenizer'), tokenizer)
-    with open(folder / 'text.jsonl', 'w') as f:
-        for a in range(40):
-            for w in ('cat', 'river', 'number'):
-                sentences = [
-                    f'{a} times {b} is {a * b}, and the {w} is in the {w}ing.' for b in range(12)]
-                f.write(json.dumps({'text': ' '.join(sentences)}) + '\n')
+    write_text(folder)
     done = run([
         sys.executable, 'prepare/text.py', '--source=a', f'--input={folder}/text.jsonl',
         f'--out={folder}/data', f'--tokenizer={folder}/tokenizer', '--val_fraction=0.1',
