@@ -37,6 +37,10 @@ import os
 import sys
 from dataclasses import asdict, dataclass
 
+if __name__ == '__main__':
+    from configurator import install_hook
+    install_hook()      # first: Ctrl-C may come while torch is imported
+
 import fsspec
 import numpy as np
 import torch
