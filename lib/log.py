@@ -27,7 +27,7 @@ def read_metrics(out_dir):
 
     A killed run or machine may leave a torn end: half a line, or a block of zeros. It is left out,
     and a message says so if it is more than the beginning of a line. Raises BadInput when lines are
-    damaged that others follow.
+    damaged that others follow, and for values that are no numbers.
     """
     path = os.path.join(out_dir, 'metrics.jsonl')
     if not os.path.isfile(path):
@@ -42,8 +42,9 @@ def read_metrics(out_dir):
             record = None
         if not isinstance(record, dict) or type(record.get('step')) is not int:
             record = None
-        elif not all(isinstance(value, int | float | None) for value in record.values()):
-            record = None
+        for name, value in (record or {}).items():
+            if not isinstance(value, int | float | None):
+                raise BadInput(f'{path}:{len(records) + 1}: {name} = {value!r} is no number.')
         records.append(record)
     while records and records[-1] is None:
         records.pop()

@@ -37,9 +37,9 @@ from tests.test_selection import scored  # noqa: F401  (a fixture)
 from tools import runs
 
 SOME = settings(
-    max_examples=40, derandomize=True, deadline=None, database=None,
+    max_examples=30, derandomize=True, deadline=None, database=None,
     suppress_health_check=list(HealthCheck))
-MANY = settings(SOME, max_examples=200)
+MANY = settings(SOME, max_examples=120)
 FEW = settings(SOME, max_examples=12)
 
 # -- what is drawn ---------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from prepare import inputs
 from prepare.common import PrepareConfig, check_space, find_rank
 from prepare.demo import cut_docstrings, math_problem
 from prepare.shards import lock, source_folder
-from tests.conftest import ROOT, assert_one_sentence, run, run_here
+from tests.conftest import ROOT, assert_one_sentence, run, run_here, run_ranks
 
 WORDS = 'the cat sat on a mat and then it ran away from 12 dogs near 305 old houses naïve café 中文'
 WORDS = [*WORDS.split(), '\n\n']
@@ -81,7 +81,7 @@ def prepare(env=None, **knobs):
 
 
 def assert_refused(*parts, **knobs):
-    assert_one_sentence(run(command(**knobs)), 2, *parts)
+    assert_one_sentence(run_ranks(command(**knobs), 1), 2, *parts)
 
 
 def refusal(**knobs):
@@ -344,7 +344,7 @@ PACKED = gzip.compress(b'{"text": "hello"}\n' * 99, mtime=0)
     ('b.jsonl', b'{"text": "x"}\n', dict(max_token=1), ["'max_tokens'"])])
 def test_bad_input_gets_one_sentence(tmp_path, knobs, name, content, extra, parts):
     (tmp_path / name).write_bytes(content)
-    assert_refused(*parts, **{**knobs, 'input': tmp_path / name, 'workers': 1, **extra})
+    assert_refused(*parts, **{**knobs, 'input': tmp_path / name, **extra})
 
 
 @pytest.mark.parametrize('broken', ['foreign', 'truncated'])
