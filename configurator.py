@@ -216,11 +216,27 @@ def install_hook():
 
 
 def did_you_mean(name, known):
-    """Returns " Did you mean 'x'?" for the nearest of the known names, or ''."""
+    """Returns " Did you mean 'x'?" for the nearest of the known names, or '' if none is near.
+
+    Near are names with which it shares three quarters of the letters in order, names of the same
+    letters, and names that go on with an underscore ('batch' and 'batch_size'). Of paths the last
+    part is compared.
+    """
+
+    def nearness(other):
+        asked = os.path.basename(name).lower()
+        offered = os.path.basename(other).lower()
+        ratio = difflib.SequenceMatcher(None, asked, offered).ratio()
+        swapped = sorted(asked) == sorted(offered)
+        longer = asked and offered.startswith(f'{asked}_')
+        return max(ratio, 0.75) if swapped or longer else ratio
+
     # A hidden file is nobody's config, and the same name would be no help.
     offered = [k for k in known if k != name and not os.path.basename(k).startswith('.')]
-    near = difflib.get_close_matches(name, offered, n=1, cutoff=0.6)
-    return f" Did you mean '{near[0]}'?" if near else ''
+    nearest = max(offered, key=nearness, default=None)
+    if nearest is None or nearness(nearest) < 0.75:
+        return ''
+    return f" Did you mean '{nearest}'?"
 
 
 def parse_json(content, path):
