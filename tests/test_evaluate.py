@@ -1,7 +1,9 @@
 """Benchmarks and bits per byte against lm-eval's own `hf` model, over ranks, and result files."""
 
+import collections
 import json
 import math
+import shutil
 import sys
 
 import numpy as np
@@ -206,6 +208,27 @@ def test_scores_equal_those_of_lm_evals_hf_model(model_folder, theirs, batch_tok
         assert results['n'] == (22 if name == 'continue' else 23)
         assert results['shots'] == count
     assert ours.n_cut > 0
+
+
+def test_every_end_id_of_a_folder_ends_a_text_as_in_lm_evals_hf_model(
+        model_folder, theirs, tmp_path, found):
+    """Ordinary tokens that greedy texts contain become end ids of generation_config.json."""
+    before = [text[0] for text in responses(theirs['continue'], 'local_continue')]
+    shutil.copytree(model_folder / 'hf', tmp_path / 'hf')
+    shutil.copy(model_folder / 'continue.yaml', tmp_path)
+    _, tokenizer, _ = hf.open_model(str(tmp_path / 'hf'), torch.device('cpu'), torch.float32)
+    letters = collections.Counter(c for text in before for c in set(text) if c.isascii())
+    path = tmp_path / 'hf' / 'generation_config.json'
+    ends = [tokenizer.encode(letter)[0] for letter, _ in letters.most_common(3)]
+    path.write_text(json.dumps({**json.loads(path.read_text()), 'eos_token_id': ends}))
+    expected = responses(run_theirs(tmp_path, 'continue', num_fewshot=0), 'local_continue')
+    model, tokenizer, about = hf.open_model(
+        str(tmp_path / 'hf'), torch.device('cpu'), torch.float32)
+    ours = benchmarks.Scorer(model, tokenizer, about['context'], 700, quiet=True)
+    run_ours(ours, tmp_path / 'continue.yaml', 0)
+    got = responses(found[-1], 'local_continue')
+    assert_same_texts(got, expected, 5)
+    assert sum(len(a[0]) < len(b) for a, b in zip(expected, before, strict=True)) > 5
 
 
 # Task -> its file, and what lm-eval's own YAML for it says: text, choices and target.

@@ -16,6 +16,7 @@ from lib.chat import encode_prompt
 from lib.tokenizer import GPT2_PATTERN, make_tokenizer
 from model import sample_token
 from tests.conftest import ROOT, run_here
+from tests.test_tokenizer import sentencepiece_bpe
 from tools import sample
 
 
@@ -39,6 +40,38 @@ def test_greedy_text_is_that_of_transformers(trained, tmp_path, capsys):
         for ckpt in (trained, tmp_path / 'hf'):
             text = text_of(capsys, ckpt, prompt, '--temperature=0', '--max_new_tokens=30')
             assert text.rstrip('\n') == expected
+
+
+def test_greedy_text_of_a_sentencepiece_model_is_that_of_transformers(tmp_path, capsys):
+    """Its decoder drops the first space of a text, but not that of a continuation."""
+    transformers = pytest.importorskip('transformers')
+    library = sentencepiece_bpe()
+    library.save(str(tmp_path / 'tokenizer.json'))
+    n = library.get_vocab_size()
+    torch.manual_seed(3)
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
+    config = transformers.LlamaConfig(vocab_size=n, max_position_embeddings=64, **sizes)
+    theirs = transformers.LlamaForCausalLM(config).eval()
+    for weights in theirs.parameters():
+        weights.data.normal_(std=0.5)
+    theirs.generation_config.eos_token_id = [2, 0]
+    theirs.save_pretrained(tmp_path)
+    (tmp_path / 'tokenizer_config.json').write_text(
+        '{"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}')
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    n_spaces = 0
+    for prompt in ('the number', 'the', ' 7 times \u00e9 a', '<s>the'):
+        ids = tokenizer(prompt, return_tensors='pt').input_ids
+        with torch.no_grad():
+            out = theirs.generate(ids, max_new_tokens=20, do_sample=False)[0].tolist()
+        # What transformers shows of the prompt and of the whole differs only by special tokens.
+        ids = ids[0].tolist()
+        new = tokenizer.decode(out, skip_special_tokens=True)
+        new = new[len(tokenizer.decode(ids, skip_special_tokens=True)) :]
+        text = text_of(capsys, tmp_path, prompt, '--temperature=0', '--max_new_tokens=20')
+        assert text.rstrip('\n') == (prompt + new).rstrip('\n')
+        n_spaces += new.startswith(' ')
+    assert n_spaces
 
 
 def test_seeds(trained, capsys):

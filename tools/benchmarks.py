@@ -33,9 +33,9 @@ from tqdm import tqdm
 
 from configurator import BadInput, RunFault, check_type, did_you_mean, read_json
 from data import open_shard
-from lib.chat import JINJA, render, sandbox_class
+from lib.chat import JINJA, end_ids, render, sandbox_class
 from lib.parallel import sum_numbers
-from lib.reading import local_files, read_batches, records_of
+from lib.reading import local_files, location, read_batches, records_of
 from tools.task_files import check_task
 
 # Set -> task -> shots. None: the task's own number.
@@ -78,6 +78,7 @@ class Scorer(TemplateLM):
         self.batch_tokens = batch_tokens
         self.autocast = autocast
         self.template = template
+        self.end_ids = end_ids(tokenizer, template)
         self.quiet = quiet
         self.input_device = next(model.parameters()).device
         self.share_index = 0            # which share of the batches is this rank's
@@ -107,15 +108,13 @@ class Scorer(TemplateLM):
         return f'{self.tokens.fingerprint}-{self.template}'.replace('/', '_')
 
     def tok_encode(self, string, add_special_tokens=None, **_):
-        # As transformers does: special tokens in the text count, and BOS comes first if the model's
-        # tokenizer adds it.
-        add_bos = self.tokens.add_bos
-        if add_special_tokens is not None:
-            add_bos = add_bos and add_special_tokens
-        elif string.startswith(self.tokens.names[self.tokens.bos_id]):
-            add_bos = False
+        # As transformers does: special tokens in the text count, and the model's own come before
+        # and after it.
         ids = self.tokens.encode_marked(string)
-        return [self.tokens.bos_id, *ids] if add_bos else ids
+        if add_special_tokens is None:
+            # As lm-eval does: not twice.
+            add_special_tokens = not string.startswith(self.tokens.decode([self.prefix_token_id]))
+        return [*self.tokens.start_ids, *ids, *self.tokens.end_ids] if add_special_tokens else ids
 
     def apply_chat_template(self, chat_history, add_generation_prompt=True):
         template = self.chat_template()
@@ -262,10 +261,10 @@ class Scorer(TemplateLM):
 
     def _generate_batch(self, work):
         options, batch = work
-        eos = self.tokens.names[self.eot_token_id]
+        eos = self.tokens.decode([self.eot_token_id]) or None
         until = handle_stop_sequences(options.get('until'), eos=eos)
         # A token has at least one byte, so this many tokens contain every stop sequence.
-        tail = max(len(stop.encode()) for stop in until) + 1
+        tail = max((len(stop.encode()) for stop in until), default=0) + 1
         width = max(len(ids) for ids, _ in batch)
         padding = [width - len(ids) for ids, _ in batch]
         # Padding on the left lets all rows continue at the same position of the cache.
@@ -295,7 +294,7 @@ class Scorer(TemplateLM):
                         out[row].append(new)
                     # Decoding the full answer at every token would take quadratic time.
                     text = self.tokens.decode(out[row][-tail:])
-                    is_last = new in self.tokens.stop_ids or n_new >= max_new_tokens
+                    is_last = new in self.end_ids or n_new >= max_new_tokens
                     done[row] = is_last or any(stop in text for stop in until)
                 # A rank that stopped alone would leave the others waiting in the next step.
                 if sum_numbers([not all(done)], self.model.layout)[0] == 0:
@@ -502,9 +501,11 @@ def read_documents(path, tokenizer, column, limit):
         for batch in read_batches(file, [column]):
             for number, record in records_of(batch):
                 text = record.get(column) if isinstance(record, dict) else record
+                if isinstance(text, ValueError):
+                    raise BadInput(f'{location(batch, number)}: {text}. Fix or drop the record.')
                 if not isinstance(text, str):
-                    where = f'{file.path}: record {number + 1}'
-                    raise BadInput(f"{where} has no text in '{column}'. Set --column.")
+                    where = location(batch, number)
+                    raise BadInput(f"{where}: no text in '{column}'. Set --column.")
                 if text:
                     ids = tokenizer.encode_document(text).tolist()
                     documents.append((ids, len(text.encode())))
@@ -526,7 +527,7 @@ def read_shards(path, tokenizer, limit):
         raise BadInput(f'{path} has another tokenizer than the model ({theirs}).')
     sizes = tokenizer.token_bytes()
     documents = []
-    for shard in sorted(glob.glob(os.path.join(path, 'val', '*.bin'))):
+    for shard in sorted(glob.glob(os.path.join(glob.escape(path), 'val', '*.bin'))):
         tokens = open_shard(shard).astype('int64')
         starts = (tokens == tokenizer.bos_id).nonzero()[0].tolist()
         for start, stop in itertools.pairwise([*starts, len(tokens)]):

@@ -9,8 +9,6 @@ uses the model's own chat template, or else one of ours that fits its tokenizer.
 Ctrl-D leaves.
 """
 
-import codecs
-import contextlib
 import functools
 import re
 import sys
@@ -22,7 +20,7 @@ import torch
 
 from configurator import BadInput, at_least, between, configure, one_of
 from lib import hf
-from lib.chat import encode_prompt, find_template
+from lib.chat import encode_prompt, end_ids, find_template
 from lib.device import pick_dtype, start_ranks, tune_malloc
 from tools.commands import check_text, warn_unused
 
@@ -50,16 +48,13 @@ MARKS = ('<think>', '</think>')
 MARK = re.compile('|'.join(MARKS))
 
 
-def pieces(tokens, tokenizer):
-    """Turns ids into text as soon as characters are complete. Leaves out control tokens."""
-    # A character of several bytes may be spread over several tokens.
-    decoder = codecs.getincrementaldecoder('utf-8')('replace')
-    for token in tokens:
-        if token not in tokenizer.control_ids:
-            # A model may have more ids than the tokenizer.
-            with contextlib.suppress(KeyError):
-                yield decoder.decode(tokenizer.encoding.decode_single_token_bytes(token))
-    yield decoder.decode(b'', final=True)
+def pieces(tokens, tokenizer, before=()):
+    """Turns ids into text as soon as characters are complete. Leaves out control tokens.
+
+    before: ids of the text that they continue.
+    """
+    shown = (token for token in tokens if token not in tokenizer.control_ids)
+    return tokenizer.stream(shown, [i for i in before if i not in tokenizer.control_ids])
 
 
 def dimmed(texts, on):
@@ -83,11 +78,12 @@ def dimmed(texts, on):
     yield waiting
 
 
-def answer(model, tokenizer, context, sampling, ids, number, interruptible):
+def answer(model, tokenizer, context, sampling, ids, number, ends=None):
     """Prints the continuation of ids (list) while it is generated, and returns its text.
 
     context: of the model, in tokens; sampling: options of GPT.stream; number: added to the seed;
-    interruptible: Ctrl-C ends the continuation. Raises BadInput if the ids fill the context.
+    ends: ids that end an answer in a conversation, where Ctrl-C ends it as well. None: a text.
+    Raises BadInput if the ids fill the context.
     """
     room = min(sampling['max_new_tokens'], context - len(ids))
     if room < 1:
@@ -99,17 +95,19 @@ def answer(model, tokenizer, context, sampling, ids, number, interruptible):
 
     def until_stop():
         for token in model.stream(prompt, **options):
-            if token.item() in tokenizer.stop_ids:
+            if token.item() in (ends or tokenizer.stop_ids):
                 return
             new.append(token.item())
             yield token.item()
 
     has_colour = sys.stdout.isatty()
+    # An answer is a text of its own.
+    texts = pieces(until_stop(), tokenizer, ids if ends is None else ())
     try:
-        for text in dimmed(pieces(until_stop(), tokenizer), DIM if has_colour else ''):
+        for text in dimmed(texts, DIM if has_colour else ''):
             print(text, end='', flush=True)
     except KeyboardInterrupt:
-        if not interruptible:
+        if ends is None:
             raise
     # Ctrl-C or the limit may end a text inside a thought, so the colour is always reset.
     print(PLAIN if has_colour else '')
@@ -169,7 +167,7 @@ if __name__ == '__main__':
     context = about['context']
     sampling = dict(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     sampling |= dict(top_k=top_k, top_p=top_p)
-    write = functools.partial(answer, model, tokenizer, context, sampling, interruptible=chat)
+    write = functools.partial(answer, model, tokenizer, context, sampling)
     if chat:
         import readline  # noqa: F401  (arrow keys and history in input())
 
@@ -178,12 +176,12 @@ if __name__ == '__main__':
         encode = functools.partial(encode_prompt, tokenizer, template=template)
         # A template that fails on any message would fail on every one.
         encode([dict(role='user', content='Hi')])
+        write = functools.partial(write, ends=end_ids(tokenizer, template))
         converse(write, encode, system, prompt)
     else:
-        ids = tokenizer.encode_marked(prompt)
+        ids = [*tokenizer.start_ids, *tokenizer.encode_marked(prompt), *tokenizer.end_ids]
         # Without a prompt there would be no position to predict the first token from.
-        if tokenizer.add_bos or not ids:
-            ids = [tokenizer.bos_id, *ids]
+        ids = ids or [tokenizer.bos_id]
         for i in range(n_samples):
             print(prompt, end='', flush=True)
             write(ids, i)
