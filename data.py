@@ -701,6 +701,23 @@ def common_tokenizer(sources):
     return first
 
 
+def common_template(data_dir, sources):
+    """(name, folder of a source) of the chat template that all conversations were made with.
+
+    (None, None): there is none, or several.
+    """
+    found = {}
+    for source in sources:
+        settings = (source.meta or {}).get('settings', {})
+        if settings.get('chat_template') is not None:
+            key = settings['chat_template'], settings.get('template_sha256')
+            found.setdefault(key, os.path.join(data_dir, source.name))
+    if len(found) != 1:
+        return None, None
+    (name, _), folder = found.popitem()
+    return name, folder
+
+
 def prepare_missing(script, data_dir, names):
     """Runs a script of prepare/ when one of the sources `names` is not in data_dir.
 

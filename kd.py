@@ -323,7 +323,10 @@ def check_teacher(about, path, vocab_size, tokenizer, knob='teacher'):
 def weights_fingerprint(about):
     """16 hex digits that identify a model's weights."""
     # Reading all of a large model takes minutes, so three pieces of every file are hashed.
-    digest = hashlib.sha256(repr(sorted(asdict(about['model']).items())).encode())
+    fields = asdict(about['model'])
+    if fields['nope_layers'] is None:
+        del fields['nope_layers']       # caches that are older than this field stay valid
+    digest = hashlib.sha256(repr(sorted(fields.items())).encode())
     folder = about['checkpoint'] or about['folder']
     for name in sorted(storage.names(folder)):
         if not name.endswith(('.distcp', '.safetensors')):
@@ -627,6 +630,7 @@ def write_caches(config):
             config.overlong))
     tokenizer = common_tokenizer(sources)
     check_teacher(about, config.teacher, vocab_size, tokenizer)
+    hf.check_context(about, config.block_size)
     for knob in ('k', 'draws'):
         if getattr(config, knob) > vocab_size:
             raise BadInput(
@@ -855,6 +859,7 @@ def prepare(config, sources, tokenizer):
     about = None
     if config['teacher']:
         about = find_teacher(config['teacher'], config['vocab_size'], tokenizer)
+        hf.check_context(about, config['block_size'])
     caches = {}
     if config['kd_cache']:
         caches = {source.name: Cache(config, source, about) for source in sources}

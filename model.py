@@ -1,9 +1,10 @@
 """The network: a Llama / MobileLLM transformer in one class, its loss, generation and FLOP count.
 
 It has RMSNorm, rotary positions with optional scaling, grouped-query attention, optional QK-norm
-(Qwen3, MobileLLM-R1), optional QKV bias (Qwen2), SwiGLU, tied or untied embeddings, and optional
-repetition of every layer (MobileLLM-LS). Weight layout and rotary convention (two halves) are those
-of Hugging Face's Llama, so its weights copy over one to one.
+(Qwen3, MobileLLM-R1), optional QKV bias (Qwen2), optional layers without rotary positions
+(SmolLM3), SwiGLU, tied or untied embeddings, and optional repetition of every layer (MobileLLM-LS).
+Weight layout and rotary convention (two halves) are those of Hugging Face's Llama, so its weights
+copy over one to one.
 
 `GPT.forward` returns hidden states. The loss (ops/loss.py) takes them and the output weight, and
 works through the rows in chunks, so the B x T x V logits never exist at once. What lies between the
@@ -61,6 +62,8 @@ class ModelConfig:
     rope_theta: at_least(1.0) = 500000.0    # base of the rotary frequencies
     rope_scaling: dict | None = None        # for longer context: type (llama3, linear, yarn) and
                                             # the keys that ROPE_SCALING lists for it
+    nope_layers: list[int] | None = None    # layers, from 0, without rotary positions (SmolLM3).
+                                            # None: all layers have them
     n_expert: at_least(0) = 0               # routed experts of a layer. 0: a dense model
     n_expert_active: at_least(0) = 0        # routed experts that see a token
     n_shared_expert: at_least(0) = 0        # experts that see every token
@@ -95,6 +98,14 @@ class ModelConfig:
             raise BadInput(f'head_dim = {self.head_dim} is odd; rotary positions need an even one.')
         if self.n_expert:
             self.check_experts()
+        if self.nope_layers is not None:
+            fits = all(type(i) is int and 0 <= i < self.n_layer for i in self.nope_layers)
+            if not fits or self.nope_layers != sorted(set(self.nope_layers)):
+                raise BadInput(
+                    f'nope_layers = {self.nope_layers} must be numbers of layers in ascending '
+                    f'order, from 0 to n_layer - 1 = {self.n_layer - 1}.')
+            # One form for the same model, so that two configs can be compared.
+            self.nope_layers = self.nope_layers or None
         if self.rope_scaling is not None:
             kind = str(self.rope_scaling.get('type', 'llama3'))
             if kind not in ROPE_SCALING:
@@ -463,7 +474,10 @@ class GPT(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             # The residual stream has low precision too, as under FSDP's bf16 policy.
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        cos, sin = rotary_tables(self.config, position, T, x)
+        rotary = rotary_tables(self.config, position, T, x)
+        nope_layers = self.config.nope_layers or ()
+        # A rotation by no angle: the layers without positions run the same code.
+        identity = (torch.ones_like(rotary[0]), torch.zeros_like(rotary[1])) if nope_layers else ()
         mask = None
         cu_seqlens = None
         if doc_ids is not None:
@@ -474,6 +488,7 @@ class GPT(nn.Module):
         # A repeated layer has a cache for each of its applications.
         application = 0
         for i, block in enumerate(self.blocks):
+            cos, sin = identity if i in nope_layers else rotary
             with torch.set_grad_enabled(wants_grad and i >= grad_from):
                 for _ in range(self.config.layer_repeat):
                     kv = None if cache is None else cache[application]

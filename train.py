@@ -34,6 +34,7 @@ from data import (
     check_sample,
     check_sources,
     check_unchanged,
+    common_template,
     common_tokenizer,
     open_probe,
     prepare_missing,
@@ -332,6 +333,7 @@ training.optimizers = optimizers
 
 # -- resume, init_from or random weights -----------------------------------------------------------
 first_step = 0
+started_from = {}                                       # config and context of init_from's model
 if found is not None:
     saved = checkpoint.read_state(found)
     with checkpoint.understanding(found):
@@ -345,6 +347,7 @@ if found is not None:
             loader.set_weights(start_weights)           # the new weights count from here on
         note = checkpoint.load(found, model, optimizers)
         first_step = saved['step']
+        started_from = saved.get('started_from', {})
         if method and saved['mixture_state']:
             method.load_state_dict(saved['mixture_state'])
         if taker and taker is not method and saved['presence_state']:
@@ -359,9 +362,10 @@ if found is not None:
     if note:
         print(f'resume: {note}')
 elif init_from is not None:
-    origin = hf.start_from(init_from, model, tokenizer and tokenizer.fingerprint)
+    start = hf.start_from(init_from, model, tokenizer and tokenizer.fingerprint)
+    started_from = dict(hf=start['hf'], context=start['context'])
     if run.is_master:
-        print(f'init_from: weights of {origin}')
+        print(f'init_from: weights of {start["checkpoint"] or start["folder"]}')
 else:
     init_weights(model, seed)
     if run.is_master and resume:
@@ -374,6 +378,13 @@ if run.is_master:
     storage.write(os.path.join(run_folder, 'config.json'), json.dumps(config, indent=1).encode())
     if tokenizer is not None:
         save_tokenizer(run_folder, tokenizer)
+    # What the model's folder says about its use holds for shards of the same tokenizer.
+    if found is None and started_from and tokenizer is not None:
+        if start['fingerprint'] == tokenizer.fingerprint:
+            hf.copy_companions(start['folder'], run_folder)
+    template, template_folder = common_template(data_dir, train_sources)
+    if found is None and template is not None:
+        hf.write_template(run_folder, template, template_folder)
     metrics_log = MetricsLog(run_folder, first_step, config)
 devices.barrier()
 
@@ -391,7 +402,8 @@ def save(step):
         presence_state = taker.state_dict()
     seconds = checkpointer.save(step, model, optimizers, dict(
         config=config, model=asdict(model_config), loader=loader.state_dict(), evaluated=evaluated,
-        tokenizer=tokenizer and tokenizer.fingerprint, context=block_size,
+        tokenizer=tokenizer and tokenizer.fingerprint, started_from=started_from,
+        hf=started_from.get('hf'), context=max(block_size, started_from.get('context', 0)),
         mixture_state=method.state_dict() if method else {}, presence_state=presence_state))
     return {'system/save_ms': 1e3 * seconds}
 

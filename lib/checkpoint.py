@@ -22,6 +22,7 @@ import datetime
 import hashlib
 import io
 import json
+import math
 import os
 import pickle
 import random
@@ -462,8 +463,11 @@ def holds_run(out_dir):
     """What of a run is in out_dir, as text; '' if nothing is, or only a run that never began."""
     folder = os.path.join(out_dir, 'ckpt')
     found = [f'ckpt/{name}' for name in complete_checkpoints(folder)]
-    if storage.sizes(out_dir).get('metrics.jsonl'):
+    sizes = storage.sizes(out_dir)
+    if sizes.get('metrics.jsonl'):
         found.append('metrics.jsonl')
+    # A run would overwrite the config.json of a Hugging Face model.
+    found += [name for name in sizes if name.startswith('model.safetensors')]
     return ', '.join(found)
 
 
@@ -571,14 +575,30 @@ def understanding(checkpoint):
             'changed, or written by another version.') from error
 
 
+def is_same(a, b):
+    """Whether two values of a model config are equal, floats within rounding to fp32."""
+    # Weights that went through a GGUF have an epsilon of 9.999999747378752e-06 for 1e-5.
+    if isinstance(a, float) and isinstance(b, float):
+        return math.isclose(a, b, rel_tol=1e-6)
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(is_same(a[key], b[key]) for key in a)
+    return a == b
+
+
+def differences(saved, wanted):
+    """What differs between two model configs (dicts): list of phrases."""
+    found = []
+    for key, value in wanted.items():
+        if not is_same(saved.get(key), value):
+            found.append(f'{key} {saved.get(key)!r} there, {value!r} here')
+    return found
+
+
 def check_same_model(checkpoint, saved, wanted):
     """Raises BadInput, with all differences, if two model configs (dicts) differ."""
-    differing = []
-    for key, value in wanted.items():
-        if saved.get(key) != value:
-            differing.append(f'{key} {saved.get(key)!r} there, {value!r} here')
-    if differing:
-        raise BadInput(f'checkpoint {checkpoint} holds another model: {"; ".join(differing)}.')
+    found = differences(saved, wanted)
+    if found:
+        raise BadInput(f'checkpoint {checkpoint} holds another model: {"; ".join(found)}.')
 
 
 def check_resumable(checkpoint, saved, config, saved_model, model, end_step):

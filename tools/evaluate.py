@@ -29,6 +29,7 @@ from configurator import BadInput, at_least, configure, one_of
 from lib import hf
 from lib.chat import find_template
 from lib.device import leave_ranks, pick_dtype, start_ranks, tune_malloc
+from lib.reading import match_paths
 from tools import benchmarks
 from tools.commands import warn_unused
 
@@ -42,7 +43,8 @@ bpb = ''                                # bits per byte of these, comma-separate
 column = 'text'                         # bpb: field of a record that holds its text
 limit: at_least(1) | None = None        # documents per task; None: all
 num_fewshot: at_least(0) | None = None  # shots; None: those of the set, or the task's own
-context: at_least(1) | None = None      # tokens that the model may see; None: as in training
+context: at_least(1) | None = None      # tokens that the model may see; None: all it was
+                                        # made for
 chat_template: str | None = None        # ask in conversations: auto (the model's own template),
                                         # llama3 or chatml; None: plain text
 allow_code = False                      # let tasks such as humaneval run code that the model wrote
@@ -59,7 +61,7 @@ if __name__ == '__main__':
     if not ckpt or not (tasks or bpb):
         raise BadInput('name a model and what to score: --ckpt=out/run --tasks=core or --bpb=file.')
     names = [name.strip() for name in tasks.split(',') if name.strip()]
-    texts = [what.strip() for what in bpb.split(',') if what.strip()]
+    texts = [what for what, _ in match_paths(bpb) if what]
     if not names and not texts:
         raise BadInput('tasks and bpb hold no name: give --tasks=core or --bpb=file.')
     if not names:
@@ -79,6 +81,7 @@ if __name__ == '__main__':
     loaded = benchmarks.load_tasks(names, num_fewshot, allow_code)
     model, tokenizer, about = hf.open_model(ckpt, here, precision)
     length = context or about['context']
+    hf.check_context(about, length)
     if length > about['context'] and is_master:
         print(f'context: the model was made for {about["context"]:,} tokens; more may be worse.')
     template = None

@@ -2,9 +2,16 @@
 
     python tools/hf.py import --model=HuggingFaceTB/SmolLM2-135M --out=out/smollm2
     python tools/hf.py export --ckpt=out/run --out=out/run_hf
+    python tools/hf.py export --ckpt=out/run --out=out/run_hf --family=llama4_text
 
 `import` takes a hub name or a folder and writes a folder that looks like a run. `export` writes a
-folder for transformers and vLLM. The work is done in lib/hf.py.
+folder in the layout of transformers. The work is done in lib/hf.py.
+
+A run that started from a model of Hugging Face (init_from) is exported in the family of that model,
+with its fields. Any other one is exported in the first of llama, qwen2, qwen3, smollm3 and
+qwen3_moe that computes the same. MobileLLM-R1's norms of queries and keys have no weights. As a
+Qwen3 they are written with weights of 1, which more programs can read than the llama4_text of the
+published models.
 """
 
 import os
@@ -20,8 +27,11 @@ model = ''                              # import: hub name or folder
 revision: str | None = None             # import: branch, tag or commit of a hub name
 ckpt = ''                               # export: run folder, checkpoint or imported folder
 out = ''                                # folder to write
-dtype: one_of('auto', 'float32', 'bfloat16', 'float16') = 'auto'    # export: of the weights;
-                                        # auto: float32 for our runs, else as imported
+dtype: one_of('auto', 'float32', 'bfloat16', 'float16') = 'auto'    # of the weights; auto: that of
+                                        # the files, or of the import; float32 for our runs
+family: one_of(
+    'auto', 'llama', 'qwen2', 'qwen3', 'qwen3_moe', 'mistral', 'smollm3', 'llama4_text') = 'auto'
+                                        # export: model_type to write; auto: see above
 chat_template: one_of('llama3', 'chatml') | None = None     # export: the template to write as
                                         # chat_template.jinja
 
@@ -35,10 +45,10 @@ if __name__ == '__main__':
             '`tools/hf.py export --ckpt=... --out=...`.'
         )
     if command == 'import':
-        warn_unused(arguments, ('ckpt', 'dtype', 'chat_template'), 'with import')
+        warn_unused(arguments, ('ckpt', 'family', 'chat_template'), 'with import')
         if os.path.isdir(model):
             warn_unused(arguments, ['revision'], 'for a folder')
-        import_model(model, revision, out)
+        import_model(model, revision, out, dtype)
     else:
         warn_unused(arguments, ('model', 'revision'), 'with export')
-        export_model(ckpt, out, dtype, chat_template)
+        export_model(ckpt, out, dtype, chat_template, family)

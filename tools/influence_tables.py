@@ -10,7 +10,6 @@ compares runs that each left a source out. `score` scores every row of the sourc
 --select=scores.
 """
 import contextlib
-import glob
 import json
 import os
 import re
@@ -29,7 +28,8 @@ from influence import mean_and_error
 from kd import source_names, weights_fingerprint
 from lib import parts
 from lib.device import Run, pick_dtype, start_ranks, tune_malloc
-from lib.hf import find_model, load_model
+from lib.hf import check_context, find_model, load_model
+from lib.reading import match_paths
 from lib.schedule import count_steps
 from lib.validate import row_losses
 from methods import reweight, rules, selection
@@ -68,6 +68,12 @@ FREE = (
     'reshard_after_forward', 'activation_checkpointing', 'hang_timeout')
 
 
+def row_length(config, about):
+    """Tokens of a row: the knob block_size, or those that the model was trained on."""
+    trained = about['state'].get('config')      # None: an imported model
+    return config['block_size'] or (trained['block_size'] if trained else about['context'])
+
+
 def open_all(path, about, config, run, names):
     """Opens a model with gradients and the data for it.
 
@@ -79,7 +85,8 @@ def open_all(path, about, config, run, names):
     model = load_model(about, run.device, torch.float32).eval()
     model.requires_grad_(True)
     data_dir = config['data_dir']
-    length = config['block_size'] or about['context']
+    length = row_length(config, about)
+    check_context(about, length)
     vocab_size = about['model'].vocab_size
     # The rows are packed as the model was trained. An imported model has no config.
     trained = about['state']['config'] if about['checkpoint'] else None
@@ -305,7 +312,7 @@ def make_loo(path, config, run):
         about = abouts[name]
         model, _, probes, feeder = open_all(where, about, config, run, [])
         # All runs are compared on the same rows, those of the first one's context.
-        config = {**config, 'block_size': config['block_size'] or about['context']}
+        config = {**config, 'block_size': row_length(config, about)}
         with run.autocast:
             losses[name] = [
                 row_losses(model, feeder, probe, config['probe_rows']) for probe in probes]
@@ -394,9 +401,9 @@ def print_scores(folder, source):
 def checkpoints_of(ckpt):
     """The paths that --ckpt names: several with commas, each of them may be a glob."""
     paths = []
-    for part in ckpt.split(','):
+    for part, found in match_paths(ckpt):
         # A hub name matches no folder and is passed on. Folders in .tmp are still being written.
-        folders = [path for path in sorted(glob.glob(part)) if os.path.isdir(path)]
+        folders = [path for path in found if os.path.isdir(path)]
         paths += [path for path in folders if not path.endswith('.tmp')] or [part]
     return paths
 
