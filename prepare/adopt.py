@@ -19,6 +19,7 @@ if __name__ == '__main__':
 
 from configurator import BadInput, configure
 from data import open_shard
+from lib.reading import match_paths
 from lib.tokenizer import load_tokenizer
 from prepare import inputs
 from prepare.shards import finish_source, lock, open_source, print_table, source_folder
@@ -44,10 +45,7 @@ def find_shards(pattern):
     Raises BadInput if nothing matches, and for what is no file or has the name of another one.
     """
     paths = set()
-    parts = [pattern] if os.path.exists(os.path.expanduser(pattern)) else pattern.split(',')
-    for part in parts:
-        part = os.path.expanduser(part.strip())
-        found = [part] if os.path.lexists(part) else glob.glob(part, recursive=True)
+    for part, found in match_paths(pattern):
         if not found:
             raise BadInput(f"--input: '{part}' matches no file.")
         paths.update(map(os.path.abspath, found))
@@ -134,7 +132,7 @@ def adopt(folder, files, made_with):
             link = os.path.join(folder, name)
             os.makedirs(os.path.dirname(link), exist_ok=True)
             os.symlink(path, link)
-        state = dict(shards=shards, counts={}, skipped=[])
+        state = dict(shards=shards, counts={}, examples={}, skipped=[])
         return finish_source(folder, made_with, settings, [state])
 
 

@@ -11,10 +11,12 @@ and a shard ends with a document.
 import collections
 import concurrent.futures
 import contextlib
+import datetime
 import fcntl
 import functools
 import glob
 import hashlib
+import json
 import math
 import multiprocessing
 import os
@@ -33,7 +35,16 @@ from tqdm import tqdm
 from configurator import BadInput, RunFault, at_least, between, pick
 from data import open_shard, shard_header
 from lib import reading
-from lib.chat import check_template, encode_chat, marked
+from lib.chat import (
+    ModelTemplate,
+    check_template,
+    encode_by_model,
+    encode_conversation,
+    marked,
+    read_model_template,
+)
+from lib.messages import Conversation, LeftOut, read_conversation, without_nulls
+from lib.model_files import TEMPLATE_FOLDER
 from lib.tokenizer import LLAMA3_PATTERN, load_tokenizer, make_tokenizer
 from prepare import inputs, shards
 
@@ -72,7 +83,9 @@ class Dataset:
     documents: float | None = None
     tokens: float | None = None     # of the card's tokenizer
     licence: str = ''
+    gone: str = ''                  # if the hub no longer has it: since when, and what stands in
     chat_template: str | None = None    # of conversations; prepare() sets it
+    template: ModelTemplate | None = None       # of chat_template = 'model'; prepare() sets it
     more_settings: dict = field(default_factory=dict)   # what else the result depends on
 
 
@@ -87,6 +100,9 @@ def hash_share(text):
     return int.from_bytes(hashlib.sha256(text).digest()[:4], 'big') / 2**32
 
 
+SPLITS = ('train', 'val', 'probe')
+
+
 def split_of(share, val_fraction, probe_fraction):
     """Returns the split of a document with this hash_share: val is lowest, probe is highest."""
     if share < val_fraction:
@@ -97,7 +113,8 @@ def split_of(share, val_fraction, probe_fraction):
 def document_of(record, dataset):
     """Converts a record. Returns text, a list of messages, or None to leave it out.
 
-    Raises ValueError, which says why the record is broken.
+    For a dataset with a chat_template, a list of messages becomes a Conversation (lib/messages.py).
+    Raises LeftOut, and ValueError, which says why the record is broken.
     """
     if isinstance(record, ValueError):
         raise record
@@ -118,12 +135,14 @@ def document_of(record, dataset):
             raise ValueError(
                 f'it cannot be converted ({type(error).__name__}: {error}); the record has '
                 f'{list(record)}') from None
-    if isinstance(document, list):
-        for m in document:
-            if not isinstance(m, dict) or not all(
-                    isinstance(m.get(key), str) for key in ('role', 'content')):
-                raise ValueError('a message has no role or no content, or one of them is no text')
-    elif not isinstance(document, (str, type(None))):
+    if isinstance(document, list) and dataset.chat_template is not None:
+        # A converter names in `columns` what it reads. Without one, the record may hold more.
+        rest = {} if dataset.convert else record
+        document = read_conversation(document, rest.get('tools'))
+        for key, value in rest.items():
+            if key not in ('tools', dataset.columns[0]) and value not in (None, '', [], {}):
+                document.notes[f'key of a record: {key}'] = 1
+    elif not isinstance(document, (str, list, type(None))):
         raise ValueError(f'no text but {type(document).__name__}')
     return document
 
@@ -133,8 +152,8 @@ def plain_text(document):
 
     Raises ValueError if it is not valid Unicode.
     """
-    if isinstance(document, list):
-        document = '\n'.join(m['content'] for m in document)
+    if isinstance(document, Conversation):
+        document = document.text()
     try:
         return document.encode()
     except UnicodeEncodeError:
@@ -179,8 +198,10 @@ tokenizer_of = functools.cache(load_tokenizer)      # every process loads it onc
 def tokenize_batch(dataset, config, batch):
     """Converts and tokenizes the records of a Batch. Returns (records, ids, masks).
 
-    records  list of (number within the file, kind, tokens, bytes of text, fault). The kind is a
-             split, 'empty', 'dropped' or 'broken'. The fault is None unless the record is broken
+    records  list of (number within the file, kind, tokens, bytes of text, place, notes). The kind
+             is a split, or says why the record gave no document: 'empty', 'dropped', 'broken', or
+             what LeftOut says. The place says where the record is, and what is wrong with it. None:
+             there is nothing to say. notes: Counter of what was changed or not used
     ids      (n,) uint16 or uint32, all documents one after the other, each with BOS first
     masks    (n,) uint8; None for plain text
     """
@@ -188,24 +209,35 @@ def tokenize_batch(dataset, config, batch):
     records = []
     ids = []
     masks = []
+    fills_nulls = dataset.chat_template is not None and not isinstance(batch.records, list)
     for number, record in reading.records_of(batch):
         try:
-            document = document_of(record, dataset)
+            document = document_of(without_nulls(record) if fills_nulls else record, dataset)
+            if isinstance(document, list):
+                raise ValueError(
+                    'it holds a list of messages. Set --chat_template=llama3 or chatml to make '
+                    'conversations of it')
             text = b'' if document is None else plain_text(document)
             if not text:
-                kind = 'dropped' if document is None else 'empty'
-                records.append((number, kind, 0, 0, None))
-                continue
-            parts, mask = encode(tokenizer, document, dataset.chat_template)
+                raise LeftOut('dropped' if document is None else 'empty')
+            documents, notes = encode(tokenizer, document, text, dataset)
+        except LeftOut as error:
+            place = reading.location(batch, number) + (error.detail and f': {error.detail}')
+            records.append((number, error.what, 0, 0, place, {}))
+            continue
         # BadInput, which the tokenizer raises, is a ValueError.
         except ValueError as error:
-            records.append((number, 'broken', 0, 0, f'{reading.location(batch, number)}: {error}'))
+            place = f'{reading.location(batch, number)}: {error}'
+            records.append((number, 'broken', 0, 0, place, {}))
             continue
         # The hash is of the text, so every tokenizer gives the same split.
         split = split_of(hash_share(text), config.val_fraction, config.probe_fraction)
-        records.append((number, split, sum(map(len, parts)), len(text), None))
-        ids += parts
-        masks.append(mask)
+        place = reading.location(batch, number) if notes else None
+        for parts, mask, n_bytes in documents:
+            records.append((number, split, sum(map(len, parts)), n_bytes, place, notes))
+            notes = {}
+            ids += parts
+            masks.append(mask)
     # uint16, where the ids fit, halves what a worker sends back.
     dtype = shard_header(0, tokenizer.vocab_size)[1]
     if not ids:
@@ -214,23 +246,39 @@ def tokenize_batch(dataset, config, batch):
     return records, all_ids, None if masks[0] is None else np.concatenate(masks)
 
 
-def encode(tokenizer, document, chat_template):
-    """Text or messages -> ([ids of the document in parts, BOS first], mask or None)."""
-    if chat_template is None:
-        if isinstance(document, list):
-            raise ValueError(
-                'it holds a list of messages. Set --chat_template=llama3 or chatml to make '
-                'conversations of it')
+def encode(tokenizer, document, text, dataset):
+    """Encodes a text or a Conversation. text: its UTF-8 bytes.
+
+    Returns (documents, notes). A document is ([ids in parts, BOS first], mask or None, bytes of
+    text). Raises LeftOut and ValueError.
+    """
+    template = dataset.chat_template
+    if template is None:
         bos = np.array([tokenizer.bos_id], np.uint32)
-        return [bos, tokenizer.encode_document(document)], None
+        return [([bos, tokenizer.encode_document(document)], None, len(text))], {}
     if isinstance(document, str):
         raise ValueError(
             'it holds text, and chat_template needs a list of messages. Leave out --chat_template '
             'for text, or name the field with the messages by --column')
-    if not any(m['role'] == 'assistant' for m in document):
+    roles = [m['role'] for m in document.messages]
+    if 'assistant' not in roles:
         raise ValueError('no conversation with an answer of the assistant')
-    ids, mask = encode_chat(tokenizer, document, chat_template)
-    return [ids], mask
+    notes = document.notes
+    if template == 'model':
+        found, more = encode_by_model(tokenizer, document, dataset.template)
+        documents = [
+            ([ids], mask, len(document.text(n).encode())) for ids, mask, n in found if mask.any()]
+        notes.update(more)
+    else:
+        ids, mask = encode_conversation(tokenizer, document, template)
+        documents = [([ids], mask, len(text))] if mask.any() else []
+        if 'tool' in roles or 'ipython' in roles:
+            notes['tool_role'] = 1
+        for key, n in document.keys.items():
+            notes[f'key of a message: {key}'] = n
+    if not documents:
+        raise LeftOut('no_loss')
+    return documents, dict(notes)
 
 
 def start_process():
@@ -336,6 +384,7 @@ class Job:
     bar: tqdm
     locks: dict = field(default_factory=dict)           # part -> lock that this process holds
     done_tokens: dict = field(default_factory=dict)     # part -> training tokens, of complete parts
+    read: Callable = reading.read_batches       # (File, columns, skip) -> Batches
     finishing: bool = False         # this process holds the lock of the source
     made: int = 0                   # tokens that this process made
 
@@ -387,9 +436,13 @@ def part_batches(job, todo):
         with guard:
             if os.path.isfile(os.path.join(job.folder, 'meta.json')):
                 return
+        # A record of messages may have `tools` and other keys, which are counted.
+        columns = job.dataset.columns
+        if job.dataset.chat_template is not None and job.dataset.convert is None:
+            columns = ()
         skip = state['record']
         for i in range(state['file'], len(job.parts[part])):
-            for batch in reading.read_batches(job.parts[part][i], job.dataset.columns, skip):
+            for batch in job.read(job.parts[part][i], columns, skip):
                 yield part, i, batch
             skip = 0
         yield part, None, None
@@ -426,18 +479,23 @@ def add_result(config, writer, file_number, result):
     """Adds the result of tokenize_batch to a part. Commits full shards and a full part."""
     records, ids, masks = result
     start = 0
-    for number, kind, n_tokens, n_bytes, fault in records:
-        if fault is not None and not config.skip_bad:
+    for i, (number, kind, n_tokens, n_bytes, place, notes) in enumerate(records):
+        if kind == 'broken' and not config.skip_bad:
             raise BadInput(
-                f'{fault}. Fix or drop the record, or pass --skip_bad=True to leave out and list '
+                f'{place}. Fix or drop the record, or pass --skip_bad=True to leave out and list '
                 'such records.')
-        if kind in ('broken', 'empty', 'dropped'):
-            writer.count(kind, fault)
+        for what, n in notes.items():
+            writer.count(what, place, n)
+        if kind not in SPLITS:
+            writer.count(kind, place)
             continue
         stop = start + n_tokens
         mask = None if masks is None else masks[start:stop]
         writer.add(kind, ids[start:stop], n_bytes, mask)
         start = stop
+        # All documents of a record go to one shard, because a source continues after a record.
+        if i + 1 < len(records) and records[i + 1][0] == number:
+            continue
         if writer.is_full() or writer.buffered['train'] >= config.shard_tokens:
             writer.commit(file_number, number + 1, done=writer.is_full())
             if writer.state['done']:
@@ -482,6 +540,13 @@ def finish(job):
             job.writer(part).check_shards()
             states.append(state)
             rest -= shards.count_tokens(state)
+        # A run that trains on the conversations can copy their template.
+        if job.dataset.template is not None:
+            for name, text in job.dataset.template.texts.items():
+                file = 'chat_template.jinja'
+                if name != 'default':
+                    file = os.path.join(TEMPLATE_FOLDER, f'{name}.jinja')
+                shards.write_atomic(os.path.join(job.folder, file), [text.encode()])
         return shards.finish_source(
             job.folder, tokenizer_of(job.config.tokenizer), job.settings, states,
             dataset=job.dataset.name, revision=job.settings['commits'],
@@ -518,8 +583,9 @@ def print_plan(dataset, config, files, vocab_size):
     text = 0
     for file in files:
         stored += file.size
-        # Text is about 3 times as large as its .gz, .zst or parquet file.
-        text += file.size if file.path.endswith(reading.PLAIN) else 3 * file.size
+        # Text is about 3 times as large as its packed or parquet file.
+        is_plain = file.path.lower().endswith((*reading.PLAIN, '.arrow'))
+        text += file.size if is_plain else 3 * file.size
     line = f'{dataset.name}: {len(files):,} files, {stored / 2**20:,.1f} MiB stored'
     # A rough estimate. Only the progress bar and the check of the disk use it.
     tokens = text / 3.5
@@ -565,7 +631,18 @@ def find_files(dataset, config, folder, say):
             if repo in commits:
                 url = f'hf://datasets/{repo}@{commits[repo]}/{pattern}'
         urls.append(url)
-    return reading.remote_files(urls, config.revision)
+    return hub_files(dataset, urls, config.revision)
+
+
+def hub_files(dataset, urls, revision=None):
+    """As reading.remote_files, which says what stands in for a dataset that is gone."""
+    try:
+        return reading.remote_files(urls, revision)
+    except reading.NotOnHub:
+        if not dataset.gone:
+            raise
+        repo = reading.split_url(urls[0])[0]
+        raise BadInput(f'{repo} {dataset.gone}') from None
 
 
 def check_probes(name, config):
@@ -580,23 +657,26 @@ def check_probes(name, config):
                 f'--probe_fraction={drawn}.')
 
 
-def prepare(dataset, config, chat_template=None):
+def prepare(dataset, config, chat_template=None, found=None, read=reading.read_batches):
     """Makes the source <out>/<dataset.name>/, or this rank's share of it. Continues after a kill.
 
     config         what `configure` returns for the script, with the knobs of PrepareConfig
-    chat_template  for a dataset of conversations: 'llama3' or 'chatml'
+    chat_template  for a dataset of conversations: 'llama3', 'chatml', or 'model' for the template
+                   of the tokenizer's folder
+    found, read    (files, commits) as find_files returns them, and the function that reads such a
+                   file. None: the files of the dataset
     Returns the content of meta.json, or None if other ranks are still working. Raises BadInput and
     RunFault.
     """
     try:
         dataset = replace(dataset, chat_template=chat_template)
-        return prepare_source(dataset, pick(PrepareConfig, config))
+        return prepare_source(dataset, pick(PrepareConfig, config), found, read)
     except KeyboardInterrupt:
         print('\nstopped. What is complete is kept. Run again to continue.', file=sys.stderr)
         raise SystemExit(130) from None
 
 
-def prepare_source(dataset, config):
+def prepare_source(dataset, config, found, read):
     if not config.tokenizer:
         raise BadInput('--tokenizer is missing: a tiktoken name, a rank file, or a tokenizer.json.')
     reserved = config.val_fraction + config.probe_fraction
@@ -605,11 +685,21 @@ def prepare_source(dataset, config):
     check_probes(dataset.name, config)
     rank, world_size, origin = find_rank(config)
     tokenizer = tokenizer_of(config.tokenizer)
-    if dataset.chat_template is not None:
-        check_template(tokenizer, dataset.chat_template)
     folder = shards.source_folder(config.out, dataset.name)
+    if dataset.chat_template == 'model':
+        # A source that goes on another day shows the date on which it was begun.
+        begun = shards.settings_of(folder) or {}
+        date = begun.get('template_date') or datetime.date.today().isoformat()
+        template = read_model_template(tokenizer, date)
+        content = json.dumps([template.texts, tokenizer.tokens], sort_keys=True).encode()
+        settings = dict(
+            template_sha256=hashlib.sha256(content).hexdigest(), template_date=template.date)
+        settings |= dataset.more_settings
+        dataset = replace(dataset, template=template, more_settings=settings)
+    elif dataset.chat_template is not None:
+        check_template(tokenizer, dataset.chat_template)
     say = print if rank == 0 else lambda _: None
-    files, commits = find_files(dataset, config, folder, say)
+    files, commits = found or find_files(dataset, config, folder, say)
     files, known = inputs.with_content(files)
     # All that the bytes depend on. Names are relative to --input, so that a copy of the files in
     # another folder gives the same source.
@@ -635,7 +725,7 @@ def prepare_source(dataset, config):
     expected = None
     if rank == 0:
         expected = int(print_plan(dataset, config, files, tokenizer.vocab_size) / world_size)
-    parts = reading.make_parts(files)
+    parts = reading.make_parts(files, cut=read is reading.read_batches)
     # Dealt in turn, so that all ranks begin with early parts. With max_tokens only these count.
     mine = range(rank, len(parts), world_size)
     if world_size > 1:
@@ -644,7 +734,7 @@ def prepare_source(dataset, config):
     bar = tqdm(
         total=expected, unit='tok', unit_scale=True, desc=dataset.name, disable=rank > 0)
     with bar:
-        job = Job(dataset, config, folder, parts, settings, workers, bar)
+        job = Job(dataset, config, folder, parts, settings, workers, bar, read=read)
         try:
             make(job, mine)
             inputs.check_unchanged(known)
@@ -665,9 +755,8 @@ def prepare_source(dataset, config):
 
 def report(folder, meta, tokenizer):
     """Prints what was left out and, for chat data, one conversation with its mask."""
-    left_out = [f'{n:,} {what}' for what, n in sorted(meta['counts'].items()) if n]
-    if left_out:
-        print('records left out: ' + ', '.join(left_out))
+    for line in shards.count_lines(meta['counts'], meta.get('examples', {})):
+        print(line)
     for where in meta['skipped'][:20]:
         print(f'  {where}')
     if len(meta['skipped']) > 20:

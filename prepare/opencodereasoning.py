@@ -21,8 +21,8 @@ from prepare.common import Dataset, PrepareConfig, conversation, prepare
 from prepare.shards import lock, source_folder, write_json
 
 # -- knobs --
-chat_template: one_of('llama3', 'chatml') = 'llama3'     # the tokenizer must have its special
-                                                         # tokens
+chat_template: one_of('llama3', 'chatml', 'model') = 'llama3'    # the tokenizer must have its
+                                 # special tokens. model: that of the tokenizer's folder
 questions: str | None = None     # folder with downloads of the four datasets, named as below. None:
                                  # the hub
 

@@ -11,8 +11,8 @@ from configurator import configure, one_of
 from prepare.common import Dataset, PrepareConfig, conversation, prepare
 
 # -- knobs --
-chat_template: one_of('llama3', 'chatml') = 'llama3'     # the tokenizer must have its special
-                                                         # tokens
+chat_template: one_of('llama3', 'chatml', 'model') = 'llama3'    # the tokenizer must have its
+                                 # special tokens. model: that of the tokenizer's folder
 
 REPO = 'hf://datasets/nvidia/OpenScienceReasoning-2@174b02c9cdf231f220765b2a1d5ece4550921894'
 FILES = [f'{REPO}/train/*.parquet']

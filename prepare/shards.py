@@ -19,6 +19,7 @@ import numpy as np
 from configurator import BadInput, read_json
 from data import mask_path, read_header, shard_header
 from lib import storage
+from lib.messages import NOTES
 from lib.tokenizer import save_tokenizer
 
 # -- files -----------------------------------------------------------------------------------------
@@ -275,8 +276,8 @@ class PartWriter:
         self.state = self.read_state()
         if self.state is None:
             self.state = dict(
-                shards=[], commits=0, file=0, record=0, done=False, counts={}, skipped=[],
-                limit=limit)
+                shards=[], commits=0, file=0, record=0, done=False, counts={}, examples={},
+                skipped=[], limit=limit)
         # A part that is continued keeps its first limit. Another one would give other shards.
         self.limit = self.state['limit']
 
@@ -286,6 +287,8 @@ class PartWriter:
             self.progress, self.remedy, shards=list, commits=int, file=int, record=int, done=bool,
             counts=dict, skipped=list, limit=int | None)
         if state is not None:
+            # Older versions have not written it.
+            state.setdefault('examples', {})
             keys = ('file', 'split', 'tokens', 'documents', 'bytes')
             check_entries(self.progress, self.remedy, state['shards'], keys)
         return state
@@ -309,10 +312,15 @@ class PartWriter:
         self.buffers[split].append((ids, mask, n_bytes))
         self.buffered[split] += len(ids)
 
-    def count(self, what, where=None):
-        """Counts a record that gave no document. where: location and fault of a broken record."""
-        self.state['counts'][what] = self.state['counts'].get(what, 0) + 1
-        if where is not None:
+    def count(self, what, where, n=1):
+        """Counts a record that gave no document, or n places in it that were changed or not used.
+
+        what: a key of NOTES, 'key of a record: ...' or 'key of a message: ...', 'broken', 'empty'
+        or 'dropped'; where: its location, and the fault of a broken one
+        """
+        self.state['counts'][what] = self.state['counts'].get(what, 0) + n
+        self.state['examples'].setdefault(what, where)
+        if what == 'broken':
             self.state['skipped'].append(where)
 
     def commit(self, file, record, done=False):
@@ -347,6 +355,35 @@ class PartWriter:
         remove_part(self.folder, self.part)
 
 
+def plain_counts(counts, examples):
+    """Returns a line with the counts of records that are broken, dropped or empty, in a list."""
+    parts = []
+    for what in ('broken', 'dropped', 'empty'):
+        if what in counts:
+            # The broken ones are listed one by one.
+            first = f' (first: {examples[what]})' if what in examples and what != 'broken' else ''
+            parts.append(f'{counts[what]:,} {what}{first}')
+    return [f'records left out: {", ".join(parts)}'] if parts else []
+
+
+def count_lines(counts, examples):
+    """Returns lines that say what was left out or changed: counts and first places of meta.json."""
+    table = []
+    for what, sentence in NOTES.items():
+        if what in counts:
+            table.append(f'{counts[what]:>12,}  {sentence} (first: {examples[what]})')
+    for kind in ('message', 'record'):
+        beginning = f'key of a {kind}: '
+        keys = {w.removeprefix(beginning): w for w in sorted(counts) if w.startswith(beginning)}
+        if keys:
+            names = ', '.join(f'{key} ({counts[w]:,} {kind}s)' for key, w in keys.items())
+            first = examples[[*keys.values()][0]]
+            table.append(f'{"":12}  keys of a {kind} that are not used: {names} (first: {first})')
+    if table:
+        table.insert(0, 'left out, changed or not used:')
+    return plain_counts(counts, examples) + table
+
+
 def finish_source(folder, tokenizer, settings, states, **more):
     """Writes the tokenizer and meta.json, and removes progress/. Returns the content of meta.json.
 
@@ -357,16 +394,23 @@ def finish_source(folder, tokenizer, settings, states, **more):
     shards = []
     skipped = []
     counts = collections.Counter()
+    examples = {}
     for state in states:
         shards += state['shards']
         skipped += state['skipped']
         counts.update(state['counts'])
+        examples = state['examples'] | examples
+    if examples:
+        more['examples'] = examples
     if not any(shard['tokens'] for shard in shards):
-        left_out = ', '.join(f'{n:,} {what}' for what, n in sorted(counts.items()) if n)
-        reason = f' Records left out: {left_out}.' if left_out else ''
+        reasons = plain_counts(counts, examples)
+        for what, sentence in NOTES.items():
+            if what in counts:
+                reasons.append(f'{counts[what]:,} {sentence} (first: {examples[what]})')
         if skipped:
-            reason += f' The first broken one is {skipped[0]}.'
-        raise BadInput(f'nothing to write to {folder}: the input holds no text.{reason}')
+            reasons.append(f'The first broken one is {skipped[0]}')
+        reasons = '. '.join(reasons or ['The input holds no text'])
+        raise BadInput(f'nothing to write to {folder}. {reasons}.')
     splits = {}
     for shard in shards:
         totals = splits.setdefault(shard['split'], collections.Counter())

@@ -4,13 +4,18 @@
     python prepare/text.py --source=mychats --input=chats.jsonl --column=messages \\
         --chat_template=chatml --tokenizer=tokenizer.json
 
-Reads JSON lines (.jsonl, .ndjson, .jl, .json), plain text (.txt, .md), both also with .gz or .zst,
-parquet, or a folder of them. Run it again after a kill, and it continues. --max_tokens=1_000_000
-makes a small sample. Then add the source to a run: `python train.py ... --sources.mydata=0.3
---data_dir=data`. Expect about 3 million tokens per second and core. The text of a record is its
-`column`. A plain text file is one document, or several if it has more than 8 million characters.
-With a chat_template the column holds a list of messages with `role` and `content`, and the shards
-get masks.
+Reads JSON lines (.jsonl, .ndjson, .jl, .json), tables with a header line (.csv, .tsv) and plain
+text (.txt, .md), all of them also with .gz, .zst, .xz or .bz2, and parquet and Arrow files
+(.parquet, .arrow), or a folder of them. Run it again after a kill, and it continues.
+--max_tokens=1_000_000 makes a small sample. Then add the source to a run: `python train.py ...
+--sources.mydata=0.3 --data_dir=data`. Expect about 3 million tokens per second and core.
+
+The text of a record is its `column`. Fields of a table are taken as they are: NA is the text NA. A
+plain text file is one document. One of more than 8 million characters becomes several, cut after a
+paragraph. With a chat_template the column holds a list of messages with `role` and `content` (or
+`from` and `value`), a field `tools` may describe tools, and the shards get masks. At the end the
+script counts what it left out, changed or did not use. prepare/hub.py takes a dataset by its name
+on the hub.
 """
 import dataclasses
 
@@ -22,8 +27,9 @@ from prepare.common import Dataset, PrepareConfig, prepare
 # -- knobs --
 source = ''                      # name of the new source: the folder <out>/<source>
 column = 'text'                  # field of a record or row that holds the text or the messages
-chat_template: one_of('llama3', 'chatml') | None = None      # for conversations. The tokenizer must
-                                                             # have its special tokens
+chat_template: one_of('llama3', 'chatml', 'model') | None = None    # for conversations; model: that
+                                 # of the tokenizer's folder. The tokenizer must have its special
+                                 # tokens
 
 DATASET = Dataset('text', files=[])
 

@@ -12,8 +12,8 @@ from configurator import configure, one_of
 from prepare.common import Dataset, PrepareConfig, prepare
 
 # -- knobs --
-chat_template: one_of('llama3', 'chatml') = 'llama3'     # the tokenizer must have its special
-                                                         # tokens
+chat_template: one_of('llama3', 'chatml', 'model') = 'llama3'    # the tokenizer must have its
+                                 # special tokens. model: that of the tokenizer's folder
 
 REPO = 'hf://datasets/allenai/tulu-3-sft-olmo-2-mixture-0225'
 FILES = [f'{REPO}/data/*.parquet']

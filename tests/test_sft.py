@@ -21,7 +21,7 @@ from data import (
 )
 from lib.chat import encode_chat, marked
 from lib.parallel import apply_parallelism
-from lib.tokenizer import DIGITS_PATTERN, make_tokenizer
+from lib.tokenizer import DIGITS_PATTERN, make_tokenizer, save_tokenizer
 from model import GPT, ModelConfig, init_weights
 from prepare.shards import PartWriter, finish_source
 from tests.conftest import metrics, run, run_here, train, train_command
@@ -361,11 +361,12 @@ def test_dry_run_needs_no_data_and_its_activations_are_what_autograd_saves(tmp_p
     assert two - one == saved_bytes_per_token(config, 4, False)['none']
 
 
-def prepare_chats(source, path, out, tokenizer, template='chatml'):
+def prepare_chats(source, path, out, tokenizer, template='chatml', val_fraction=0.05, **knobs):
     run_here([
         sys.executable, 'prepare/text.py', f'--source={source}', f'--input={path}',
         '--column=messages', f'--chat_template={template}', f'--tokenizer={tokenizer}',
-        f'--out={out}', '--workers=0', '--val_fraction=0.05'])
+        f'--out={out}', '--workers=0', f'--val_fraction={val_fraction}',
+        *(f'--{key}={value}' for key, value in knobs.items())])
 
 
 def test_real_conversations_fill_their_rows(tmp_path, shared_data):
@@ -377,6 +378,135 @@ def test_real_conversations_fill_their_rows(tmp_path, shared_data):
             assert packs.utilisation > 0.97
             assert len(packs.length) + packs.n_unsupervised > 1880
             assert 0.5 < packs.n_valid / packs.length.sum() < 0.6
+
+
+def user(content='q', **more):
+    return dict(role='user', content=content, **more)
+
+
+def assistant(content='a', **more):
+    return dict(role='assistant', content=content, **more)
+
+
+CALL = dict(type='function', function=dict(name='w', arguments=dict(city='K')))
+TOOL = dict(type='function', function=dict(name='w', parameters=dict(city=dict(type='string'))))
+RECORDS = [
+    dict(messages=[user(name='n'), assistant()], id=1, source=''),
+    dict(messages=[user(), assistant(None, tool_calls=[CALL]), assistant()], tools=[TOOL]),
+    dict(messages=[user(), assistant()], tools=json.dumps([TOOL])),
+    dict(messages=[user(), assistant(weight=0)]),
+    dict(messages=[user(), assistant('BAD', train=False), user(weight=1), assistant('GOOD')]),
+    dict(messages=[user(), assistant(thinking='r'), user(), assistant(''), user()]),
+    dict(messages=[user([dict(type='image_url')]), assistant()]),
+    dict(messages=[{'from': 'human', 'value': 'q'}, {'from': 'gpt', 'value': 'a'}]),
+    dict(messages=[]),
+]
+LEFT_OUT = {
+    'tool_calls': (2, 2), 'no_loss': (1, 4), 'not_trained': (1, 5), 'asks_training': (1, 5),
+    'thoughts': (1, 6), 'empty_answer': (1, 6), 'no_last_answer': (1, 6), 'other_parts': (1, 7),
+    'empty': (1, 9), 'key of a message: name': (1, 1), 'key of a record: id': (1, 1)}
+# As Qwen3's template, it takes the thoughts out of all answers but the last one.
+STRIPS = (
+    "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}{% for m in messages %}"
+    "{{ '<|im_start|>' + m.role + '\n' }}{% if loop.last and m.reasoning_content %}"
+    "{{ '<think>' + m.reasoning_content + '</think>' }}{% endif %}{{ m.content }}"
+    "{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+
+
+def write_lines(path, records):
+    path.write_text(''.join(json.dumps(record) + '\n' for record in records))
+
+
+def prepared(folder):
+    """(meta.json of a source, marked text of all its documents)."""
+    meta = json.loads((folder / 'meta.json').read_text())
+    text = ''
+    for shard in meta['shards']:
+        ids = open_shard(str(folder / shard['file']))
+        mask = np.fromfile((folder / shard['file']).with_suffix('.mask'), np.uint8)
+        text += marked(TOKENIZER, ids, mask)
+    return meta, text
+
+
+def test_what_conversations_say_is_honoured_or_counted(tmp_path, chat_data, capsys):
+    write_lines(tmp_path / 'in.jsonl', RECORDS)
+    prepare_chats('mine', tmp_path / 'in.jsonl', tmp_path, chat_data / 'chat', val_fraction=0)
+    meta, text = prepared(tmp_path / 'mine')
+    assert meta['counts'] == {what: n for what, (n, _) in LEFT_OUT.items()}
+    for what, (_, line) in LEFT_OUT.items():
+        assert meta['examples'][what] == f'{tmp_path}/in.jsonl:{line}'
+    assert text.split('<|endoftext|>')[1:] == [
+        f'<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n{rest}' for rest in (
+            '[[a<|im_end|>]]\n',
+            'BAD<|im_end|>\n<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n'
+            '[[GOOD<|im_end|>]]\n',
+            '[[<think>\nr\n</think>\n\na<|im_end|>]]\n<|im_start|>user\nq<|im_end|>\n'
+            '<|im_start|>assistant\n<|im_end|>\n<|im_start|>user\nq<|im_end|>\n',
+            '[[a<|im_end|>]]\n')]
+    said = capsys.readouterr().out
+    assert '2  conversations with tool calls were left out, because the templates llama3' in said
+    assert f'not used: name (1 messages) (first: {tmp_path}/in.jsonl:1)' in said
+    assert f'1 empty (first: {tmp_path}/in.jsonl:9)' in said
+
+
+def model_with(folder, template):
+    """A folder with the tokenizer of the tests and a chat template."""
+    folder.mkdir()
+    save_tokenizer(str(folder), TOKENIZER)
+    (folder / 'chat_template.jinja').write_text(template)
+    return folder
+
+
+@pytest.mark.parametrize('form', ['jsonl', 'parquet'])
+def test_a_models_own_template_renders_tools_and_thoughts(tmp_path, form, capsys):
+    from datasets import Dataset
+
+    records = [
+        dict(messages=[user(), assistant('', tool_calls=[CALL]), assistant('b')], tools=[TOOL]),
+        dict(messages=[user('u'), assistant('c', thinking='r'), user('v'), assistant('d')],
+             tools=None)]
+    path = tmp_path / f'in.{form}'
+    if form == 'jsonl':
+        write_lines(path, records)
+    else:
+        Dataset.from_list(records).to_parquet(str(path))
+    model = model_with(tmp_path / 'model', STRIPS)
+    knobs = dict(template='model', val_fraction=0)
+    prepare_chats('mine', path, tmp_path / 'a', model, **knobs)
+    meta, text = prepared(tmp_path / 'a/mine')
+    head = '<|im_start|>{}\n{}<|im_end|>\n'
+    ask = '<|im_start|>assistant\n[[{}<|im_end|>]]\n'
+    documents = [
+        json.dumps(TOOL) + head.format('user', 'q') + ask.format(json.dumps([CALL]))
+        + ask.format('b'),
+        head.format('user', 'u') + head.format('assistant', 'c') + head.format('user', 'v')
+        + ask.format('d'),
+        head.format('user', 'u') + ask.format('<think>r</think>c')]
+    assert text == ''.join('<|endoftext|>' + document for document in documents)
+    assert meta['splits']['train']['documents'] == 3
+    counts = {'split': 1, 'thoughts': 1, 'role_order': 1}
+    assert meta['counts'] == counts and 'role_order' in meta['examples']
+    # A shard ends with a record, so that a source that was interrupted goes on with the next one.
+    prepare_chats('mine', path, tmp_path / 'b', model, shard_tokens=1, **knobs)
+    assert [s['documents'] for s in prepared(tmp_path / 'b/mine')[0]['shards']] == [1, 2]
+    # Another template makes another source.
+    (model / 'chat_template.jinja').write_text(STRIPS.replace('loop.last', 'true'))
+    with pytest.raises(BadInput, match='made with other settings .*template_sha256'):
+        prepare_chats('mine', path, tmp_path / 'a', model, **knobs)
+
+
+def test_a_source_keeps_the_date_that_its_template_shows(tmp_path):
+    write_lines(tmp_path / 'in.jsonl', [dict(messages=[user(), assistant()])])
+    model = model_with(tmp_path / 'model', "{{ strftime_now('%Y') }}" + STRIPS)
+    arguments = ('mine', tmp_path / 'in.jsonl', tmp_path, model, 'model')
+    prepare_chats(*arguments, val_fraction=0)
+    path = tmp_path / 'mine/meta.json'
+    meta = json.loads(path.read_text())
+    assert meta['settings']['template_date'] is not None
+    meta['settings']['template_date'] = '2020-01-01'
+    path.write_text(json.dumps(meta))
+    prepare_chats(*arguments, val_fraction=0)       # it is complete, and not another source
 
 
 # -- mistakes --------------------------------------------------------------------------------------
@@ -407,6 +537,11 @@ def test_damaged_or_missing_masks_are_refused(chat_data, tiny_data):
      'chats.jsonl:1: no conversation with an answer of the assistant'),
     ([dict(role='robot', content='hi'), dict(role='assistant', content='x')], 'chatml',
      "role 'robot'.*the roles are"),
+    ([dict(role='user', content='hi'), dict(role='assistant', content='x', weight=0.5)], 'chatml',
+     'chats.jsonl:1: a message has weight = 0.5. A loss mask is 0 or 1'),
+    ([dict(role='user', content='hi'), dict(role='assistant', content='x', mask=False)], 'chatml',
+     'chats.jsonl:1: a message has mask = false, which means'),
+    ([dict(role='assistant', content='x')], 'model', 'has no chat template beside it'),
     ([dict(role='assistant', content='x')], 'llama3',
      r'has no <\|start_header_id\|>.*Set chat_template=chatml'),
 ])
