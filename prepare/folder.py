@@ -11,14 +11,13 @@ import collections
 import glob
 import itertools
 import os
-import re
 
 import _path  # noqa: F401  (import path)
 
 from tqdm import tqdm
 
 from configurator import BadInput, at_least, configure
-from lib.reading import check_kind, local_files, texts_in
+from lib.reading import check_kind, local_files, split_packing, texts_in
 from lib.tokenizer import load_tokenizer
 from prepare import inputs
 from prepare.common import train_tokenizer
@@ -43,7 +42,7 @@ def files_in(folder):
     for path in sorted(glob.glob(f'{glob.escape(folder)}/*')):
         check_kind(path)
         name = os.path.basename(path)
-        stem = os.path.splitext(re.sub(r'\.(gz|zst|zstd)$', '', name, flags=re.IGNORECASE))[0]
+        stem = os.path.splitext(split_packing(name)[0])[0]
         if stem in seen:
             raise BadInput(f'{path} and {seen[stem]} have the same name. Remove one of them.')
         seen[stem] = path

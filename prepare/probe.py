@@ -35,7 +35,7 @@ from configurator import BadInput, at_least, between, configure
 from lib.reading import local_files, make_parts, records_in, remote_files
 from lib.tokenizer import load_tokenizer
 from prepare import inputs, shards
-from prepare.common import document_of, hash_share, plain_text, split_of
+from prepare.common import document_of, hash_share, hub_files, plain_text, split_of
 
 # -- knobs --
 sources: dict[str, str] = {'code': 'starcoder', 'math': 'finemath', 'web': 'fineweb_edu'}
@@ -203,7 +203,7 @@ def choose(domain, files, config, grams):
             f'{source} keeps only {kept_out} of its documents out of training, '
             f'probe_fraction = {asked} asks for more. Lower it, or prepare the source again.')
     if files is None:
-        files, _ = remote_files(dataset.files)
+        files, _ = hub_files(dataset, dataset.files)
     # A parquet file is read only in the columns that are named.
     if config['min_score'] is not None:
         dataset = dataclasses.replace(dataset, columns=[*dataset.columns, 'score'])

@@ -3,8 +3,10 @@
     python prepare/slimpajama.py --tokenizer=tokenizer.json --max_tokens=1_000_000_000
 
 590 million documents, 627 billion tokens (GPT-NeoX), 895 GB to read, 2.5 TB of shards. Each part
-keeps its own licence. Its page was not always available in 2026; --input takes a copy. The part
-RedPajamaBook is left out, since its makers withdrew it.
+keeps its own licence. The part RedPajamaBook is left out, since its makers withdrew it.
+The dataset has been missing from the hub since February 2026, apart from short returns. --input
+takes a copy. Without one prepare/dclm.py or prepare/fineweb_edu.py stands in: web pages, as four
+fifths of SlimPajama are.
 https://huggingface.co/datasets/cerebras/SlimPajama-627B
 """
 import _path  # noqa: F401  (import path)
@@ -22,7 +24,11 @@ def text_of(record):
 
 
 CARD = dict(documents=590e6, tokens=627e9, licence='that of each part')
-DATASET = Dataset('slimpajama', FILES, ('text', 'meta'), text_of, **CARD)
+GONE = (
+    'is not on the hub: it has been missing since February 2026, apart from short returns. If you '
+    'have a copy, give it with --input. Otherwise prepare/dclm.py or prepare/fineweb_edu.py stands '
+    'in: prepare one of them, and name it in place of slimpajama in `sources`.')
+DATASET = Dataset('slimpajama', FILES, ('text', 'meta'), text_of, gone=GONE, **CARD)
 
 if __name__ == '__main__':
     prepare(DATASET, configure(globals(), owners=(PrepareConfig,)))

@@ -20,8 +20,9 @@ HEADER = '<|start_header_id|>{}<|end_header_id|>\n\n'
 SPECIAL = ['<|endoftext|>', '<|begin_of_text|>', '<|start_header_id|>', '<|end_header_id|>']
 SPECIAL += ['<|eot_id|>', '<|im_start|>', '<|im_end|>']
 SCRIPTS = []
+OF_ANY_DATA = ('text', 'hub', 'common')     # they belong to no dataset
 for script in sorted((ROOT / 'prepare').glob('*.py')):
-    if 'owners=(PrepareConfig,)' in script.read_text() and script.stem not in ('text', 'common'):
+    if 'owners=(PrepareConfig,)' in script.read_text() and script.stem not in OF_ANY_DATA:
         SCRIPTS.append(script.stem)
 
 # A block for every file: the script, the path in the layout of its dataset, the records as JSON,
@@ -123,6 +124,10 @@ dclm filtered/OH_eli5_vs_rw_v2/processed_data/global-shard_01_of_10/shard_000000
 {"bff_contained_ngram_count_before_dedupe": 1, "language_id_whole_page_fasttext": {"en": 0.9},
  "previous_word_count": 3, "text": "A web page.", "url": "u", "warcinfo": "w"}
 = "A web page."
+
+climbmix shard_00000.parquet
+{"text": "Weather and climate."}
+= "Weather and climate."
 
 github_code above-2-stars/train_000.parquet
 {"repo_id": "o/r", "size": 9, "file_path": "a.c", "content": "int x;\n"}

@@ -146,12 +146,12 @@ def probe_here(out, tokenizer, *arguments):
     (['--min_chars=9', '--max_chars=8'], 'min_chars = 9 is larger'),
     (['--samples=0'], 'samples = 0'), (['--probe_fraction=-1'], 'probe_fraction = -1'),
     (['--probe_fraction=2'], 'probe_fraction = 2'), (['--min_printable=2'], 'min_printable = 2'),
-    (['--evaluation=in.csv'], 'in.csv: files with this ending')])
+    (['--evaluation=in.xlsx'], 'in.xlsx: files with this ending')])
 def test_mistakes_in_probe_sets_are_named(tmp_path, byte_tokenizer, arguments, message):
     messages = [{'role': role, 'content': 'x'} for role in ('user', 'assistant')]
     (tmp_path / 'chat.jsonl').write_text(json.dumps({'messages': messages}))
     (tmp_path / 'in.jsonl').write_text(json.dumps({'text': 'hello', 'score': 'high'}))
-    (tmp_path / 'in.csv').write_text('hello')
+    (tmp_path / 'in.xlsx').write_text('hello')
     arguments = [re.sub(r'=(in|chat)[.]', rf'={tmp_path}/\1.', argument) for argument in arguments]
     with pytest.raises(BadInput, match=message):
         probe_here(
