@@ -16,8 +16,10 @@ for shapes with QK-norm), the same with Liger's kernels (`liger`, GPU only), GPT
 loss in one piece, and GPT-2 of transformers, which has the shape of nanoGPT. MFU counts FLOPs as
 PaLM does, against the dense bf16 peak of the device.
 
-parts: the functions `bench_...` below say what each of them measures.
+parts: the functions `bench_...` below say what each of them measures. The part tokenizer needs
+--tokenizer and --text, for example --text='text/*.jsonl.gz', and runs only if it is named.
 """
+import collections
 import functools
 import os
 import platform
@@ -54,6 +56,8 @@ profile = False                  # steps: also print where the time goes
 json = ''                        # steps: file for all figures
 parts: list | None = None        # parts: what to measure. None: everything
 cases = ''                       # memory: names of CASES, separated by commas. '': all
+tokenizer = ''                   # part tokenizer: a file that load_tokenizer takes
+text = ''                        # part tokenizer: files of documents, as for prepare/text.py
 
 SMALL = dict(vocab_size=8192, n_layer=6, n_head=6, n_kv_head=2, n_embd=384, ffn_dim=1024)
 SMOLLM2 = dict(vocab_size=49152, n_layer=30, n_head=9, n_kv_head=3, n_embd=576, ffn_dim=1536)
@@ -978,6 +982,107 @@ def bench_checkpoint(n_rounds, device):
         print_row(name, f'{seconds:.3f}', spread(ratios[name], '.4f'))
 
 
+def bench_reading(n_rounds, device):
+    """Reading the text of parquet and jsonl.gz files, without tokenizing: lib/reading.py,
+    prepare/hub.py, and the rows of load_dataset(..., streaming=True). The text is Python source.
+    """
+    import gzip
+
+    import datasets
+    import pyarrow
+    import pyarrow.parquet
+
+    from lib import reading, streaming
+
+    datasets.disable_progress_bars()
+    source = ''
+    for folder, _, names in os.walk(os.path.dirname(torch.__file__)):
+        for name in names:
+            if name.endswith('.py') and len(source) < 30_000_000:
+                with open(os.path.join(folder, name), encoding='utf-8') as f:
+                    source += f.read()
+
+    def ours(folder):
+        for file in reading.local_files(folder):
+            for batch in reading.read_batches(file, ['text']):
+                collections.deque(reading.records_of(batch), 0)
+
+    def by_arrow(folder):
+        streaming.open_stream.cache_clear()
+        stream = streaming.Stream(folder, '', '', 'train', ('text',))
+        for shard in streaming.find_shards(stream):
+            for batch in streaming.read_shard(shard, stream.columns):
+                collections.deque(reading.records_of(batch), 0)
+
+    def rows(folder):
+        collections.deque(datasets.load_dataset(
+            folder, split='train', streaming=True, cache_dir=streaming.scratch().name), 0)
+
+    sides = {'lib/reading.py': ours, 'prepare/hub.py': by_arrow, 'rows of load_dataset': rows}
+    print_head(
+        f'reading {len(source.encode()) / 1e6:.0f} MB of text', 'file, characters per document',
+        'side', 'ms per MB', 'time against the first')
+    for size in (2000, 20_000):
+        texts = [source[i:i + size] for i in range(0, len(source), size)]
+        n_bytes = sum(len(text.encode()) for text in texts)
+        urls = [f'https://example.com/{i}' for i in range(len(texts))]
+        table = pyarrow.table(dict(url=urls, text=texts, score=[1.0] * len(texts)))
+        with tempfile.TemporaryDirectory() as folder:
+            for kind in ('parquet', 'jsonl.gz'):
+                os.makedirs(f'{folder}/{kind}')
+            pyarrow.parquet.write_table(
+                table, f'{folder}/parquet/train.parquet', row_group_size=1000)
+            with gzip.open(f'{folder}/jsonl.gz/train.jsonl.gz', 'wt', 6) as f:
+                for record in table.to_pylist():
+                    f.write(dumps(record) + '\n')
+            for kind in ('parquet', 'jsonl.gz'):
+                jobs = {}
+                for name, side in sides.items():
+                    jobs[name] = functools.partial(side, f'{folder}/{kind}')
+                medians, ratios = in_turns(jobs, n_rounds)
+                for name, seconds in medians.items():
+                    ms = f'{seconds * 1e3 / (n_bytes / 1e6):.2f}'
+                    print_row(f'{kind}, {size:,}', name, ms, spread(ratios[name]))
+
+
+def bench_tokenizer(path, where, n_rounds):
+    """The tokens per second of one core on 4 MB of documents: ours, tiktoken and `tokenizers`."""
+    import tokenizers
+
+    from lib.reading import local_files, read_batches, records_of
+    from lib.tokenizer import RankTokenizer, load_tokenizer
+    start = clock()
+    ours = load_tokenizer(path)
+    loaded = clock() - start
+    batches = (batch for file in local_files(where) for batch in read_batches(file, ['text']))
+    documents = []
+    n_bytes = 0
+    for record in (record for batch in batches for _, record in records_of(batch)):
+        documents.append(record['text'] if isinstance(record, dict) else record)
+        n_bytes += len(documents[-1].encode())
+        if n_bytes > 4_000_000:
+            break
+
+    def work(encode):
+        for document in documents:
+            encode(document)
+
+    encoders = {'ours': ours.encode_document}
+    if isinstance(ours, RankTokenizer):
+        encoders['tiktoken'] = ours.encoding.encode_ordinary
+    if path.endswith('.json'):
+        library = tokenizers.Tokenizer.from_file(path)
+        encoders['tokenizers'] = functools.partial(library.encode, add_special_tokens=False)
+    jobs = {name: functools.partial(work, encode) for name, encode in encoders.items()}
+    medians, ratios = in_turns(jobs, n_rounds)
+    n = sum(len(ours.encode_document(document)) for document in documents)
+    print_head(
+        f'tokenizer, {path}: loaded in {loaded:.1f} s; {len(documents):,} documents, '
+        f'{n_bytes / 1e6:.1f} MB, {n:,} tokens', 'encoder', 'million tokens/s', 'time against ours')
+    for name, seconds in medians.items():
+        print_row(name, f'{n / seconds / 1e6:.2f}', spread(ratios[name]))
+
+
 def bench_memory(names):
     """The peak of tensors in a step, measured and planned. Ranks are processes of torchrun."""
     print(f"{'case':<20}{'measured':>12}{'planned':>10}   MiB; ratio; moment of the planned peak")
@@ -999,7 +1104,7 @@ def bench_memory(names):
 
 OF_MODELS = dict(influence=bench_influence, presence=bench_presence, kd=bench_kd)
 OTHERS = dict(loader=bench_loader, checkpoint=bench_checkpoint, loss=bench_loss)
-OTHERS.update(attention=bench_attention, kernels=bench_kernels)
+OTHERS.update(attention=bench_attention, kernels=bench_kernels, reading=bench_reading)
 
 
 # Command -> knobs that it does not read.
@@ -1056,7 +1161,9 @@ if __name__ == '__main__':
                 works.append(work)
     peers = vs.split(',') if vs else []
     known = [*OTHERS, *OF_MODELS, 'memory']
-    check_names(parts or [], known)
+    check_names(parts or [], [*known, 'tokenizer'])
+    if 'tokenizer' in (parts or []) and not (tokenizer and text):
+        raise BadInput('the part tokenizer needs --tokenizer and --text.')
     if command == 'steps':
         check_peers(peers, device)
     about = dict(date=time.strftime('%Y-%m-%d'), python=platform.python_version())
@@ -1082,6 +1189,8 @@ if __name__ == '__main__':
         for part in parts or known:
             if part == 'memory':
                 bench_memory(chosen_cases)
+            elif part == 'tokenizer':
+                bench_tokenizer(tokenizer, text, rounds)
             elif part in OTHERS:
                 OTHERS[part](rounds, device)
             else:
