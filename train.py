@@ -333,6 +333,7 @@ training.optimizers = optimizers
 
 # -- resume, init_from or random weights -----------------------------------------------------------
 first_step = 0
+start = None                                            # what find_model says of init_from
 started_from = {}                                       # config and context of init_from's model
 if found is not None:
     saved = checkpoint.read_state(found)
@@ -376,15 +377,16 @@ if run.is_master:
     if used:
         storage.download(out_dir)
     storage.write(os.path.join(run_folder, 'config.json'), json.dumps(config, indent=1).encode())
-    if tokenizer is not None:
+    # What stands in the folder of a run that goes on is kept.
+    if tokenizer is not None and not used:
         save_tokenizer(run_folder, tokenizer)
-    # What the model's folder says about its use holds for shards of the same tokenizer.
-    if found is None and started_from and tokenizer is not None:
-        if start['fingerprint'] == tokenizer.fingerprint:
-            hf.copy_companions(start['folder'], run_folder)
-    template, template_folder = common_template(data_dir, train_sources)
-    if found is None and template is not None:
-        hf.write_template(run_folder, template, template_folder)
+        about = start if found is None else hf.find_model(found)
+        # What the model's folder says about its use holds for shards of the same tokenizer.
+        if about is not None and about['fingerprint'] == tokenizer.fingerprint:
+            hf.copy_companions(about['folder'], run_folder)
+        template, template_folder = common_template(data_dir, train_sources)
+        if template is not None:
+            hf.write_template(run_folder, template, template_folder)
     metrics_log = MetricsLog(run_folder, first_step, config)
 devices.barrier()
 

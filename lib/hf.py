@@ -484,6 +484,9 @@ def find_model(path, revision=None, weights=True):
                 f"the tokenizer in {folder} ({tokenizer.fingerprint}) is not the one that the "
                 f"model was trained with ({about['fingerprint']}). Restore it.")
         about['fingerprint'] = tokenizer.fingerprint
+        # In our shards BOS follows the end of a document. A model from elsewhere does without.
+        if found is not None and hf is None and tokenizer.bos_id not in tokenizer.stop_ids:
+            tokenizer.stop_ids.append(tokenizer.bos_id)
         if tokenizer.vocab_size > model.vocab_size:
             raise BadInput(
                 f'{path}: the tokenizer has {tokenizer.vocab_size:,} tokens, the model '
@@ -603,8 +606,13 @@ def write_template(folder, name, source=''):
     """Makes a chat template that of the model in a folder: one of ours, or `model`, that of source.
 
     source: the folder of a model, or of conversations that were made with its template
+    Raises BadInput if it has none.
     """
     text = JINJA[name] if name in JINJA else read_model_files(source).template
+    if text is None:
+        raise BadInput(
+            f'{source} has lost chat_template.jinja, the template that its conversations were made '
+            'with. Restore it, or prepare the source again.')
     with open(os.path.join(folder, 'chat_template.jinja'), 'w', encoding='utf-8') as f:
         f.write(text)
 

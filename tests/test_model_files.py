@@ -159,3 +159,38 @@ def test_a_run_gets_the_template_that_it_trains_on(tmp_path, shared_data):
         run = tmp_path / f'run_{template}'
         assert not run_here(train_command(run, data, **sizes))
         assert (run / 'chat_template.jinja').read_text() == expected
+
+
+def test_a_template_in_tokenizer_config_json_survives_a_resume_and_continue_from(
+        tmp_path, shared_data):
+    """The tokenizer is one that only `tokenizers` encodes, so its files are those of the model."""
+    content = json.loads((shared_data / 'tokenizers/bpe8k/tokenizer.json').read_text())
+    config = transformers.LlamaConfig(
+        vocab_size=8192, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+        num_attention_heads=1, num_key_value_heads=1, rms_norm_eps=1e-5, tie_word_embeddings=True)
+    model = tmp_path / 'hf'
+    transformers.LlamaForCausalLM(config).save_pretrained(model)
+    write(model, tokenizer={**content, 'normalizer': dict(type='NFKC')}, tokenizer_config=dict(
+        tokenizer_class='PreTrainedTokenizerFast', eos_token='<|im_end|>', chat_template=TEMPLATE))
+    texts = [dict(text=f'Document {i} goes on for a while.') for i in range(99)]
+    (tmp_path / 'a.jsonl').write_text(''.join(json.dumps(text) + '\n' for text in texts))
+    assert not run_here([
+        'prepare/text.py', '--source=a', f'--input={tmp_path}/a.jsonl', f'--tokenizer={model}',
+        f'--out={tmp_path}/data', '--workers=0', '--val_fraction=0.2'])
+    sizes = dict(n_layer=1, n_head=1, n_kv_head=1, n_embd=8, ffn_dim=8, vocab_size=8192)
+    sizes |= dict(rope_theta=10000.0, block_size=32, batch_size=2, total_batch_tokens=64)
+    sizes |= dict(sources={'a': 1.0}, max_steps=2, save_interval=1)
+    command = train_command(tmp_path / 'run', tmp_path / 'data', **sizes)
+    assert not run_here([*command, f'--init_from={model}', '--stop_step=1'])
+    assert not run_here([*command, f'--init_from={model}', '--resume=True'])
+    other = train_command(tmp_path / 'other', tmp_path / 'data', **{**sizes, 'max_steps': 3})
+    assert not run_here([*other, f'--continue_from={tmp_path}/run'])
+    for name in ('run', 'other'):
+        about = hf.find_model(str(tmp_path / name))
+        assert about['files'].template == TEMPLATE
+        assert about['tokenizer'].tokens['eos_token'] == '<|im_end|>'
+    # A run from random weights learns that BOS follows the end of a document.
+    scratch = train_command(tmp_path / 'scratch', tmp_path / 'data', **{**sizes, 'max_steps': 1})
+    assert not run_here(scratch)
+    tokenizer = hf.find_model(str(tmp_path / 'scratch'))['tokenizer']
+    assert tokenizer.stop_ids == [tokenizer.special_tokens['<|im_end|>'], tokenizer.bos_id]
