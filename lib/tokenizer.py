@@ -35,10 +35,7 @@ import tiktoken
 import tokenizers
 
 from configurator import BadInput, read_json, read_source
-from lib.byte_level import (  # noqa: F401  (others import the patterns from here)
-    DIGITS_PATTERN,
-    GPT2_PATTERN,
-    LLAMA3_PATTERN,
+from lib.byte_level import (
     NotPlain,
     awkward_texts,
     byte_of_character,

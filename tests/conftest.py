@@ -19,7 +19,8 @@ import torch
 
 from data import open_file, open_shard, read_header, sha256_of, shard_bytes
 from lib import checkpoint
-from lib.tokenizer import DIGITS_PATTERN, make_tokenizer, save_tokenizer
+from lib.byte_level import DIGITS_PATTERN
+from lib.tokenizer import make_tokenizer, save_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / 'shared' / 'data'          # real text, present on some machines only

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from configurator import BadInput
+from lib.byte_level import GPT2_PATTERN, LLAMA3_PATTERN
 from lib.chat import (
     ModelTemplate,
     check_template,
@@ -23,7 +24,7 @@ from lib.chat import (
     render,
 )
 from lib.messages import LeftOut, read_conversation
-from lib.tokenizer import GPT2_PATTERN, LLAMA3_PATTERN, load_tokenizer
+from lib.tokenizer import load_tokenizer
 from tests.test_prepare import trained_tokenizer_json
 
 CHATML_TOKENS = ['<|im_start|>', '<|im_end|>']

@@ -17,9 +17,10 @@ import data
 from configurator import BadInput, RunFault, flush_or_drop, print_once, sentence_of
 from data import Source, check_sample, check_unchanged, sha256_of
 from lib import checkpoint, hf, storage
+from lib.byte_level import GPT2_PATTERN
 from lib.device import check_memory, launched_ranks
 from lib.log import read_metrics
-from lib.tokenizer import GPT2_PATTERN, make_tokenizer, save_tokenizer
+from lib.tokenizer import make_tokenizer, save_tokenizer
 from tests.conftest import (
     ROOT,
     assert_one_sentence,

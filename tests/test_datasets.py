@@ -12,8 +12,9 @@ import pytest
 
 from configurator import BadInput
 from data import open_shard
+from lib.byte_level import GPT2_PATTERN
 from lib.chat import marked
-from lib.tokenizer import GPT2_PATTERN, load_tokenizer, make_tokenizer, save_tokenizer
+from lib.tokenizer import load_tokenizer, make_tokenizer, save_tokenizer
 from tests.conftest import ROOT, run_here
 
 HEADER = '<|start_header_id|>{}<|end_header_id|>\n\n'

@@ -12,7 +12,8 @@ import torch
 
 from configurator import BadInput, RunFault
 from lib import checkpoint, hf
-from lib.tokenizer import DIGITS_PATTERN, load_tokenizer, make_tokenizer, save_tokenizer
+from lib.byte_level import DIGITS_PATTERN
+from lib.tokenizer import load_tokenizer, make_tokenizer, save_tokenizer
 from model import GPT, ModelConfig, init_weights
 from tests.conftest import run, run_here, run_ranks, train
 

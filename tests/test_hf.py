@@ -13,15 +13,10 @@ from safetensors.torch import load_file, save_file
 from configurator import BadInput
 from data import MixtureLoader, Source
 from lib import checkpoint, hf
+from lib.byte_level import GPT2_PATTERN
 from lib.chat import JINJA, encode_prompt
 from lib.families import make_config
-from lib.tokenizer import (
-    GPT2_PATTERN,
-    load_tokenizer,
-    make_tokenizer,
-    save_tokenizer,
-    save_tokenizer_json,
-)
+from lib.tokenizer import load_tokenizer, make_tokenizer, save_tokenizer, save_tokenizer_json
 from model import GPT, ModelConfig, init_weights
 from tests.conftest import ROOT, run, sign_again, train
 

@@ -445,7 +445,8 @@ def test_a_dataset_is_prepared_by_ranks_and_after_a_fault_as_in_one_go(
 
 
 def test_conversations_of_a_dataset_get_masks(tmp_path, by_name):
-    from lib.tokenizer import GPT2_PATTERN, make_tokenizer, save_tokenizer
+    from lib.byte_level import GPT2_PATTERN
+    from lib.tokenizer import make_tokenizer, save_tokenizer
     names = ('<|endoftext|>', '<|im_start|>', '<|im_end|>')
     special = {name: 256 + i for i, name in enumerate(names)}
     ranks = {bytes([b]): b for b in range(256)}

@@ -416,7 +416,8 @@ def test_mistakes_are_one_sentence(tmp_path, taught, trained):
 
 def test_a_teacher_of_another_tokenizer_is_refused_by_both_names(tmp_path, trained):
     """`trained` is a model of 265 tokens. The shards have as many, of another tokenizer."""
-    from lib.tokenizer import DIGITS_PATTERN, make_tokenizer
+    from lib.byte_level import DIGITS_PATTERN
+    from lib.tokenizer import make_tokenizer
     from tests.test_sft import SPECIAL, write_chats
     ranks = {bytes([b]): 3 + b for b in range(256)}
     for pair in (b'ab', b'cd', b'ef', b'gh', b'ij', b'kl'):

@@ -24,14 +24,8 @@ from configurator import BadInput
 from data import Source, open_shard
 from lib import reading
 from lib import tokenizer as tokenizer_module
-from lib.tokenizer import (
-    DIGITS_PATTERN,
-    GPT2_PATTERN,
-    LLAMA3_PATTERN,
-    load_tokenizer,
-    make_tokenizer,
-    save_tokenizer,
-)
+from lib.byte_level import DIGITS_PATTERN, GPT2_PATTERN, LLAMA3_PATTERN
+from lib.tokenizer import load_tokenizer, make_tokenizer, save_tokenizer
 from prepare import inputs
 from prepare.adopt import find_shards
 from prepare.common import PrepareConfig, check_space, find_rank

@@ -12,8 +12,9 @@ import torch
 
 from configurator import BadInput
 from lib import hf
+from lib.byte_level import GPT2_PATTERN
 from lib.chat import encode_prompt
-from lib.tokenizer import GPT2_PATTERN, make_tokenizer
+from lib.tokenizer import make_tokenizer
 from model import sample_token
 from tests.conftest import ROOT, run_here
 from tests.test_tokenizer import sentencepiece_bpe

@@ -19,9 +19,10 @@ from data import (
     pack_documents,
     token_ids,
 )
+from lib.byte_level import DIGITS_PATTERN
 from lib.chat import encode_chat, marked
 from lib.parallel import apply_parallelism
-from lib.tokenizer import DIGITS_PATTERN, make_tokenizer, save_tokenizer
+from lib.tokenizer import make_tokenizer, save_tokenizer
 from model import GPT, ModelConfig, init_weights
 from prepare.shards import PartWriter, finish_source
 from tests.conftest import metrics, run, run_here, train, train_command
