@@ -210,6 +210,8 @@ def tokenize_batch(dataset, config, batch):
     records = []
     ids = []
     masks = []
+    # meta.json has these places, and a copy of the files in another folder must give the same one.
+    named = replace(batch, file=replace(batch.file, path=batch.file.name))
     fills_nulls = dataset.chat_template is not None and not isinstance(batch.records, list)
     for number, record in reading.records_of(batch):
         try:
@@ -223,7 +225,7 @@ def tokenize_batch(dataset, config, batch):
                 raise LeftOut('dropped' if document is None else 'empty')
             documents, notes = encode(tokenizer, document, text, dataset)
         except LeftOut as error:
-            place = reading.location(batch, number) + (error.detail and f': {error.detail}')
+            place = reading.location(named, number) + (error.detail and f': {error.detail}')
             records.append((number, error.what, 0, 0, place, {}))
             continue
         # BadInput, which the tokenizer raises, is a ValueError.
@@ -233,7 +235,7 @@ def tokenize_batch(dataset, config, batch):
             continue
         # The hash is of the text, so every tokenizer gives the same split.
         split = split_of(hash_share(text), config.val_fraction, config.probe_fraction)
-        place = reading.location(batch, number) if notes else None
+        place = reading.location(named, number) if notes else None
         for parts, mask, n_bytes in documents:
             records.append((number, split, sum(map(len, parts)), n_bytes, place, notes))
             notes = {}

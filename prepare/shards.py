@@ -319,9 +319,10 @@ class PartWriter:
         or 'dropped'; where: its location, and the fault of a broken one
         """
         self.state['counts'][what] = self.state['counts'].get(what, 0) + n
-        self.state['examples'].setdefault(what, where)
         if what == 'broken':
             self.state['skipped'].append(where)
+        else:
+            self.state['examples'].setdefault(what, where)
 
     def commit(self, file, record, done=False):
         """Writes the buffered documents, one shard per split, and then the progress.
@@ -361,7 +362,7 @@ def plain_counts(counts, examples):
     for what in ('broken', 'dropped', 'empty'):
         if what in counts:
             # The broken ones are listed one by one.
-            first = f' (first: {examples[what]})' if what in examples and what != 'broken' else ''
+            first = f' (first: {examples[what]})' if what in examples else ''
             parts.append(f'{counts[what]:,} {what}{first}')
     return [f'records left out: {", ".join(parts)}'] if parts else []
 

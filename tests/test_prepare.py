@@ -8,6 +8,7 @@ import io
 import json
 import lzma
 import os
+import shutil
 import random
 import re
 import signal
@@ -400,7 +401,8 @@ def test_broken_zst_gets_one_sentence(tmp_path, knobs, broken):
 
 
 def test_an_edited_input_is_another_one_and_a_copy_elsewhere_is_the_same(tmp_path, knobs, capsys):
-    path = write_lines(tmp_path / 'in/a.jsonl', documents(30))
+    # meta.json says where the empty one is.
+    path = write_lines(tmp_path / 'in/a.jsonl', ['', *documents(30)])
     run_here(command(**knobs, input=path))
     made = contents(tmp_path / 'x')
     (tmp_path / 'other').mkdir()
@@ -409,6 +411,9 @@ def test_an_edited_input_is_another_one_and_a_copy_elsewhere_is_the_same(tmp_pat
     os.utime(copy, (0, 0))
     run_here(command(**knobs, input=copy))
     assert 'complete already' in capsys.readouterr().out and contents(tmp_path / 'x') == made
+    shutil.rmtree(tmp_path / 'x')
+    run_here(command(**knobs, input=copy))
+    assert contents(tmp_path / 'x') == made
     copy.write_bytes(copy.read_bytes().replace(b'cat', b'cow'))
     os.utime(copy, (0, 0))
     message = refusal(**knobs, input=copy)

@@ -436,7 +436,7 @@ def test_what_conversations_say_is_honoured_or_counted(tmp_path, chat_data, caps
     meta, text = prepared(tmp_path / 'mine')
     assert meta['counts'] == {what: n for what, (n, _) in LEFT_OUT.items()}
     for what, (_, line) in LEFT_OUT.items():
-        assert meta['examples'][what] == f'{tmp_path}/in.jsonl:{line}'
+        assert meta['examples'][what] == f'in.jsonl:{line}'
     assert text.split('<|endoftext|>')[1:] == [
         f'<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n{rest}' for rest in (
             '[[a<|im_end|>]]\n',
@@ -447,8 +447,8 @@ def test_what_conversations_say_is_honoured_or_counted(tmp_path, chat_data, caps
             '[[a<|im_end|>]]\n')]
     said = capsys.readouterr().out
     assert '2  conversations with tool calls were left out, because the templates llama3' in said
-    assert f'not used: name (1 messages) (first: {tmp_path}/in.jsonl:1)' in said
-    assert f'1 empty (first: {tmp_path}/in.jsonl:9)' in said
+    assert 'not used: name (1 messages) (first: in.jsonl:1)' in said
+    assert '1 empty (first: in.jsonl:9)' in said
 
 
 def model_with(folder, template):
