@@ -8,9 +8,9 @@ import io
 import json
 import lzma
 import os
-import shutil
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
