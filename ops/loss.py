@@ -7,6 +7,8 @@ takes three products of N*C*V operations. Recomputing the logits in the backward
 
 Letters in shape comments: N tokens, C n_embd, V vocab_size, n tokens of a chunk.
 """
+import functools
+
 import torch
 import torch.distributed as dist
 
@@ -20,13 +22,37 @@ def budget_rows(n_rows, vocab_size, device, dtype):
 
 
 def chunk_rows(n_rows, vocab_size, device, dtype):
-    """Rows of a chunk: within the budget, a sixteenth of the memory of all logits in fp32.
+    """Rows of a chunk: a sixteenth of the memory of all logits in fp32, on a GPU an eighth.
 
-    Chunks have a minimum size, because every chunk reads and writes the weight's gradient.
+    The logits of a chunk take at most 256 MiB, on a GPU 2 GiB. Chunks have a minimum size, because
+    every chunk reads and writes the weight's gradient. On a GPU that is why there are fewer of
+    them: with bf16 logits 4 chunks as long as they fit into 2 GiB each.
     """
-    least = 1024 if device.type == 'cuda' else 256
-    share = n_rows * 4 // (16 * dtype.itemsize)
-    return min(budget_rows(n_rows, vocab_size, device, dtype), max(least, share))
+    if device.type == 'cuda':
+        parts, least, budget, tile = 8, 1024, 2**31, 128
+    else:
+        parts, least, budget, tile = 16, 256, 2**28, 1
+    rows = max(least, n_rows * 4 // (parts * dtype.itemsize))
+    rows = min(n_rows, rows, budget // (vocab_size * dtype.itemsize))
+    # GPUs multiply tiles of this many rows.
+    return max(1, rows - rows % tile if rows > tile else rows)
+
+
+@functools.cache
+def adds_to_fp32(device_type):
+    """Whether a bf16 product can be added to an fp32 matrix in place, without a bf16 result.
+
+    torch can on CUDA, from 2.10 on (`addmm` with out_dtype; before, it wanted a bf16 matrix).
+    """
+    if device_type != 'cuda':
+        return False
+    ones = torch.ones(16, 16, dtype=torch.bfloat16, device=device_type)
+    total = ones.float()
+    try:
+        torch.addmm(total, ones, ones, out_dtype=torch.float32, out=total)
+    except (RuntimeError, TypeError):
+        return False
+    return bool((total == 17).all())
 
 
 def loss_dtypes(h):
@@ -38,6 +64,25 @@ def loss_dtypes(h):
     if torch.is_autocast_enabled(h.device.type):
         low = torch.get_autocast_dtype(h.device.type)
     return low, torch.promote_types(low, torch.float32)
+
+
+def add_product(total, a, b, high):
+    """total + a @ b in dtype `high`, in place. total None: a @ b, without a pass over zeros."""
+    if high == a.dtype:
+        return a @ b if total is None else total.addmm_(a, b)
+    # The sum is in fp32: in bf16 it would lose small terms of later chunks.
+    if high == torch.float32 and adds_to_fp32(a.device.type):
+        if total is None:
+            return torch.mm(a, b, out_dtype=high)
+        # 8 bytes of memory traffic per element. A bf16 product and its addition would take 12.
+        return torch.addmm(total, a, b, out_dtype=high, out=total)
+    product = a @ b
+    if total is None:
+        return product.to(high)
+    # Mixed dtypes are added by way of a copy in fp32. On a CPU that of a strip stays in the cache.
+    for strip, addend in zip(total.split(512), product.split(512), strict=True):
+        strip.add_(addend)
+    return total
 
 
 class ChunkedLoss(torch.autograd.Function):
@@ -91,14 +136,7 @@ class ChunkedLoss(torch.autograd.Function):
                 if not needs_weight:
                     continue
                 scaled_h = (h_low[chunk] * scale).to(dtype)
-                # The first product becomes the sum, which saves a pass over (V, C) zeros.
-                if dweight is None:
-                    dweight = (logits.T @ scaled_h).to(high)
-                # addmm_ needs equal dtypes. A bf16 sum would lose small terms of later chunks.
-                elif high == dtype:
-                    dweight.addmm_(logits.T, scaled_h)
-                else:
-                    dweight += logits.T @ scaled_h
+                dweight = add_product(dweight, logits.T, scaled_h, high)
         if needs_weight and dweight is None:        # N = 0
             dweight = torch.zeros(weight.shape, dtype=high, device=h.device)
         if needs_h and group is not None:
