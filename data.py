@@ -898,8 +898,10 @@ def valid_positions(targets, group=None):
 
 def put_on(tensor, device):
     """Copies a CPU tensor (or None) to the device without waiting for the copy."""
-    if tensor is None or torch.device(device).type != 'cuda':
-        return tensor
+    if tensor is None:
+        return None
+    if torch.device(device).type != 'cuda':
+        return tensor.to(device)
     # From pageable memory the copy would wait for the device.
     return tensor.pin_memory().to(device, non_blocking=True)
 

@@ -18,9 +18,11 @@ Letters in shape comments: B rows, T tokens, C n_embd, H n_head, K n_kv_head, D 
 F ffn_dim, V vocab_size, N = B*T, n ranks of a group.
 """
 
+import contextlib
 import functools
 import hashlib
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -406,6 +408,7 @@ class GPT(nn.Module):
 
     layout = None  # ranks.Layout, set by apply_parallelism
     tp = None
+    one_graph = False  # blocks are compiled, and without gradients they run training's graph, too
     balance_loss = 0.0  # weight of the experts' balance loss in training
 
     def __init__(self, config):
@@ -433,7 +436,9 @@ class GPT(nn.Module):
         """The output layer's weight (V, C), or this rank's part. When tied, the embedding table."""
         return self.embed.weight if self.lm_head is None else self.lm_head.weight
 
-    def forward(self, idx, doc_ids=None, cache=None, position=0, first=None, grad_from=0):
+    def forward(
+        self, idx, doc_ids=None, cache=None, position=0, first=None, grad_from=0, around=None
+    ):
         """Token ids to final hidden states, normed and ready for the output layer.
 
         idx        (B, T) int32 or int64 token ids
@@ -446,15 +451,18 @@ class GPT(nn.Module):
         first      (B,) int64, index of every row's first token, for rows padded on the left. Needs
                    a cache.
         grad_from  first block whose parameters get a gradient. Above 0 the embedding gets none.
+        around     function that makes a context for the blocks from grad_from on, or None
         Returns (B, T, C) in the compute dtype (autocast's when it is on). Under tensor parallelism
         every rank of the group gets all of it, and all must use it in the same way.
         """
-        x, _ = self.hidden(idx, doc_ids, cache, position, first, grad_from)
+        x, _ = self.hidden(idx, doc_ids, cache, position, first, grad_from, around)
         if self.tp is not None:
             x = ranks.gather(x, self.tp, replicated=True).view(*idx.shape, -1)
         return x
 
-    def hidden(self, idx, doc_ids=None, cache=None, position=0, first=None, grad_from=0):
+    def hidden(
+        self, idx, doc_ids=None, cache=None, position=0, first=None, grad_from=0, around=None
+    ):
         """As `forward` before its gather: (hidden states, sum of balance losses or None)."""
         T = idx.shape[1]
         wants_grad = torch.is_grad_enabled()
@@ -482,6 +490,8 @@ class GPT(nn.Module):
         cu_seqlens = None
         if doc_ids is not None:
             cu_seqlens = doc_ids if doc_ids.dim() == 1 else document_boundaries(doc_ids)
+            # Batches have different numbers of documents, and the first would be a constant.
+            torch._dynamo.maybe_mark_dynamic(cu_seqlens, 0)
         elif cache is not None:
             mask = cache_mask(position, T, first, x.device)
         balance_loss = None
@@ -489,10 +499,21 @@ class GPT(nn.Module):
         application = 0
         for i, block in enumerate(self.blocks):
             cos, sin = identity if i in nope_layers else rotary
-            with torch.set_grad_enabled(wants_grad and i >= grad_from):
+            has_grad = wants_grad and i >= grad_from
+            # torch.compile would make a graph for each combination of the gradient mode and of an
+            # input with and without a gradient. Evaluation and measurements would compile anew.
+            as_trained = self.one_graph and cache is None
+            context = contextlib.nullcontext()
+            if around is not None and i >= grad_from:
+                context = around()
+            with context, torch.set_grad_enabled(has_grad or as_trained):
                 for _ in range(self.config.layer_repeat):
                     kv = None if cache is None else cache[application]
+                    if as_trained and not x.requires_grad:
+                        x = x.detach().requires_grad_()
                     x, of_block = block(x, cos, sin, mask, cu_seqlens, kv, position)
+                    if not has_grad:
+                        x = x.detach()  # frees what the block has kept for a backward pass
                     balance_loss = of_block if balance_loss is None else balance_loss + of_block
                     application += 1
         return self.norm(x), balance_loss
@@ -648,6 +669,7 @@ def sample_token(logits, temperature, top_k, top_p, generator):
 
 # -- initial weights -------------------------------------------------------------------------------
 
+DRAWN_AT_ONCE = 4  # parameters that are drawn in threads, and are in memory in full
 
 def fill_(tensor, name, seed, config, is_output=False):
     """Initial values of a parameter or an expert. See `init_weights`."""
@@ -678,21 +700,32 @@ def init_weights(model, seed):
     sqrt(2 * layers). The output weight is so small that a fresh model's loss is ln(vocab_size)
     within 2 %. Norms are 1, biases 0.
     """
+    def draw(named):
+        name, parameter = named
+        full = torch.empty(ranks.full_shape(model.layout, name, parameter))
+        fill_(full, name, seed, model.config, parameter is model.output_weight)
+        return full
+
     # Every parameter, and every expert, is drawn in full on the CPU. A rank then keeps its part.
-    for name, parameter in model.named_parameters():
-        if '.experts.' in name:
+    whole = []
+    with ThreadPoolExecutor(DRAWN_AT_ONCE) as pool:
+        for name, parameter in model.named_parameters():
+            if '.experts.' not in name:
+                whole.append((name, parameter))
+                continue
             # Only the local ones: drawing all experts of a large model would take hours.
             local = torch.empty(parameter.shape)
             first = 0
             if ranks.part_of(model.layout, name):
                 first = model.layout.experts.rank * len(local)
-            for i, expert in enumerate(local):
-                fill_(expert, f'{name}.{first + i}', seed, model.config)
+            names = [f'{name}.{first + i}' for i in range(len(local))]
+            fill = functools.partial(fill_, seed=seed, config=model.config)
+            list(pool.map(fill, local, names))
             parameter.copy_(ranks.sharded(parameter, local))
-        else:
-            full = torch.empty(ranks.full_shape(model.layout, name, parameter))
-            fill_(full, name, seed, model.config, parameter is model.output_weight)
-            parameter.copy_(ranks.placed(model.layout, name, parameter, full))
+        for i in range(0, len(whole), DRAWN_AT_ONCE):
+            part = whole[i : i + DRAWN_AT_ONCE]
+            for (name, parameter), full in zip(part, pool.map(draw, part), strict=True):
+                parameter.copy_(ranks.placed(model.layout, name, parameter, full))
     # The buffers are the experts' biases and loads.
     for buffer in model.buffers():
         buffer.zero_()

@@ -51,6 +51,8 @@ from methods import reweight, selection
 from model import GPT, ModelConfig, count_parameters, flops_per_token, init_weights
 from ops import moe, ranks
 from ops.attention import check_documents
+from ops.fp8 import check as check_fp8
+from ops.fp8 import convert as convert_to_fp8
 
 # -- input and output --
 out_dir = 'out/run'                 # folder of this run. It must be new unless resume=True
@@ -136,6 +138,8 @@ if devices.is_restarted() and checkpoint.is_of(out_dir, config):
     resume = True
 run = devices.start(config)
 torch.manual_seed(seed + run.rank)
+if config['compile'] is not False and not dry_run:
+    parallel.warm_compiler(run.device)      # in the background, while data and model are prepared
 effects.check_names(config, config.defaults)
 if not out_dir:
     raise BadInput("out_dir = '' names no folder. Give the folder of this run.")
@@ -175,6 +179,8 @@ if dry_run:
         n_steps = count_steps(config, None)
         plan.print_plan(model_config, config, planned, plan_dtype, n_steps, plan_teacher)
     devices.leave_ranks(0)
+if config['fp8']:
+    check_fp8(config, run.device)
 
 
 def check_memory():
@@ -309,6 +315,10 @@ total_flops = n_steps * total_batch_tokens * token_flops
 run.compile_blocks, compile_reason = parallel.choose_compile(
     config['compile'], total_flops, peak, run)
 parallel.split(model, layout)
+if config['fp8']:
+    n_converted = convert_to_fp8(model, run.device)
+    slow = '' if run.compile_blocks else ' (slower than bfloat16 without compile=True)'
+    run.description += f', {n_converted} linear layers in fp8{slow}'
 parallel.prepare_blocks(model, run.compile_blocks, config['activation_checkpointing'])
 for module, fsdp_options in parallel.fsdp_parts(model, layout, run.dtype, reshard_after_forward):
     fully_shard(module, **fsdp_options)
@@ -488,7 +498,7 @@ def forward_backward(micro, is_last):
     (loss * (run.n_data / n_valid)).backward()
     if taker:
         taker.add(micro, losses)
-    return torch.stack((losses.sum().double(), hits.sum().double()))
+    return torch.stack((losses.sum().to(sum_dtype), hits.sum().to(sum_dtype)))
 
 
 def log_step(step, step_metrics):
@@ -506,6 +516,7 @@ last_saved = first_step if found else None
 watcher = Watch(run.rank, run.world_size, config['hang_timeout'])
 stop = checkpoint.StopRequest()
 not_finite = torch.zeros((), device=run.device)         # 1 once a loss or norm was not finite
+sum_dtype = devices.sum_dtype(run.device)
 bar = tqdm(
     total=end_step, initial=first_step, disable=not run.is_master, unit='step', dynamic_ncols=True)
 progress = Progress(
@@ -559,7 +570,7 @@ for step in range(first_step, end_step + 1):
         raise_no_supervised_token(step)
     if taker:
         taker.begin(step, lr, micro_valid)
-    sums = torch.zeros(2, device=run.device, dtype=torch.float64)           # cross-entropy, hits
+    sums = torch.zeros(2, device=run.device, dtype=sum_dtype)               # cross-entropy, hits
     for micro in micro_batches:
         sums += forward_backward(micro, is_last=micro is micro_batches[-1])
     step_metrics = taker.finish() if taker else {}
@@ -596,7 +607,8 @@ elif run.is_master:
 if not stopping and sample_tokens:
     prompt = torch.tensor(
         [[tokenizer.bos_id, *tokenizer.encode(sample_prompt)]], device=run.device)
-    with run.autocast:
+    # The length grows with every token, for which blocks would be compiled again.
+    with run.autocast, torch.compiler.set_stance('force_eager'):
         ids = model.generate(
             prompt, sample_tokens, temperature=0.8, top_k=50, stop_token=tokenizer.bos_id,
             seed=seed)

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from configurator import BadInput, RunFault, one_of, report_error
+from ops.attention import use as use_attention
 from ops.kernels import use as use_kernels
 
 GIB = 2**30
@@ -46,14 +47,25 @@ GPUS = {
     'T4': Gpu(65e12)}
 
 
+NEEDS_FP64 = "needs sums in fp64, which Apple's GPUs do not have"
+ONE_PROCESS = "Apple's GPUs work in one process only"
+
+
 @dataclass
 class DeviceConfig:
     """Knobs of the device."""
-    device: one_of('auto', 'cpu', 'cuda') = 'auto'      # auto: CUDA when there is a GPU
+    device: one_of('auto', 'cpu', 'cuda', 'mps') = 'auto'       # mps: Apple's GPU. auto: a GPU when
+                                # there is one
     dtype: one_of('auto', 'float32', 'bfloat16') = 'auto'       # of matrix products; weights are
                                 # fp32. auto: bfloat16 where the hardware gains by it
     kernels: one_of('auto', 'triton', 'torch') = 'auto'         # torch: the reference functions.
                                 # auto: Triton on CUDA, except in layers inside torch.compile
+    attention: one_of('auto', 'cudnn', 'flash', 'fa3', 'fa4') = 'auto'      # kernels on CUDA. fa3
+                                # and fa4 are the packages flash-attn-3 and flash-attn-4. auto:
+                                # cuDNN on Hopper and Blackwell, else flash 2
+    fp8: bool = False               # linear layers of attention and feed-forward networks multiply
+                                # in fp8, with one scale per matrix: for models of a width of at
+                                # least 1536 with compiled blocks, on GPUs like the H100
 
 
 @dataclass
@@ -63,7 +75,7 @@ class Run:
     world_size: int
     device: torch.device
     dtype: torch.dtype
-    description: str = ''           # dtype with its reason, and kernels, for the first lines
+    description: str = ''           # dtype with its reason and kernels, for the first lines
     layout: object = None           # ranks.Layout, None for a single process
     data_rank: int = 0              # rank among the ranks that have rows of their own
     n_data: int = 1                 # number of these ranks
@@ -85,11 +97,21 @@ class Run:
 
 
 def start(config):
-    """Joins the ranks and picks device, dtype and kernels by the knobs in `config`: Run."""
+    """Joins the ranks and picks device, dtype and kernels by the knobs in `config`: Run.
+
+    config: the knobs of DeviceConfig and of ModelConfig
+    """
     keeps_memory = tune_malloc()
-    rank, world_size, device = start_ranks(config['device'])
+    unfit = unfit_for_mps(config)
+    rank, world_size, device = start_ranks(config['device'], unfit=unfit)
     dtype, reason = pick_dtype(config['dtype'], device)
     description = f'{dtype} ({reason}), kernels: {use_kernels(config["kernels"], device)}'
+    head_dim = config['head_dim'] or config['n_embd'] // config['n_head']
+    attention = use_attention(config['attention'], device, dtype, head_dim)
+    if device.type == 'cuda':
+        description += f', attention: {attention}'
+    if device.type == 'cpu' and config['device'] == 'auto' and torch.backends.mps.is_available():
+        description += f", not Apple's GPU ({unfit or ONE_PROCESS})"
     if keeps_memory and device.type == 'cpu':
         description += ', malloc keeps freed memory'
     return Run(rank, world_size, device, dtype, description)
@@ -151,15 +173,45 @@ def launched_ranks(join):
     return numbers['RANK'], numbers['WORLD_SIZE']
 
 
-def start_ranks(device, join=True):
-    """Joins torchrun's process group, if there is one. Returns (rank, world_size, torch.device).
+def unfit_for_mps(config):
+    """What in train.py's knobs keeps a run from Apple's GPUs, as text, or None."""
+    needs = dict(
+        mixture=config['mixture'] in ('influence', 'doge', 'doremi'),
+        presence=config['presence'] != 'off', select=config['select'] == 'online',
+        teacher=config['teacher'] is not None, kd_cache=config['kd_cache'] is not None,
+        n_expert=config['n_expert'] > 0)
+    for name, needed in needs.items():
+        if needed:
+            return f'{name} = {config[name]!r} {NEEDS_FP64}'
+    return None
 
-    device  'auto' (CUDA when there is a GPU), 'cpu' or 'cuda'
-    join    False: only reads rank and world size. A plain `python` has no process group in any case
-    """
+
+def pick_kind(device, unfit):
+    """'cpu', 'cuda' or 'mps'. The arguments are those of `start_ranks`."""
     if device == 'cuda' and not torch.cuda.is_available():
         raise BadInput("device = 'cuda', but torch finds no CUDA device. Use device=cpu or auto.")
-    kind = 'cuda' if device != 'cpu' and torch.cuda.is_available() else 'cpu'
+    if device == 'cpu':
+        return 'cpu'
+    if torch.cuda.is_available() and device != 'mps':
+        return 'cuda'
+    if 'RANK' in os.environ:
+        unfit = unfit or ONE_PROCESS
+    if device == 'mps' and not torch.backends.mps.is_available():
+        raise BadInput("device = 'mps', but torch finds no Apple GPU. Use device=cpu or auto.")
+    if device == 'mps' and unfit:
+        raise BadInput(f"device = 'mps', but {unfit}. Use device=cpu.")
+    return 'cpu' if unfit or not torch.backends.mps.is_available() else 'mps'
+
+
+def start_ranks(device, join=True, unfit=f'this command {NEEDS_FP64}'):
+    """Joins torchrun's process group, if there is one. Returns (rank, world_size, torch.device).
+
+    device  'auto' (a GPU when there is one), 'cpu', 'cuda' or 'mps'
+    join    False: only reads rank and world size. A plain `python` has no process group in any case
+    unfit   why Apple's GPUs cannot be used: 'mps' is an error then, and 'auto' passes them over.
+            None: they can
+    """
+    kind = pick_kind(device, unfit)
     if 'RANK' not in os.environ:
         return 0, 1, torch.device(kind)
     rank, world_size = launched_ranks(join)
@@ -240,6 +292,9 @@ def cpu_flags():
 def pick_dtype(dtype, device):
     """Returns (torch dtype, reason as text). 'auto' takes bf16 where the hardware gains by it."""
     named = {'float32': torch.float32, 'bfloat16': torch.bfloat16}
+    if dtype == 'bfloat16' and device.type == 'mps':
+        if not torch.backends.mps.is_macos_or_newer(14, 0):
+            raise BadInput("dtype = 'bfloat16' on Apple's GPUs needs macOS 14. Use float32.")
     if dtype in named:
         return named[dtype], 'as asked'
     if dtype != 'auto':
@@ -248,10 +303,17 @@ def pick_dtype(dtype, device):
         if torch.cuda.get_device_capability(device)[0] >= 8:
             return torch.bfloat16, 'tensor cores'
         return torch.float32, 'this GPU has no bf16 tensor cores'
+    if device.type == 'mps':
+        return torch.float32, "bfloat16 has not been measured on Apple's GPUs"
     for flag in ('amx_bf16', 'avx512_bf16'):
         if flag in cpu_flags():
             return torch.bfloat16, f'this CPU has {flag}'
     return torch.float32, 'this CPU has no bf16 instructions'
+
+
+def sum_dtype(device):
+    """The dtype of sums over many tokens: fp64, or fp32 on Apple's GPUs, which have no fp64."""
+    return torch.float32 if device.type == 'mps' else torch.float64
 
 
 def find_gpu(device):
@@ -273,6 +335,8 @@ def device_name(device):
     """The name of the GPU or of the processor."""
     if device.type == 'cuda':
         return torch.cuda.get_device_name(device)
+    if device.type == 'mps':
+        return 'Apple GPU'
     return f'{platform.processor() or platform.machine()} CPU'
 
 
@@ -283,6 +347,8 @@ def memory_of(device):
     """
     if device.type == 'cuda':
         return torch.cuda.get_device_properties(device).total_memory
+    if device.type == 'mps':
+        return torch.mps.recommended_max_memory()
     found = []
     try:
         with open('/proc/meminfo', encoding='ascii') as f:

@@ -5,6 +5,7 @@ import numpy as np
 import torch
 
 from data import domain_of
+from lib.device import sum_dtype
 from lib.parallel import sum_numbers
 
 
@@ -19,6 +20,7 @@ def row_losses(model, feeder, source, n_rows, token_bytes=None):
     n_rows = min(n_rows, source.n_windows)
     found = np.zeros((3, n_rows))
     # Batches always have the full size, so that a compiled model meets one shape.
+    sums = []                                           # (rows of this rank, (3, B) on the device)
     for mine in feeder.deal(n_rows, feeder.batch_size):
         inputs, targets, doc_ids = feeder.put(source.rows(np.minimum(mine, n_rows - 1)))
         _, losses, _ = model.loss(inputs, targets, doc_ids=doc_ids)
@@ -26,9 +28,12 @@ def row_losses(model, feeder, source, n_rows, token_bytes=None):
         n_bytes = torch.zeros_like(targets)
         if token_bytes is not None:
             n_bytes = token_bytes[targets.clamp(min=0)] * is_valid
-        sums = torch.stack([t.double().sum(1) for t in (losses, is_valid, n_bytes)]).cpu().numpy()
-        here = mine[mine < n_rows]
-        found[:, here] = sums[:, :len(here)]
+        dtype = sum_dtype(losses.device)
+        of_rows = torch.stack([t.to(dtype).sum(1) for t in (losses, is_valid, n_bytes)])
+        sums.append((mine[mine < n_rows], of_rows))
+    # Read at the end: after every batch, the device would wait for the host.
+    for here, of_rows in sums:
+        found[:, here] = of_rows.cpu().numpy()[:, :len(here)]
     return np.array(sum_numbers(found.flatten(), model.layout)).reshape(3, n_rows)
 
 

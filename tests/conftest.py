@@ -30,6 +30,14 @@ SHARED = ROOT.parent / 'shared' / 'data'          # real text, present on some m
 torch.set_num_threads(1)
 
 
+def need(*packages):
+    """Skips the test file that calls it, before its other imports, where a package is missing."""
+    for package in packages:
+        # Some packages raise another ImportError when one that they need themselves is missing.
+        pytest.importorskip(
+            package, reason=f'the package {package} is not installed', exc_type=ImportError)
+
+
 def pytest_xdist_auto_num_workers(config):
     """One more than there are cores, because many tests wait for processes of their own."""
     return (os.cpu_count() or 1) + 1
@@ -329,6 +337,18 @@ def assert_one_sentence(done, code, *parts):
     # With several ranks, the message of one of them must have all parts.
     messages = [line for line in done.stderr.splitlines() if 'error: ' in line]
     assert any(all(part in message for part in parts) for message in messages), messages
+
+
+@pytest.fixture
+def count_graphs(monkeypatch):
+    """A function that returns the number of compiled graphs. No code is generated for them."""
+    compiler = torch.compile
+    monkeypatch.setattr(torch, 'compile', lambda f: compiler(f, backend='aot_eager'))
+    torch._dynamo.reset()
+    stats = torch._dynamo.utils.counters['stats']
+    stats.clear()
+    yield lambda: stats['unique_graphs']
+    torch._dynamo.reset()
 
 
 # -- results that many tests share -----------------------------------------------------------------

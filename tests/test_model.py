@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import configurator
+from lib import parallel
 from model import GPT, ModelConfig, count_parameters, flops_per_token, init_weights
 from ops import loss as loss_module
 from ops.attention import attend, document_boundaries, suits_blocks
@@ -146,6 +147,62 @@ def test_chunked_loss_and_gradients_equal_fp64_on_full_logits(monkeypatch, n_row
     assert torch.equal(hits, (h @ weight.T).argmax(1) == targets)
     for a, b in zip(got, grads, strict=True):
         assert (a.double() - b.double()).norm() / b.double().norm() < 1e-5
+
+
+def test_on_a_gpu_the_products_of_chunks_are_summed_in_fp32_and_in_place(monkeypatch):
+    # A CPU has no product of bf16 matrices with an fp32 result, so this stands in for CUDA's.
+    calls = []
+    mm = torch.mm
+
+    def wide_mm(a, b, out_dtype=None, out=None):
+        if out_dtype is None:
+            return mm(a, b, out=out)
+        assert a.dtype == b.dtype == torch.bfloat16 and out_dtype == torch.float32
+        calls.append('mm')
+        return mm(a.float(), b.float())
+
+    def wide_addmm(total, a, b, out_dtype, out):
+        assert total is out and out.dtype == out_dtype == torch.float32
+        assert a.dtype == b.dtype == torch.bfloat16
+        calls.append('addmm')
+        return out.add_(mm(a.float(), b.float()))
+
+    monkeypatch.setattr(loss_module, 'chunk_rows', lambda *_: 8)
+    torch.manual_seed(0)
+    h = torch.randn(60, 24).bfloat16().requires_grad_()
+    weight = (torch.randn(301, 24) * 0.3).bfloat16().float().requires_grad_()
+    targets = tokens(60, vocab_size=301)
+    expected, _ = reference_loss(h, weight, targets, torch.ones(60))
+    truth = torch.autograd.grad(expected, weight)[0].double()
+
+    def error():
+        gradient = torch.autograd.grad(linear_cross_entropy(h, weight, targets)[0], weight)[0]
+        assert gradient.dtype == torch.float32
+        return ((gradient.double() - truth).norm() / truth.norm()).item()
+
+    of_bf16_products = error()
+    monkeypatch.setattr(loss_module, 'adds_to_fp32', lambda _: True)
+    monkeypatch.setattr(torch, 'mm', wide_mm)
+    monkeypatch.setattr(torch, 'addmm', wide_addmm)
+    # What remains is the rounding of the logits, of their gradient and of h * scale.
+    assert error() < min(3e-3, of_bf16_products)
+    assert calls == ['mm'] + ['addmm'] * 7
+
+
+def test_no_sum_in_the_product_on_a_cpu():
+    assert not loss_module.adds_to_fp32('cpu')
+
+
+@pytest.mark.parametrize('n_rows, rows', [
+    (32_768, 8192), (16_384, 4096), (2048, 1024), (700, 640), (131_072, 8320)])
+def test_chunks_of_the_loss_on_a_gpu(n_rows, rows):
+    # A vocabulary of 128,256 in bf16: a quarter of the rows, up to 2 GiB of logits, by 128 rows.
+    got = loss_module.chunk_rows(n_rows, 128_256, torch.device('cuda'), torch.bfloat16)
+    assert got == rows
+    assert got * 128_256 * 2 <= 2**31
+    # On a CPU it is an eighth, and up to 256 MiB.
+    got = loss_module.chunk_rows(n_rows, 1024, torch.device('cpu'), torch.bfloat16)
+    assert got == min(n_rows, max(256, n_rows // 8))
 
 
 PARTS = """
@@ -298,6 +355,50 @@ def test_blocks_are_compiled_once_for_all_and_without_graph_breaks():
     assert counters['stats']['unique_graphs'] == 1
     assert not counters['graph_break']
     torch._dynamo.reset()
+
+
+def gradients_from(model, idx, grad_from):
+    model.zero_grad()
+    total, _, _ = model.loss(idx, idx.roll(-1, 1), grad_from=grad_from)
+    total.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize('checkpointing', ['none', 'selective'])
+def test_training_evaluation_and_measurements_share_one_graph(count_graphs, checkpointing):
+    idx = tokens(2, 24)
+    plain = build(layer_repeat=2)
+    model = build(layer_repeat=2)
+    parallel.prepare_blocks(model, True, checkpointing)
+    for _ in range(2):
+        model.eval()
+        with torch.no_grad():
+            total, losses, _ = model.loss(idx, idx.roll(-1, 1))
+            assert not total.requires_grad
+            assert torch.allclose(losses, plain.loss(idx, idx.roll(-1, 1))[1], rtol=1e-5)
+        last = gradients_from(model, idx, 2)  # as influence measures it
+        model.train()
+        for grad_from, got in ((2, last), (0, gradients_from(model, idx, 0))):
+            expected = gradients_from(plain, idx, grad_from)
+            assert got.keys() == expected.keys()
+            for name, gradient in got.items():
+                assert torch.allclose(gradient, expected[name], rtol=1e-4, atol=1e-6), name
+    assert count_graphs() == 1
+    with torch.compiler.set_stance('force_eager'):
+        ids = model.generate(idx, 3, temperature=0)
+    assert torch.equal(ids, plain.generate(idx, 3, temperature=0))
+
+
+def test_another_number_of_documents_compiles_nothing_anew(count_graphs):
+    model = build(n_layer=1)
+    parallel.prepare_blocks(model, True)
+    idx = tokens(2, 16)
+    n_graphs = []
+    for bounds in ([0, 16, 32], [0, 3, 16, 20, 32], [0, 16, 20, 32]):
+        total, _, _ = model.loss(idx, idx, doc_ids=torch.tensor(bounds, dtype=torch.int32))
+        total.backward()
+        n_graphs.append(count_graphs())
+    assert 0 < n_graphs[0] == n_graphs[2]
 
 
 @pytest.mark.parametrize('T, K', [(257, 1), (300, 2), (320, 4)])

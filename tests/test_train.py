@@ -161,6 +161,24 @@ def test_compiled_run_gives_the_same_losses(tmp_path, tiny_data):
         assert compiled[step]['train/loss'] == expected
 
 
+def test_a_compiled_run_has_one_graph(tmp_path, tiny_data, count_graphs):
+    # It evaluates, trains, and writes a sample.
+    tokenizer = make_tokenizer(
+        'x', {bytes([b]): b for b in range(63)}, GPT2_PATTERN, {'<|endoftext|>': 63},
+        '<|endoftext|>')
+    record = dict(name='x', fingerprint=tokenizer.fingerprint, bos_id=63)
+    for name in 'ab':
+        save_tokenizer(str(tiny_data / name), tokenizer)
+        (tiny_data / name / 'meta.json').write_text(json.dumps(dict(
+            tokenizer=record, vocab_size=64, shards=list_shards(tiny_data / name))))
+    # 5 rows are one batch and a half.
+    m = train(
+        tmp_path / 'run', tiny_data, compile=True, max_steps=4, eval_interval=2, eval_rows=5,
+        sample_tokens=4)
+    assert m[4]['val/loss'] < m[0]['val/loss']
+    assert count_graphs() == 1
+
+
 def test_document_mask_changes_what_is_seen(tmp_path, tiny_data):
     ranks = {bytes([b]): b for b in range(63)}
     tokenizer = make_tokenizer('x', ranks, GPT2_PATTERN, {'<|endoftext|>': 63}, '<|endoftext|>')

@@ -49,10 +49,10 @@ chat_template: str | None = None        # ask in conversations: auto (the model'
                                         # llama3 or chatml; None: plain text
 allow_code = False                      # let tasks such as humaneval run code that the model wrote
 batch_tokens: at_least(1) | None = None # padded tokens of a forward pass;
-                                        # None: 4096 on a CPU, 65536 on a GPU
+                                        # None: 65536 on CUDA, elsewhere 4096
 out: str | None = None                  # file of results; None: eval.json in the run's folder
 compare: str | None = None              # another run's folder or file of results to compare with
-device: one_of('auto', 'cpu', 'cuda') = 'auto'      # auto: CUDA when there is a GPU
+device: one_of('auto', 'cpu', 'cuda', 'mps') = 'auto'   # auto: a GPU when there is one
 dtype: one_of('auto', 'float32', 'bfloat16') = 'auto'       # of weights and computation
 
 
@@ -70,7 +70,7 @@ if __name__ == '__main__':
     if not texts:
         warn_unused(sys.argv[1:], ['column'], 'without --bpb')
     tune_malloc()
-    rank, _, here = start_ranks(device)
+    rank, _, here = start_ranks(device, unfit=None)
     is_master = rank == 0
     precision, reason = pick_dtype(dtype, here)
     baseline = benchmarks.read_results(compare) if compare is not None else None

@@ -39,7 +39,7 @@ top_k: at_least(1) | None = 50          # sample from this many of the most like
 top_p: between(1e-9, 1.0) | None = None # sample from the most likely tokens with this much
                                         # probability together
 seed: between(0, 9_223_372_036_854_775_807) = 1337  # the same seed gives the same text
-device: one_of('auto', 'cpu', 'cuda') = 'auto'      # auto: CUDA when there is a GPU
+device: one_of('auto', 'cpu', 'cuda', 'mps') = 'auto'   # auto: a GPU when there is one
 dtype: one_of('auto', 'float32', 'bfloat16') = 'auto'       # of weights and computation
 
 DIM = '\x1b[2m'
@@ -162,7 +162,7 @@ if __name__ == '__main__':
     if temperature == 0:
         warn_unused(sys.argv[1:], ['top_k', 'top_p', 'seed'], 'with --temperature=0')
     tune_malloc()
-    _, _, here = start_ranks(device)
+    _, _, here = start_ranks(device, unfit=None)
     model, tokenizer, about = hf.open_model(ckpt, here, pick_dtype(dtype, here)[0])
     context = about['context']
     sampling = dict(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
