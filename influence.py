@@ -26,9 +26,12 @@ from lib.parallel import full_tensor, local_tensor, reshard, sum_numbers
 from model import RMSNorm
 from ops import kernels
 from ops.loss import budget_rows
-from ops.ranks import full_shape, n_replicas
+from ops.ranks import full_shape, n_replicas, placed
 
 LAYERS = ('last', 'all', 'first', 'embedding+head')
+# Layers of a single block. Their gradients are small: a direction for every domain takes little
+# memory, and so does the gradient of one row.
+SMALL = ('last', 'first')
 
 
 @dataclass
@@ -154,10 +157,46 @@ def scaled(scale, name, gradient):
     return gradient / (moment.sqrt() + constant)
 
 
-def probe_gradient(model, domain, batches, scale, direction):
-    """Measures a domain of the probe and enters its den, reliability and loss into `direction`.
+def takes_rows(model):
+    """Whether single rows of a model can be measured: without tensor parallelism and experts."""
+    return model.tp is None and not model.config.n_expert
 
-    Returns (parameter name -> scaled gradient of the summed loss, number of valid tokens).
+
+@dataclass
+class DomainSums:
+    """What a domain of the probe gave. `parts` are batches or rows."""
+    loss: float         # nats
+    tokens: int         # valid ones
+    squares: int        # squares of the tokens of every part
+    pairs: float        # inner products of the gradients of different parts, over ordered pairs
+    norm: float         # squared norm of the summed gradient
+    parts: str          # 'batches' or 'rows'
+
+
+def enter_domain(direction, domain, sums):
+    """Enters den, reliability and loss of a domain into `direction` from its DomainSums."""
+    # They are equal if one part has all valid tokens. den would divide by zero.
+    if sums.tokens == 0 or sums.squares == sums.tokens**2:
+        raise BadInput(
+            f"influence: fewer than two {sums.parts} of probe '{domain}' have valid tokens.")
+    # The squared norm of the mean gradient includes that of its noise. The mean inner product of
+    # different parts does not, because their noise is independent.
+    den = sums.pairs / (sums.tokens**2 - sums.squares)
+    if not den > 0:
+        raise RunFault(
+            f"the {sums.parts} of the probe set '{domain}' disagree (mean inner product "
+            f'{den:.3g}). The set is too small to measure influence on. Raise probe_rows, or make '
+            'it larger.')
+    direction.den[domain] = den
+    direction.reliability[domain] = den / (sums.norm / sums.tokens**2)
+    direction.loss[domain] = sums.loss / sums.tokens
+
+
+def probe_by_batches(model, domain, batches, scale, direction):
+    """Measures a domain of the probe from the gradients of its batches, at least two.
+
+    Enters den, reliability and loss into `direction`. Returns (parameter name -> scaled gradient of
+    the summed loss, number of valid tokens).
     """
     total = {}
     products = []               # local parts of the products of every batch with all before it
@@ -175,48 +214,83 @@ def probe_gradient(model, domain, batches, scale, direction):
         total[name].add_(gradient)
 
     found = list(stream_gradients(model, batches, direction.layers, use))
-    tokens = sum(n for _, n in found)
-    squares = sum(n * n for _, n in found)
     if not total:
         raise BadInput(f"influence: scaling by Adam leaves nothing of '{direction.layers}'.")
-    # They are equal if one batch has all valid tokens. den would divide by zero.
-    if tokens == 0 or squares == tokens**2:
-        raise BadInput(f"influence: fewer than two batches of probe '{domain}' have valid tokens.")
-    pairs = sum_numbers([sum(products)], every_rank=True)[0]
+    tokens = sum(n for _, n in found)
+    gradient = {name: scaled(scale, name, tensor) for name, tensor in total.items()}
+    enter_domain(direction, domain, DomainSums(
+        loss=sum(loss for loss, _ in found), tokens=tokens, squares=sum(n * n for _, n in found),
+        pairs=2 * sum_numbers([sum(products)], every_rank=True)[0],
+        norm=global_inner(model, gradient, total), parts='batches'))
+    return gradient, tokens
+
+
+def probe_by_rows(model, domain, batches, scale, direction):
+    """As `probe_by_batches`, from the gradients of single rows, for layers in SMALL.
+
+    Batches may have any size, and a single one will do. The host waits for the device once.
+    """
+    # FSDP2 leaves the root's parameters gathered, and the result is sharded as they are.
+    reshard(model)
+    selected, _ = select(model, direction.layers)
+    device = next(model.parameters()).device
+    total = {}
+    factors = {}                # name -> factor of every element under scaling, or None
+    for name, parameter in selected.items():
+        shape = full_shape(model.layout, name, parameter)
+        total[name] = torch.zeros(shape, dtype=parameter.dtype, device=device)
+        factors[name] = None
+        if scale is not None:
+            factors[name] = full_tensor(scaled(scale, name, torch.ones_like(parameter)))
+    # Sums over rows: loss, tokens, squares of the tokens, and squared norms of the gradients. They
+    # stay on the device, so that the host does not wait in every batch.
+    sums = torch.zeros(4, dtype=torch.float64, device=device)
+
+    def use(name, gradients):
+        total[name] += gradients.sum(0, dtype=total[name].dtype)
+        squares = gradients.to(total[name].dtype).square_()
+        if factors[name] is not None:
+            squares *= factors[name]
+        sums[3] += squares.sum(dtype=torch.float64)
+
+    for batch in batches:
+        losses = stream_row_gradients(model, batch, direction.layers, use)
+        n_valid = (batch[1] >= 0).sum(1)                                        # (B,)
+        sums[:3] += torch.stack((losses.sum(), n_valid.sum(), n_valid.square().sum()))
+    if model.layout is not None:
+        for name, parameter in selected.items():
+            dist.all_reduce(total[name])
+            total[name] = placed(model.layout, name, parameter, total[name])
+    loss, tokens, squares, row_norms = sum_numbers(sums.tolist())
     gradient = {name: scaled(scale, name, tensor) for name, tensor in total.items()}
     norm = global_inner(model, gradient, total)
-    # The squared norm of the mean gradient includes that of its noise. The mean inner product of
-    # different batches does not, because their noise is independent.
-    den = 2 * pairs / (tokens**2 - squares)
-    if not den > 0:
-        raise RunFault(
-            f"the batches of the probe set '{domain}' disagree (mean inner product {den:.3g}). The "
-            'set is too small to measure influence on. Raise probe_rows, or make it larger.'
-        )
-    direction.den[domain] = den
-    direction.reliability[domain] = den / (norm / tokens**2)
-    direction.loss[domain] = sum(loss for loss, _ in found) / tokens
+    enter_domain(direction, domain, DomainSums(
+        loss=loss, tokens=tokens, squares=squares, pairs=norm - row_norms, norm=norm,
+        parts='rows'))
     return gradient, tokens
 
 
 def probe_direction(model, probe, layers='last', weights=None, scale=None, units='loss'):
     """The `Direction` that lowers the loss on the probe.
 
-    probe     domain -> batches as for `stream_gradients`, at least two
+    probe     domain -> batches as for `stream_gradients`. At least two, or for layers in SMALL of a
+              model without tp and experts two rows
     weights   domain -> weight; None: equal weights
     scale     from `adam_scale`; None: gradients as they are
     units     'loss': influence on the weighted mean of the domains' losses, where domains with
               large gradients count more. 'own': weighted mean of the influences on the domains,
               each in units of its own help. For one domain both are the same.
-    Raises RunFault when the batches of a domain disagree, and BadInput for fewer than two. Memory:
-    one gradient besides the result, or two with a scale.
+    Raises RunFault when the rows or batches of a domain disagree, and BadInput for fewer than two.
+    Memory: one gradient besides the result, or two with a scale.
     """
     weights = weights or dict.fromkeys(probe, 1.0)
     weight_sum = sum(weights.values())
     direction = Direction({}, {}, {}, {}, layers)
+    # Rows give more pairs than batches, and one large batch is faster than several small ones.
+    measure = probe_by_rows if layers in SMALL and takes_rows(model) else probe_by_batches
     v = direction.v
     for domain, batches in probe.items():
-        gradient, tokens = probe_gradient(model, domain, batches, scale, direction)
+        gradient, tokens = measure(model, domain, batches, scale, direction)
         share = weights[domain] / weight_sum / tokens
         if units == 'own':
             share /= direction.den[domain]
@@ -282,22 +356,32 @@ def mean_and_error(products, tokens):
 # on them, so the gradient of a row is never formed.
 
 def head_chunks(h, weight, targets, dh):
-    """The output layer by chunks of n positions: yields (slice, dz (n, V), losses (n,) in nats).
+    """The output layer by chunks of n positions: yields (slice, dz (n, V), scale (n, 1), losses).
 
     h (N, C) hidden states; weight (V, C); targets (N,) int64, -1 where the loss ignores the token.
-    dz is the gradient of the summed loss by the logits. Fills dh (N, C), the gradient by h.
+    dz * scale is the gradient of the summed loss by the logits, losses (n,) are in nats. Fills
+    dh (N, C), the gradient by h.
     """
-    n = budget_rows(len(h), len(weight), h.device, torch.float32)
+    n = budget_rows(len(h), len(weight), h.device, h.dtype)
     for start in range(0, len(h), n):
         part = slice(start, start + n)
-        valid = targets[part, None] >= 0                                        # (n, 1)
-        target = targets[part, None].clamp(min=0)                               # (n, 1)
-        z = h[part] @ weight.T                                                  # (n, V)
-        z = z.to(torch.promote_types(z.dtype, torch.float32))
-        losses = (z.logsumexp(1, keepdim=True) - z.gather(1, target)) * valid
-        dz = z.softmax(1).scatter_add_(1, target, -torch.ones_like(losses)).mul_(valid)
-        dh[part] = dz.to(h.dtype) @ weight
-        yield part, dz, losses[:, 0]
+        valid = targets[part] >= 0                                              # (n,)
+        dz = h[part] @ weight.T                                                 # (n, V)
+        losses, _, scale = kernels.softmax_gradient_(dz, targets[part].clamp(min=0))
+        scale = scale * valid[:, None]                                          # (n, 1)
+        # The scale is applied to C columns, which are fewer than V.
+        dh[part] = ((dz @ weight) * scale).to(dh.dtype)
+        yield part, dz, scale, losses * valid
+
+
+@contextlib.contextmanager
+def tappable(layers):
+    """A context in which forward hooks see every module of a block."""
+    # Compiled blocks and fused kernels would not call the hooks. For all blocks Triton's kernels
+    # save memory, for one they would cost seconds of compilation.
+    references = layers in SMALL
+    with torch.compiler.set_stance('force_eager'), kernels.modules_alone(references):
+        yield
 
 
 def row_pass(model, batch, layers, at_module, at_head):
@@ -311,7 +395,7 @@ def row_pass(model, batch, layers, at_module, at_head):
                                     dh (N, C) by `head_chunks`
     It is exact under flash attention, autocast, activation checkpointing, torch.compile and FSDP2.
     """
-    if model.tp is not None or model.config.n_expert:
+    if not takes_rows(model):
         raise BadInput('influence of single rows works neither with tp > 1 nor with experts.')
     inputs, _, doc_ids = batch
     selected, grad_from = select(model, layers)
@@ -338,78 +422,94 @@ def row_pass(model, batch, layers, at_module, at_head):
         for name in sorted(tapped):
             module = model.get_submodule(name)
             hooks.enter_context(module.register_forward_hook(functools.partial(tap, name)))
-        # Compiled blocks and fused kernels would not call the hooks.
-        hooks.enter_context(torch.compiler.set_stance('force_eager'))
-        hooks.enter_context(kernels.modules_alone())
+        # The blocks before are compiled ones where the run has compiled them for this shape. A
+        # measurement compiles nothing.
+        hooks.enter_context(torch.compiler.set_stance('eager_on_recompile'))
+        around = functools.partial(tappable, layers)
         with torch.enable_grad():
-            h = model(inputs, doc_ids, grad_from=grad_from)
+            h = model(inputs, doc_ids, grad_from=grad_from, around=around)
         dh = h.new_empty(h.shape)
         weight = full_tensor(model.output_weight.detach()).to(h.dtype)
         with torch.no_grad():
             at_head(head, h.detach().flatten(0, 1), weight, dh.view(-1, h.shape[-1]))
-        # dh was made by hand, so the backward pass begins at h and holds no logits.
-        g = torch.autograd.grad(h, leaf, dh)[0]
+        # dh was made by hand, so the backward pass begins at h and holds no logits. Activation
+        # checkpointing runs blocks again in it.
+        with around():
+            g = torch.autograd.grad(h, leaf, dh)[0]
     if 'embed.weight' in selected:
         at_module('embed', model.embed, inputs, g)
 
 
-def row_products(model, batch, direction):
-    """Inner products of every row's gradient with a direction, by module and position.
+def row_products(model, batch, directions):
+    """Inner products of every row's gradient with directions of equal layers, by module.
 
-    Returns (module name -> (B, T) float64, losses of the tokens (B, T) float64 in nats). A tied
-    table is 'embed'.
+    Returns ([module name -> (B,) float64] of every direction, losses of the tokens (B, T) float64
+    in nats). A tied table is 'embed'.
     """
     inputs, targets, _ = batch
-    v = direction.v
-    products = defaultdict(float)
+    products = [defaultdict(float) for _ in directions]
     losses = torch.zeros(targets.shape, dtype=torch.float64, device=targets.device)
 
     def at_module(name, module, a, g):
-        weight = full_tensor(v.get(f'{name}.weight'))
-        bias = full_tensor(v.get(f'{name}.bias'))
-        if weight is None:
-            return
-        # <g a^T, W> at a position is <g, W a> for the direction's W.
-        if isinstance(module, torch.nn.Linear):
-            part = kernels.bilinear(a, g, weight)
-            if bias is not None:
-                part = part + (g * bias.to(g.dtype)).sum(-1, dtype=part.dtype)
-        else:
-            # the change of the module's output when its weight moves along the direction
-            if isinstance(module, RMSNorm):
-                change = F.rms_norm(a, (module.dim,), weight.to(a.dtype), module.eps)
-            else:
-                change = F.embedding(a, weight.to(g.dtype))
-            part = (g * change).sum(-1, dtype=torch.promote_types(g.dtype, torch.float32))
-            if part.dim() == 3:                             # norms of queries and keys: (B, T, H)
-                part = part.sum(2)
-        # With layer_repeat a module is applied several times, and its products add up.
-        products[name] += part.double()
+        for direction, found in zip(directions, products, strict=True):
+            weight = full_tensor(direction.v.get(f'{name}.weight'))
+            if weight is None:
+                continue
+            bias = full_tensor(direction.v.get(f'{name}.bias'))
+            # With layer_repeat a module is applied several times, and its products add up.
+            found[name] += module_products(module, a, g, weight, bias)
 
     def at_head(name, h, weight, dh):
-        along = full_tensor(v.get(f'{name}.weight'))        # (V, C)
-        along = None if along is None else along.to(h.dtype)
-        found = torch.zeros_like(losses).flatten()          # (N,)
-        for part, dz, chunk_losses in head_chunks(h, weight, targets.flatten(), dh):
+        along = []                                          # (V, C) of every direction, or None
+        for direction in directions:
+            matrix = full_tensor(direction.v.get(f'{name}.weight'))
+            along.append(None if matrix is None else matrix.to(h.dtype))
+        found = torch.zeros(len(directions), len(h), dtype=torch.float64, device=h.device)
+        for part, dz, scale, chunk_losses in head_chunks(h, weight, targets.flatten(), dh):
             losses.view(-1)[part] = chunk_losses.double()
-            if along is not None:
-                found[part] = (dz * (h[part] @ along.T)).sum(1).double()
-        if along is not None:
-            products[name] += found.view(targets.shape)
+            for matrix, row in zip(along, found, strict=True):
+                if matrix is not None:
+                    sums = (dz * (h[part] @ matrix.T)).sum(1, dtype=scale.dtype)
+                    row[part] = sums * scale[:, 0]
+        for matrix, row, by_module in zip(along, found, products, strict=True):
+            if matrix is not None:
+                by_module[name] += row.view(targets.shape).sum(1)
 
-    row_pass(model, batch, direction.layers, at_module, at_head)
+    row_pass(model, batch, directions[0].layers, at_module, at_head)
     return products, losses
 
 
-def row_influence(model, batch, direction):
-    """Influence of every row of a batch: ((B,) float64, losses of the tokens (B, T) in nats).
+def module_products(module, a, g, weight, bias):
+    """Inner products of the rows' gradients of a module with a direction: (B,) float64.
 
-    It is the inner product of the gradient of the row's summed loss with the direction. It is exact
-    and costs one forward and backward pass. Under FSDP2 every rank has rows of its own and must
-    give the same number of batches.
+    a, g          its input and the gradient by its output, (B, T, ...)
+    weight, bias  the direction's tensors for the module; bias may be None
     """
-    products, losses = row_products(model, batch, direction)
-    return sum(products.values()).sum(1), losses
+    # <g a^T, W> at a position is <g, W a> for the direction's W.
+    if isinstance(module, torch.nn.Linear):
+        products = kernels.bilinear(a, g, weight)                               # (B, T)
+        if bias is not None:
+            products = products + (g * bias.to(g.dtype)).sum(-1, dtype=products.dtype)
+        return products.sum(1, dtype=torch.float64)
+    # the change of the module's output when its weight moves along the direction
+    if isinstance(module, RMSNorm):
+        change = F.rms_norm(a, (module.dim,), weight.to(a.dtype), module.eps)
+    else:
+        change = F.embedding(a, weight.to(g.dtype))
+    high = torch.promote_types(g.dtype, torch.float32)
+    products = (g * change).sum(-1, dtype=high)             # (B, T), of heads (B, T, H)
+    return products.flatten(1).sum(1, dtype=torch.float64)
+
+
+def row_influence(model, batch, directions):
+    """Influence of every row of a batch: ((B, D) float64, losses of the tokens (B, T) in nats).
+
+    It is the inner product of the gradient of the row's summed loss with each direction. It is
+    exact and costs one forward and backward pass. Under FSDP2 every rank has rows of its own and
+    must give the same number of batches.
+    """
+    products, losses = row_products(model, batch, directions)
+    return torch.stack([sum(found.values()) for found in products], 1), losses
 
 
 def gain_gradients(module, a, g):
@@ -417,16 +517,58 @@ def gain_gradients(module, a, g):
     return F.rms_norm(a, (module.dim,), None, module.eps) * g
 
 
-def module_sqnorms(module, applications):
-    """Squared norms of the rows' gradients of an RMSNorm or a linear layer: (B,) float64.
+def joined(model, use):
+    """An at_module of `row_pass` that calls use(name, module, a, g) once for every module.
 
-    applications   [(a, g)], several where layer_repeat is: their gradients add up
+    With layer_repeat, a and g are those of all its applications, one after the other in T.
     """
+    seen = {}                   # module name -> [(a, g)] of its applications so far
+
+    def at_module(name, module, a, g):
+        applications = seen.setdefault(name, [])
+        applications.append((a, g))
+        n = model.config.layer_repeat if name.startswith('blocks.') else 1
+        if len(applications) == n:
+            del seen[name]
+            if n > 1:
+                a, g = (torch.cat(tensors, 1) for tensors in zip(*applications, strict=True))
+            use(name, module, a, g)
+
+    return at_module
+
+
+def stream_row_gradients(model, batch, layers, use):
+    """Hands over the gradients of the rows' summed losses, for layers in SMALL.
+
+    use(name, gradients (b, ...)) is called for every selected parameter, with the gradients of all
+    rows or of some rows at a time. Returns the losses of the tokens, (N,) in nats.
+    """
+    losses = []
+
+    def at_module(name, module, a, g):
+        if isinstance(module, RMSNorm):
+            use(f'{name}.weight', gain_gradients(module, a, g).flatten(1, -2).sum(1))
+            return
+        if module.bias is not None:
+            use(f'{name}.bias', g.sum(1))
+        # 64 million elements at a time
+        n = max(1, 2**26 // module.weight.numel())
+        for a_rows, g_rows in zip(a.split(n), g.split(n), strict=True):
+            use(f'{name}.weight', torch.bmm(g_rows.to(a.dtype).transpose(1, 2), a_rows))
+
+    def at_head(name, h, weight, dh):
+        for _, _, _, chunk_losses in head_chunks(h, weight, batch[1].flatten(), dh):
+            losses.append(chunk_losses)
+
+    row_pass(model, batch, layers, joined(model, at_module), at_head)
+    return torch.cat(losses)
+
+
+def module_sqnorms(module, a, g):
+    """Squared norms of the rows' gradients of an RMSNorm or a linear layer: (B,) float64."""
     if isinstance(module, RMSNorm):
-        gain = sum(gain_gradients(module, a, g).flatten(1, -2).sum(1) for a, g in applications)
+        gain = gain_gradients(module, a, g).flatten(1, -2).sum(1)
         return gain.double().square().sum(1)
-    a = torch.cat([a for a, _ in applications], 1)                              # (B, n*T, I)
-    g = torch.cat([g for _, g in applications], 1)                              # (B, n*T, O)
     squares = kernels.row_sqnorms(a, g).double()
     if module.bias is not None:
         squares += g.sum(1).double().square().sum(1)
@@ -452,15 +594,15 @@ def head_sqnorm(h, weight, targets, dh, ids):
     """
     T = len(h)
     V, C = weight.shape
-    fits = budget_rows(T, V, h.device, torch.float32) >= T
+    fits = budget_rows(T, V, h.device, h.dtype) >= T
     if fits and T * (C + V) < C * V:                        # the T x T products take less work
-        [(_, dz, _)] = head_chunks(h, weight, targets, dh)
-        dz = dz.to(h.dtype)
+        [(_, dz, scale, _)] = head_chunks(h, weight, targets, dh)
+        dz *= scale
         square = ((h @ h.T) * (dz @ dz.T)).sum(dtype=torch.float64)
         return square, None if ids is None else dz[:, ids].T @ h
     gradient = torch.zeros(V, C, dtype=h.dtype, device=h.device)
-    for part, dz, _ in head_chunks(h, weight, targets, dh):
-        gradient.addmm_(dz.to(h.dtype).T, h[part])
+    for part, dz, scale, _ in head_chunks(h, weight, targets, dh):
+        gradient.addmm_(dz.T, (h[part] * scale).to(h.dtype))
     square = sum(x.double().square().sum() for x in gradient.split(2**22 // C + 1))
     return square, None if ids is None else gradient[ids]
 
@@ -475,7 +617,6 @@ def row_sqnorms(model, batch, layers):
     selected, _ = select(model, layers)
     is_tied = model.lm_head is None
     squares = defaultdict(float)
-    seen = {}                   # module name -> [(a, g)] of its applications so far
     at_tokens = None            # (B, T, C): for a tied table, rows of the output weight's gradient
 
     def at_module(name, module, a, g):
@@ -485,11 +626,7 @@ def row_sqnorms(model, batch, layers):
             if at_tokens is not None:
                 squares[name] += 2 * (at_tokens * g).sum((1, 2), dtype=torch.float64)
             return
-        applications = seen.setdefault(name, [])
-        applications.append((a, g))
-        in_block = name.startswith('blocks.')
-        if len(applications) == (model.config.layer_repeat if in_block else 1):
-            squares[name] = module_sqnorms(module, seen.pop(name))
+        squares[name] = module_sqnorms(module, a, g)
 
     def at_head(name, h, weight, dh):
         nonlocal at_tokens
@@ -509,7 +646,7 @@ def row_sqnorms(model, batch, layers):
         if is_tied:
             at_tokens = torch.stack(rows)
 
-    row_pass(model, batch, layers, at_module, at_head)
+    row_pass(model, batch, layers, joined(model, at_module), at_head)
     return squares
 
 
@@ -542,10 +679,10 @@ def add_row_gradients(model, batch, layers, total, c):
 
     def at_head(name, h, weight, dh):
         weight_total = total.get(f'{name}.weight')
-        for part, dz, _ in head_chunks(h, weight, targets.flatten(), dh):
+        for part, dz, scale, _ in head_chunks(h, weight, targets.flatten(), dh):
             if weight_total is not None:
-                factors = c[name].to(h.dtype).repeat_interleave(inputs.shape[1])[part, None]
-                weight_total += (dz.to(h.dtype) * factors).T @ h[part]
+                factors = c[name].repeat_interleave(inputs.shape[1])[part, None] * scale
+                weight_total += dz.T @ (h[part] * factors).to(h.dtype)
 
     row_pass(model, batch, layers, at_module, at_head)
 
@@ -565,9 +702,9 @@ def datainf(model, batches, direction):
     measured = []               # for every batch (tokens (B,), name -> <v, g_i>, name -> |g_i|^2)
     for batch in batches:
         n = (batch[1] >= 0).sum(1).clamp(min=1)
-        products, _ = row_products(model, batch, direction)
+        [products], _ = row_products(model, batch, [direction])
         norms = row_sqnorms(model, batch, direction.layers)
-        dots = {name: product.sum(1) / n for name, product in products.items()}
+        dots = {name: product / n for name, product in products.items()}
         squares = {name: norms[name] / n**2 for name in products}
         measured.append((n, dots, squares))
     # A row without a valid token has no gradient. It would only lower lam.

@@ -13,26 +13,26 @@ import time
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from configurator import BadInput, at_least, between, one_of
 from data import domain_of, shared_documents, text_warnings
 from influence import (
+    SMALL,
     Direction,
     adam_scale,
     datainf,
     mean_and_error,
     probe_direction,
+    row_influence,
     source_products,
+    takes_rows,
     unit,
 )
 from lib.parallel import sum_numbers
 from methods import rules, selection
 from model import flops_per_token
-
-# Layers of which a direction for every domain takes little memory. For others all domains share
-# one.
-SMALL = ('last', 'first')
 
 
 @dataclass
@@ -96,11 +96,10 @@ class Measurement:
     optimizers: tuple = ()      # with scaling='adam'
     apart: bool = False         # one direction for every domain, whatever memory it takes
 
-    def source_batches(self, i, source, n_batches):
-        """Batches of the chosen rows of source number i."""
+    def chosen_rows(self, i, source):
+        """Cursors of the chosen rows of source number i: (source_rows,) int array."""
         # The 1 separates sources from probe sets, which have 0 in this place of the key.
-        chosen = chosen_windows(source, self.source_rows, (*self.key, 1, i))
-        return self.feeder.source_batches(source, chosen, n_batches)
+        return chosen_windows(source, self.source_rows, (*self.key, 1, i))
 
     def directions(self, sources):
         """Directions of the probe sets and what each counts: (list of Direction, list of shares).
@@ -119,7 +118,10 @@ class Measurement:
             if self.scaling == 'datainf':
                 n_first = len(rows[domain]) // 2
             rest[domain] = rows[domain][n_first:]
-            batches[domain] = self.feeder.source_batches(probe, rows[domain][:n_first], 4)
+            # Where single rows are measured, batches are as large as in training.
+            n_batches = 1 if self.layers in SMALL and takes_rows(self.model) else 4
+            first = rows[domain][:n_first]
+            batches[domain] = self.feeder.source_batches(probe, first, n_batches)
         scale = adam_scale(self.model, self.optimizers) if self.scaling == 'adam' else None
         # With DataInf every domain needs a unit of its own, so its directions are never joined.
         is_joint = not self.apart and self.layers not in SMALL and self.scaling != 'datainf'
@@ -138,7 +140,7 @@ class Measurement:
         if self.scaling == 'datainf':
             fisher = []
             for i, source in enumerate(sources):
-                fisher += self.source_batches(i, source, 1)
+                fisher += self.feeder.source_batches(source, self.chosen_rows(i, source))
             for i, domain in enumerate(self.weights):
                 bent = datainf(self.model, fisher, directions[i])
                 others = self.feeder.source_batches(by_domain[domain], rest[domain], 2)
@@ -150,16 +152,50 @@ class Measurement:
 
         Returns (r, se): dicts source -> (D + 1,) float64, the mean last. se is the standard error.
         """
+        measure = self.products_of_rows if takes_rows(self.model) else self.products_of_batches
         r = {}
         se = {}
-        for i, source in enumerate(sources):
-            # The standard error is over batches, so there have to be several.
-            batches = self.source_batches(i, source, 8)
-            products, tokens, _ = source_products(self.model, batches, directions)
+        for source, (products, tokens) in zip(sources, measure(sources, directions), strict=True):
             # Domains share these rows, so the error of the mean does not follow from theirs.
             columns = np.column_stack((products, products @ shares))
             r[source.name], se[source.name] = mean_and_error(columns, tokens)
         return r, se
+
+    def products_of_rows(self, sources, directions):
+        """Yields (products (n, D), tokens (n,)) of the chosen rows of every source, on every rank.
+
+        The rows of all sources are measured together, in batches as large as in training.
+        """
+        rows = []                   # (source, cursor)
+        ends = []                   # of every source in rows
+        for i, source in enumerate(sources):
+            rows += [(source, int(cursor)) for cursor in self.chosen_rows(i, source)]
+            ends.append(len(rows))
+
+        def read(positions):
+            return np.concatenate([rows[i][0].rows([rows[i][1]]) for i in positions])
+
+        found = []                  # (B, D + 1) of every batch, on the device: products and tokens
+        for batch in self.feeder.batches(read, len(rows)):
+            products, _ = row_influence(self.model, batch, directions)
+            n_valid = (batch[1] >= 0).sum(1, keepdim=True)
+            found.append(torch.cat((products, n_valid), 1))
+        mine = torch.cat(found).cpu().numpy()
+        sums = np.zeros((len(rows), mine.shape[1]))
+        positions = np.concatenate(list(self.feeder.deal(len(rows), len(found[0]))))
+        here = positions < len(rows)
+        sums[positions[here]] = mine[here]
+        sums = np.array(sum_numbers(sums.flatten(), self.model.layout)).reshape(sums.shape)
+        for part in np.split(sums, ends[:-1]):
+            yield part[:, :-1], part[:, -1]
+
+    def products_of_batches(self, sources, directions):
+        """Yields (products (K, D), tokens (K,)) of K batches of every source's chosen rows."""
+        for i, source in enumerate(sources):
+            # The standard error is over batches, so there have to be several.
+            batches = self.feeder.source_batches(source, self.chosen_rows(i, source), 8)
+            products, tokens, _ = source_products(self.model, batches, directions)
+            yield products, tokens
 
     def unseen_reference(self, direction):
         """selection.Reference of probe rows that a direction of the same key has not seen."""
@@ -174,14 +210,15 @@ class Measurement:
 def flops_of_rows(config, layers, block_size):
     """FLOPs of a row that is measured: a forward, and a backward as far as the layers need it.
 
-    'last' needs the backward of one block and of the output layer.
+    'last' needs the backward of one block, and of the output layer the half that leads to the
+    block. For all others a full backward is counted.
     """
     full = flops_per_token(config, block_size)
-    head = 6 * config.vocab_size * config.n_embd
-    backward = full
+    backward = 2 * full / 3
     if layers == 'last':
-        backward = head + (full - head) / config.n_layer
-    return block_size * (full + 2 * backward) / 3
+        head = 6 * config.vocab_size * config.n_embd
+        backward = head / 3 + 2 * (full - head) / (3 * config.n_layer)
+    return block_size * (full / 3 + backward)
 
 
 # -- checks ----------------------------------------------------------------------------------------

@@ -61,7 +61,9 @@ CACHED_MOST = 256
 PROGRAMS = 1024
 
 mode = 'auto'
+# What `modules_alone` sets.
 hooked = False
+by_reference = False
 
 
 def use(asked, device):
@@ -94,7 +96,7 @@ def by_triton(x, fusable=False):
         return False
     if mode == 'triton':
         return x.is_cuda or INTERPRETED
-    return x.is_cuda and not (fusable and torch.compiler.is_compiling())
+    return x.is_cuda and not (fusable and (torch.compiler.is_compiling() or by_reference))
 
 
 def across_modules(x):
@@ -103,15 +105,20 @@ def across_modules(x):
 
 
 @contextlib.contextmanager
-def modules_alone():
-    """A context in which every module is called, so that forward hooks see all of them."""
-    global hooked
-    before = hooked
+def modules_alone(references=False):
+    """A context in which every module is called, so that forward hooks see all of them.
+
+    references: with kernels='auto', layers take their references. In a run whose blocks are
+    compiled, Triton would compile its kernels of layers for this context alone.
+    """
+    global hooked, by_reference
+    before = hooked, by_reference
     hooked = True
+    by_reference = references
     try:
         yield
     finally:
-        hooked = before
+        hooked, by_reference = before
 
 
 def vocabulary_launch(V, largest_block, warps=8):

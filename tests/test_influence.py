@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import influence
 from configurator import BadInput, RunFault
-from data import Source
+from data import Feeder, Source
 from lib.parallel import full_tensor
 from methods import presence, reweight, rules
 from model import GPT, ModelConfig, flops_per_token, init_weights
@@ -107,6 +107,16 @@ def mean_of_pairs(model, parts, layers, product):
     return total / weight
 
 
+def single_rows(parts):
+    """Batches of one row each."""
+    return [tuple(t[i:i + 1] for t in batch) for batch in parts for i in range(len(batch[0]))]
+
+
+def units_of(parts, layers):
+    """What a direction's pairs are made of: rows where a row's gradient is small, else batches."""
+    return single_rows(parts) if layers in influence.SMALL else parts
+
+
 def group_influence(model, sources, direction):
     """Influence, its standard error, and the loss of every source: three dicts of floats."""
     r, se, loss = {}, {}, {}
@@ -137,7 +147,7 @@ def test_influence_equals_row_by_row_gradients(changes, layers, units):
     r, se, loss = group_influence(model, sources, direction)
     den, mean = {}, {}
     for domain, parts in probe.items():
-        den[domain] = mean_of_pairs(model, parts, layers, inner)
+        den[domain] = mean_of_pairs(model, units_of(parts, layers), layers, inner)
         mean[domain] = brute_force(model, parts, layers)
         assert direction.den[domain] == pytest.approx(den[domain], rel=1e-9)
         reliability = den[domain] / inner(mean[domain], mean[domain])
@@ -171,10 +181,10 @@ def test_rows_equal_their_gradients(changes, layers, length):
     parts = batches(2, rows=4, length=length, seed=7)
     total = 0.0
     for batch in parts:
-        rows, losses = influence.row_influence(model, batch, direction)
+        rows, losses = influence.row_influence(model, batch, [direction])
         norms = influence.ghost_sqnorm(model, batch, layers)
         for i, g in enumerate(row_gradients(model, batch, layers)):
-            assert rows[i].item() == pytest.approx(inner(direction.v, g), rel=1e-10, abs=1e-13)
+            assert rows[i, 0].item() == pytest.approx(inner(direction.v, g), rel=1e-10, abs=1e-13)
             assert norms[i].item() == pytest.approx(inner(g, g), rel=1e-10)
         loss = model.loss(batch[0], batch[1], doc_ids=batch[2])[0].item()
         assert losses.sum().item() == pytest.approx(loss, rel=1e-12)
@@ -227,7 +237,7 @@ def test_rows_under_the_ways_of_training(way):
     direction = influence.probe_direction(model, {'x': twice(batches(2, rows=8, seed=1))}, 'all')
 
     def measure():
-        rows, _ = influence.row_influence(model, batch, direction)
+        rows = influence.row_influence(model, batch, [direction])[0][:, 0]
         return rows, influence.ghost_sqnorm(model, batch, 'all')
 
     exact = measure()
@@ -248,6 +258,61 @@ def test_rows_under_the_ways_of_training(way):
     model.loss(batch[0], batch[1])          # compiles before the hooks exist
     for a, b in zip(exact, measure(), strict=True):
         assert (b - a).abs().max() < 1e-12 * a.abs().max()
+
+
+def test_a_measurement_compiles_nothing_and_uses_what_is_compiled():
+    """Blocks that are not measured run compiled if they are compiled for the batch's shape."""
+    model = tiny()
+    counts = dict(graphs=0, calls=0)
+
+    def backend(graph, _inputs):
+        counts['graphs'] += 1
+
+        def run(*inputs):
+            counts['calls'] += 1
+            return graph(*inputs)
+
+        return run
+
+    direction = influence.probe_direction(model, {'x': twice(batches(2, seed=1))})
+    inputs, targets, _ = batches(1, rows=4, seed=7)[0]
+    exact = influence.row_influence(model, (inputs, targets, None), [direction])[0]
+    torch._dynamo.reset()
+    for block in model.blocks:
+        block.compile(backend=backend)
+    with torch.no_grad():
+        model(inputs)                       # as an evaluation does
+    before = dict(counts)
+    found = influence.row_influence(model, (inputs, targets, None), [direction])[0]
+    assert counts == dict(graphs=before['graphs'], calls=before['calls'] + 2)
+    assert (found - exact).abs().max() < 1e-12 * exact.abs().max()
+    influence.row_influence(model, (inputs[:3], targets[:3], None), [direction])
+    influence.probe_direction(model, {'x': [(inputs[:3], targets[:3], None)] * 2})
+    assert counts == dict(graphs=before['graphs'], calls=before['calls'] + 2)
+
+
+def test_rows_of_all_sources_are_measured_together(probed_data):
+    """Influence and its error over rows, from batches that mix sources and end in repetitions."""
+    model = tiny(vocab_size=64)
+    sources = [Source(probed_data, name, 'train', 12, 0, vocab_size=64) for name in NAMES]
+    probe = Source(probed_data, 'probe/kind', 'probe', 12, 0, vocab_size=64)
+    feeder = Feeder(torch.device('cpu'), 4, bos_id=3)
+    measured = reweight.Measurement(
+        model, feeder, [probe], {'kind': 1.0}, probe_rows=9, source_rows=7, key=(1, 2))
+    directions, shares = measured.directions(sources)
+    r, se = measured.of_sources(sources, directions, shares)
+    for i, source in enumerate(sources):
+        cursors = reweight.chosen_windows(source, 7, (1, 2, 1, i))
+        [batch] = [feeder.put(source.rows([int(c) for c in cursors]))]
+        batch[2] = (batch[0] == 3).cumsum(1)        # document ids in place of boundaries
+        gradients = row_gradients(model, batch, 'last')
+        products = np.array([inner(directions[0].v, g) for g in gradients])
+        tokens = (batch[1] >= 0).sum(1).numpy()
+        expected = products.sum() / tokens.sum()
+        # Cochran 1977, section 2.11: the error of a ratio of means
+        error = np.std(products - expected * tokens, ddof=1) * 7**0.5 / tokens.sum()
+        assert r[source.name] == pytest.approx([expected] * 2, rel=1e-9)
+        assert se[source.name] == pytest.approx([error] * 2, rel=1e-9)
 
 
 @pytest.mark.parametrize('changes, layers', [
@@ -301,7 +366,7 @@ def test_scaling_by_adam(layers):
             total += (a[name] * b[name] / divisor).sum().item()
         return total
 
-    den = mean_of_pairs(model, probe, layers, product)
+    den = mean_of_pairs(model, units_of(probe, layers), layers, product)
     mean = brute_force(model, probe, layers)
     expected = product(brute_force(model, source, layers), mean) / den
     r, _, _ = group_influence(model, {'a': source}, direction)
@@ -341,7 +406,7 @@ def test_rows_cost_one_forward_and_backward(tied):
     plain = flops(lambda: model.loss(batch[0], batch[1], doc_ids=batch[2])[0].backward())
     for layers, most in (('all', (1.02, 1.05, 1.0)), ('last', (0.75, 0.75, 0.75))):
         direction = influence.probe_direction(model, {'x': [batch, batch]}, layers)
-        rows = functools.partial(influence.row_influence, model, batch, direction)
+        rows = functools.partial(influence.row_influence, model, batch, [direction])
         norms = functools.partial(influence.ghost_sqnorm, model, batch, layers)
         sources = functools.partial(influence.source_products, model, [batch], [direction])
         cost = [flops(work) / plain for work in (rows, norms, sources)]
@@ -391,11 +456,12 @@ def test_the_standard_error_is_that_of_many_samples():
 
 def test_a_probe_whose_halves_disagree_and_other_mistakes():
     model = tiny()
-    with pytest.raises(RunFault, match="batches of the probe set 'x' disagree"):
-        for seed in range(200):             # sooner or later two rows of random text disagree
-            influence.probe_direction(model, {'x': batches(2, rows=1, seed=seed)})
-    with pytest.raises(BadInput, match='fewer than two batches'):
-        influence.probe_direction(model, {'x': batches(1)})
+    for layers, parts in (('last', 'rows'), ('all', 'batches')):
+        with pytest.raises(RunFault, match=f"{parts} of the probe set 'x' disagree"):
+            for seed in range(200):         # sooner or later two rows of random text disagree
+                influence.probe_direction(model, {'x': batches(2, rows=1, seed=seed)}, layers)
+        with pytest.raises(BadInput, match=f'fewer than two {parts}'):
+            influence.probe_direction(model, {'x': batches(1, rows=1)}, layers)
     with pytest.raises(BadInput, match='must be one of last, all, first'):
         influence.select(model, 'middle')
     direction = influence.probe_direction(model, {'x': twice(batches(2, seed=1))})
@@ -453,7 +519,7 @@ def sharded_results(shard, mine, gather):
         with torch.no_grad():
             model.loss(batch[0], batch[1])
         direction = influence.probe_direction(model, probe, layers)
-        rows, _ = influence.row_influence(model, batch, direction)
+        rows = influence.row_influence(model, batch, [direction])[0][:, 0]
         norms = influence.ghost_sqnorm(model, batch, layers)
         result[f'{layers} sources'] = group_influence(model, {'a': source}, direction)
         result[f'{layers} rows'] = gather(rows).tolist()
