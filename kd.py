@@ -160,16 +160,18 @@ class Cached:
 
 def against_cache(lp, cached, kind):
     """As `divergence`, with a cache in place of the teacher's log-probabilities."""
+    # A cache is in fp32. Operations in place need the dtype of the student's numbers.
     if kind == 'forward' and cached.drawn.shape[1]:
         # Draws make the divergence and its gradient right on average.
         ids, q = cached.outcomes()
+        q = q.to(lp.dtype)
         d = cached.negentropy[:, None] - (q * lp.gather(1, ids)).sum(1, keepdim=True)
         return d, lp.exp().scatter_add_(1, ids, -q)
     # The other divergences need a probability of every token. Beyond the K likeliest the mass is
     # spread like the mean of the source, which loses how it depends on the context. Spread like
     # the student's own distribution it would teach nothing there, which cost far more.
-    mass = cached.mass()
-    lq = cached.rest[cached.source]                                                   # (S, V)
+    mass = cached.mass().to(lp.dtype)
+    lq = cached.rest[cached.source].to(lp.dtype)                                      # (S, V)
     covered = lq.gather(1, cached.ids).exp().sum(1, keepdim=True).clamp(max=1 - 1e-6)
     lq = lq + (mass[:, -1:] - torch.log1p(-covered))
     lq.scatter_(1, cached.ids, mass[:, :-1])

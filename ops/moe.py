@@ -104,7 +104,8 @@ class MixtureOfExperts(nn.Module):
         sorted_out = self.through_experts(tokens[order // c.n_expert_active], counts)
         y = torch.empty_like(sorted_out).index_copy(0, order, sorted_out)
         y = y.view(len(tokens), -1, x.shape[-1])  # (N, k, C)
-        y = (y * gates.to(y.dtype)[..., None]).sum(1).view(x.shape)
+        # With the dtype given, because CUDA's autocast would return fp32 from here on.
+        y = (y * gates.to(y.dtype)[..., None]).sum(1, dtype=y.dtype).view(x.shape)
         return y if self.shared is None else y + self.shared(x), loss
 
     def route(self, tokens):

@@ -3,6 +3,10 @@ import json
 import math
 from itertools import product
 
+from tests.conftest import need
+
+need('scipy', 'matplotlib')
+
 import numpy as np
 import pytest
 

@@ -5,6 +5,10 @@ import gzip
 import json
 import runpy
 
+from tests.conftest import need
+
+need('pyarrow')
+
 import numpy as np
 import pyarrow
 import pyarrow.parquet

@@ -6,6 +6,10 @@ import math
 import shutil
 import sys
 
+from tests.conftest import need
+
+need('lm_eval.models.utils', 'lm_eval.tasks', 'yaml', 'jinja2', 'orjson', 'isal')
+
 import numpy as np
 import pytest
 import torch
@@ -16,9 +20,6 @@ from lib.byte_level import DIGITS_PATTERN
 from lib.tokenizer import load_tokenizer, make_tokenizer, save_tokenizer
 from model import GPT, ModelConfig, init_weights
 from tests.conftest import run, run_here, run_ranks, train
-
-pytest.importorskip('lm_eval', reason='lm-eval is not installed (requirements.txt)')
-
 from tools import benchmarks
 
 CHOICE = """task: {name}

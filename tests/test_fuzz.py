@@ -10,6 +10,10 @@ import math
 import shutil
 import string
 
+from tests.conftest import need
+
+need('hypothesis', 'orjson', 'isal', 'matplotlib')
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings

@@ -17,7 +17,7 @@ from model import GPT, ModelConfig, init_weights
 from ops import moe
 from ops.loss import linear_cross_entropy
 from tests.conftest import ROOT, make_source, metrics, train
-from tests.test_influence import batches, group_influence, tiny
+from tests.test_influence import batches, group_influence, tiny, twice
 from tests.test_kd import cached, problem
 from tests.test_sft import SFT, conversations, write_chats
 
@@ -93,17 +93,22 @@ def influence_on(device):
     def moved(parts):
         return [(inputs.to(device), targets.to(device), None) for inputs, targets, _ in parts]
 
-    probe = {'x': moved(batches(4, rows=8, seed=1))}
-    direction = influence.probe_direction(model, probe, 'all')
+    # Batches of random tokens agree on no direction. The same ones twice give the probe one.
+    probe = {'x': moved(twice(batches(2, rows=8, seed=1)))}
     (batch,) = moved(batches(1, rows=24, length=12, seed=7))
-    r, _, _ = group_influence(model, {'a': moved(batches(4, seed=5))}, direction)
-    rows, _ = influence.row_influence(model, batch, direction)
-    sqnorms = influence.ghost_sqnorm(model, batch, 'all')
+    found = []
+    for layers in ('all', 'last'):
+        direction = influence.probe_direction(model, probe, layers)
+        r, _, _ = group_influence(model, {'a': moved(batches(4, seed=5))}, direction)
+        rows = influence.row_influence(model, batch, [direction])[0][:, 0]
+        sqnorms = influence.ghost_sqnorm(model, batch, layers)
+        den = torch.tensor([r['a'], direction.den['x'], direction.reliability['x']])
+        found += [den, rows, sqnorms]
     with torch.autocast(device, torch.bfloat16):
         model = model.float()
         direction.v = {name: v.float() for name, v in direction.v.items()}
-        low_rows, _ = influence.row_influence(model, batch, direction)
-    return r['a'], rows.cpu(), sqnorms.cpu(), low_rows.cpu()
+        low_rows = influence.row_influence(model, batch, [direction])[0][:, 0]
+    return [t.double().cpu() for t in found], low_rows.cpu()
 
 
 def order_of(values):
@@ -112,12 +117,11 @@ def order_of(values):
 
 def test_influence_on_cuda_equals_the_cpu():
     """Sources, rows and norms are equal in fp64. Under bf16 autocast the order of rows is."""
-    r, rows, sqnorms, _ = influence_on('cpu')
-    r_cuda, rows_cuda, sqnorms_cuda, low_rows = influence_on('cuda')
-    assert r_cuda == pytest.approx(r, rel=1e-9)
-    for a, b in ((rows, rows_cuda), (sqnorms, sqnorms_cuda)):
-        assert (a - b).abs().max() < 1e-9 * a.abs().max()
-    order = torch.stack((order_of(rows), order_of(low_rows)))
+    exact, _ = influence_on('cpu')
+    exact_cuda, low_rows = influence_on('cuda')
+    for a, b in zip(exact, exact_cuda, strict=True):
+        assert (a - b).abs().max() < 1e-6 * a.abs().max()
+    order = torch.stack((order_of(exact[4]), order_of(low_rows)))
     assert torch.corrcoef(order)[0, 1] >= 0.99
 
 
@@ -131,18 +135,25 @@ def test_experts_by_grouped_products_equal_the_loop(bias):
     init_weights(model, 0)
     layer = moe.layers(model)[0]
     layer.bias[:2] = bias
-    x = torch.randn(2, 77, 128, device='cuda')                                  # (B, T, C)
+    # bf16 can hold this input. The router computes in fp32, so it chooses the same experts for
+    # both. Of an input that is rounded for one of them only, some tokens go to other experts.
+    x = torch.randn(2, 77, 128, device='cuda').bfloat16().float()               # (B, T, C)
     upstream = torch.randn(2, 77, 128, device='cuda')
     results = []
+    chosen = []
     for dtype in (torch.float32, torch.bfloat16):
         h = x.clone().requires_grad_()
         with torch.autocast('cuda', dtype, enabled=dtype == torch.bfloat16):
             y, _ = layer(h.to(dtype), 77)
-        inputs = [h, *layer.experts.parameters()]
+            chosen.append(layer.route(h.to(dtype).flatten(0, 1))[1])
+        assert y.dtype == dtype
+        inputs = [h, *layer.parameters()]
         gradients = torch.autograd.grad((y.float() * upstream).sum(), inputs)
         results.append([y.float().detach(), *(g.float() for g in gradients)])
+    assert torch.equal(*chosen)
+    # Three products in a row that round to 8 bits. On a CPU the errors are 0.0052 to 0.0076.
     for a, b in zip(*results, strict=True):
-        assert (a - b).norm() < 0.03 * a.norm()
+        assert (a - b).norm() < 0.012 * a.norm()
 
 
 # -- training runs ---------------------------------------------------------------------------------
@@ -184,20 +195,6 @@ def test_data_methods_run_on_cuda(tmp_path, tiny_data, changes):
     logged = {key for record in m.values() for key in record}
     of_methods = ('mixture/asked', 'select/kept', 'presence/tau')
     assert any(key.startswith(of_methods) for key in logged)
-
-
-def test_curves_with_and_without_kernels_agree(tmp_path, demo_data):
-    curves = []
-    for mode in ('torch', 'triton'):
-        m = train(
-            tmp_path / mode, demo_data, kernels=mode, sources={'code': 0.5, 'math': 0.5},
-            vocab_size=4096, n_layer=4, n_head=4, n_kv_head=2, n_embd=128, ffn_dim=352,
-            qk_norm=True, block_size=256, batch_size=8, total_batch_tokens=2048, max_steps=200,
-            learning_rate=2e-3, eval_interval=200, **CUDA)
-        curves.append([m[step]['train/loss'] for step in range(200)])
-    apart = [abs(a - b) for a, b in zip(*curves, strict=True)]
-    assert max(apart) < 0.1 and sum(apart) / 200 < 0.02
-    assert curves[1][-1] < curves[1][0] - 2
 
 
 @pytest.mark.parametrize('packing', ['window', 'document'])

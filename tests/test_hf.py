@@ -4,6 +4,10 @@ import json
 import shutil
 import sys
 
+from tests.conftest import need
+
+need('safetensors')
+
 import numpy as np
 import pytest
 import torch

@@ -86,6 +86,54 @@ def is_kernel(function):
     return 'jit' in decorators or 'custom_op' in decorators or 'staticmethod' in decorators
 
 
+# What train.py imports, and pytest. No test runs without these.
+BASE = {
+    'torch', 'numpy', 'fsspec', 'tqdm', 'tiktoken', 'tiktoken_ext', 'tokenizers', 'pytest', '_path'}
+
+
+def packages_of(path, known, seen):
+    """Packages of others that must be installed for a file to be imported: a set of names.
+
+    known  dict module name -> path, of this project and its tests
+    seen   dict module name -> such a set, of modules that have been looked at
+    """
+    found = set()
+    needed = set()          # what `need` of tests/conftest.py has made sure of
+    for node in ast.parse(path.read_text()).body:
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f'{node.module}.{alias.name}' for alias in node.names]
+            names = [name for name in names if name in known] or [node.module]
+        elif isinstance(node, ast.Expr) and ast.unparse(node).startswith('need('):
+            needed |= {argument.value.split('.')[0] for argument in node.value.args}
+        for name in names:
+            package = name.split('.')[0]
+            if name in known:
+                if name not in seen:
+                    seen[name] = packages_of(known[name], known, seen)
+                found |= seen[name]
+            elif package not in sys.stdlib_module_names:
+                found.add(package)
+    return found - needed
+
+
+def test_a_test_file_skips_where_a_package_is_missing():
+    """`pytest -m gpu` collects every file, and must do so where only the packages of a run are."""
+    known = modules()
+    seen = {}
+    for path in (ROOT / 'tests').glob('*.py'):
+        known[f'tests.{path.stem}'] = path
+    assert packages_of(ROOT / 'train.py', known, seen) <= BASE
+    faults = []
+    for name, path in known.items():
+        if name.startswith('tests.test_') or name == 'tests.conftest':
+            missing = packages_of(path, known, seen) - BASE
+            faults += [f'{name}: {package}' for package in sorted(missing)]
+    assert not faults
+
+
 def test_functions_have_at_most_seven_parameters():
     """Triton kernels and keyword options of public functions aside: a default makes an option."""
     faults = []

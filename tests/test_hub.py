@@ -9,6 +9,10 @@ import sys
 import threading
 import urllib.parse
 
+from tests.conftest import need
+
+need('pyarrow', 'orjson', 'isal')
+
 import pyarrow
 import pyarrow.parquet
 import pytest

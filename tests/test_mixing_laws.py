@@ -1,6 +1,10 @@
 """Static and dynamic laws against published tables, and against worlds whose law is known."""
 import json
 
+from tests.conftest import need
+
+need('scipy')
+
 import numpy as np
 import pytest
 from scipy.optimize import least_squares

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from configurator import BadInput
-from model import ModelConfig, count_parameters
+from model import GPT, ModelConfig, count_parameters, init_weights
+from ops import kernels
 from tests.conftest import ROOT, run_here
 from tools import plan
 
@@ -28,6 +29,46 @@ def test_planned_memory_is_within_a_tenth_of_the_measured_peak():
     measured, planned = numbers[:2]
     assert measured > 300
     assert planned == pytest.approx(measured, rel=0.1)
+
+
+@pytest.fixture
+def kernels_without_launches(monkeypatch):
+    """Layers allocate and save what they do with Triton kernels, and compute nothing."""
+    monkeypatch.setattr(kernels, 'mode', 'triton')
+    monkeypatch.setattr(kernels, 'INTERPRETED', True)
+    monkeypatch.setattr(kernels, 'MISSING', None)
+    for name in ('rms_norm_forward', 'rotate_forward', 'swiglu_forward'):
+        monkeypatch.setattr(kernels, name, lambda *_: None)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('qk_norm', [False, True])
+def test_eager_blocks_with_kernels_save_what_the_plan_says(
+        kernels_without_launches, qk_norm, dtype):
+    config = ModelConfig(
+        vocab_size=64, n_layer=1, n_head=6, n_kv_head=2, n_embd=192, ffn_dim=512, qk_norm=qk_norm)
+    model = GPT(config)
+    init_weights(model, 0)
+    T = 131                                     # no size of a weight is a multiple of this
+    x = torch.zeros(2, T, 192, dtype=dtype, requires_grad=True)                     # (B, T, C)
+    angles = torch.zeros(T, 32, dtype=dtype)                                        # (T, D)
+    saved = {}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        if storage.nbytes() % (2 * T) == 0 and storage.nbytes() != angles.nbytes:
+            # The tensor is kept, so that no other can have its address.
+            saved[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    with (
+        torch.autocast('cpu', torch.bfloat16, enabled=dtype == torch.bfloat16),
+        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+    ):
+        model.blocks[0](x, angles, angles)
+    planned = plan.saved_bytes_per_token(config, dtype.itemsize, fused=True)['none']
+    n_bytes = sum(size for size, _ in saved.values())
+    assert n_bytes == pytest.approx(2 * T * planned, rel=0.01)
 
 
 @pytest.mark.parametrize('name', ['mobilellm_140m', 'mobilellm_70b', 'mobilellm_671b'])

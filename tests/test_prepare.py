@@ -16,6 +16,10 @@ import subprocess
 import sys
 import time
 
+from tests.conftest import need
+
+need('pyarrow', 'orjson', 'isal')
+
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -33,7 +37,6 @@ from prepare.common import PrepareConfig, check_space, find_rank
 from prepare.demo import cut_docstrings, math_problem
 from prepare.shards import lock, source_folder
 from tests.conftest import ROOT, assert_one_sentence, run, run_here, run_ranks
-from tools.benchmarks import read_documents
 
 WORDS = 'the cat sat on a mat and then it ran away from 12 dogs near 305 old houses naïve café 中文'
 WORDS = [*WORDS.split(), '\n\n']
@@ -517,6 +520,8 @@ def test_the_ending_says_what_a_file_holds(tmp_path, byte_tokenizer, name, conte
     (tmp_path / 'in' / name).write_bytes(content)
     assert list(reading.texts_in(reading.local_files(str(tmp_path / 'in')))) == ['hello']
     # tools/evaluate.py --bpb reads the same.
+    need('lm_eval')
+    from tools.benchmarks import read_documents
     tokenizer = load_tokenizer(byte_tokenizer)
     expected = [(tokenizer.encode('hello'), 5)]
     assert read_documents(str(tmp_path / name), tokenizer, 'text', None) == expected
@@ -677,6 +682,8 @@ def test_a_path_is_a_path(tmp_path, monkeypatch, knobs, name):
     run_here(command(**knobs))      # complete already
     rows = Source(str(folder), f's{name}', 'train', 30, vocab_size=259).rows([0])
     assert rows.shape == (1, 31)
+    need('lm_eval')
+    from tools.benchmarks import read_documents
     made = folder / f's{name}'
     assert len(read_documents(str(made), load_tokenizer(str(made)), 'text', None)) == 0    # no val
     assert list(find_shards(f'{made}/train/*.bin')) == ['train/00000_00000.bin']

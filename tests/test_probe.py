@@ -5,6 +5,10 @@ import random
 import re
 import sys
 
+from tests.conftest import need
+
+need('orjson', 'isal')
+
 import numpy as np
 import pytest
 

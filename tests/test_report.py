@@ -8,6 +8,10 @@ import sys
 import time
 from dataclasses import asdict
 
+from tests.conftest import need
+
+need('scipy')
+
 import numpy as np
 import pytest
 from scipy import stats

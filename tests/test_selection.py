@@ -9,6 +9,10 @@ import pickle
 import shutil
 import types
 
+from tests.conftest import need
+
+need('orjson', 'isal', 'matplotlib')
+
 import numpy as np
 import pytest
 

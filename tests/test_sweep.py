@@ -8,6 +8,10 @@ import subprocess
 import sys
 import time
 
+from tests.conftest import need
+
+need('scipy', 'matplotlib')
+
 import numpy as np
 import pytest
 

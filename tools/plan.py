@@ -33,6 +33,9 @@ NODE = 8            # GPUs of a node
 # The share of a GPU's memory that a plan may fill. The CUDA context, NCCL and fragments that the
 # allocator cannot use need the rest.
 SPARE = 0.92
+# cuBLAS keeps a workspace for each thread that calls it, and the backward pass has its own thread.
+# On Hopper each has 32 MiB. Older GPUs take 8, which is not worth a distinction.
+WORKSPACES = 2 * 32 * 2**20
 
 
 @dataclass
@@ -85,8 +88,9 @@ def how_it_runs(config, knobs, sizes):
 def saved_bytes_per_token(config, low, fused, tp=1, has_experts=False):
     """Bytes per token that one block saves for its backward, without low-precision weights.
 
-    fused: a layer saves only its inputs (on CUDA, by kernels or by the compiler). Otherwise RMSNorm
-    also saves its input and result in fp32, and SwiGLU its silu.
+    fused: a layer saves only its inputs (on CUDA: by the Triton kernels in eager mode, which save
+    the same as compiled blocks). Otherwise RMSNorm also saves its input and result in fp32, and
+    SwiGLU its silu.
     tp: ranks that split the tokens between products, and the widths within.
     Returns a dict by activation_checkpointing: none, selective, full.
     """
@@ -184,6 +188,10 @@ def memory_plan(config, knobs, sizes, low, on_cuda, teacher=None):
     # Final hidden states before and after their norm, gathered, and their gradient.
     hidden = tokens * c.n_embd * (2 * low + low / tp + 4 / tp)
     in_loss = 4 * table + logits_bytes(c, tokens, tp, low, on_cuda, teacher is not None) + hidden
+    if low == 2 and not on_cuda:
+        # A chunk's part of the table's gradient, before it is added up in fp32. On CUDA the product
+        # itself adds.
+        in_loss += low * table
     # What runs again, the gradients between its operators, and FSDP's buffers of a block.
     inner = c.ffn_dim
     if n_moe:
@@ -216,6 +224,8 @@ def memory_plan(config, knobs, sizes, low, on_cuda, teacher=None):
         'activations': activations,
         'loss' if when == 'in the loss' else 'backward': rest,
     }
+    if on_cuda:
+        terms['workspaces (cuBLAS)'] = WORKSPACES
     if teacher is not None:
         terms['teacher'] = teacher_bytes(teacher, sizes, tokens, low)
     return terms, when
