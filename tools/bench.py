@@ -4,23 +4,34 @@
     python tools/bench.py steps --vs=transformers,litgpt,nanogpt-shape   # in turns with peers
     python tools/bench.py parts --parts="['loss','attention']"           # single parts
     python tools/bench.py memory --cases=plain,experts                   # against tools/plan.py
+    python tools/bench.py gpu --out=out/gpu --text='text/*.jsonl.gz' --tokenizer=tokenizer.json
+    python tools/bench.py gpu --out=out/gpu --rehearse=True              # the same on a CPU, tiny
 
 All sides of a comparison run in turns, and a table gives the median and the range of the ratios.
 On a CPU the time is CPU time of one thread, because the wall clock of a shared machine depends on
 its other users. On a GPU it is wall time. docs/BENCHMARKS.md explains the columns and keeps the
-results.
+results. --json=FILE writes the figures of `steps` and `parts` to a file as well.
 
-steps: forward, backward, clipping and fused AdamW on random tokens. Every side has a process of its
-own with the same memory settings. Peers come from their PyPI packages: Llama of transformers (Qwen3
-for shapes with QK-norm), the same with Liger's kernels (`liger`, GPU only), GPT of LitGPT with its
-loss in one piece, and GPT-2 of transformers, which has the shape of nanoGPT. MFU counts FLOPs as
-PaLM does, against the dense bf16 peak of the device.
+steps: forward, backward, clipping and fused AdamW on random tokens, as train.py does them. A turn
+is ten steps on a GPU, with one synchronisation at its end, and one step on a CPU. Every side has a
+process of its own with the same memory settings, and all of them start at once. Peers come from
+their PyPI packages: Llama of transformers (Qwen3 for shapes with QK-norm), the same with Liger's
+kernels (`liger`, GPU only), GPT of LitGPT with its loss in one piece, and GPT-2 of transformers,
+which has the shape of nanoGPT. `knob=value` is our own side with another value of a knob, as in
+--vs=attention=flash,fp8=True. Compiled sides are compiled layer by layer. MFU counts FLOPs as PaLM
+does, against the dense bf16 peak of the device.
 
-parts: the functions `bench_...` below say what each of them measures. The part tokenizer needs
---tokenizer and --text, for example --text='text/*.jsonl.gz', and runs only if it is named.
+parts: the functions `bench_...` below say what each of them measures. Some need knobs and run only
+if they are named: tokenizer (--tokenizer and --text, for example --text='text/*.jsonl.gz'), fp8 and
+train (--out, a folder for their data, and --text and --tokenizer for real text).
+
+gpu: every check that needs a GPU, the most important first, in at most nine minutes. tools/
+gpu_checks.py has the list. Results are in --out: results.md, results.json and the output of every
+part.
 """
 import collections
 import functools
+import itertools
 import os
 import platform
 import statistics
@@ -28,7 +39,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from json import dump, dumps, loads
 from types import SimpleNamespace
@@ -41,6 +52,7 @@ import torch.nn.functional as F
 
 from configurator import BadInput, RunFault, at_least, configure, one_of
 from lib.device import device_name, leave_ranks, peak_flops, pick_dtype, start_ranks, tune_malloc
+from tools import gpu_checks
 from tools.commands import read_command, warn_unused
 
 # -- knobs --
@@ -52,12 +64,18 @@ vs = ''                          # steps: peers, separated by commas
 compiled = [False, True]         # steps: eager, compiled blocks, or both
 rows: at_least(1) | None = None      # steps: rows of a step. None: those of the shape
 kernels: one_of('auto', 'triton', 'torch') = 'auto'     # steps: as in train.py
+attention: one_of('auto', 'cudnn', 'flash', 'fa3', 'fa4') = 'auto'      # steps: as in train.py
+fp8 = False                      # steps: as in train.py
 profile = False                  # steps: also print where the time goes
-json = ''                        # steps: file for all figures
-parts: list | None = None        # parts: what to measure. None: everything
+json = ''                        # file for all figures
+parts: list | None = None        # parts, gpu: what to measure. None: everything
 cases = ''                       # memory: names of CASES, separated by commas. '': all
-tokenizer = ''                   # part tokenizer: a file that load_tokenizer takes
-text = ''                        # part tokenizer: files of documents, as for prepare/text.py
+tokenizer = ''                   # parts tokenizer, train and fp8: a file that load_tokenizer takes
+text = ''                        # parts tokenizer, train and fp8: documents, as for prepare/text.py
+out = 'out/gpu'                  # gpu, parts train and fp8: folder of results and data
+minutes: at_least(0.1) = 9.0     # gpu: what does not fit into this time is skipped
+fp8_steps: at_least(10) = 100    # part fp8: steps of every run
+rehearse = False                 # gpu, parts: tiny sizes, to find mistakes before a GPU is there
 
 SMALL = dict(vocab_size=8192, n_layer=6, n_head=6, n_kv_head=2, n_embd=384, ffn_dim=1024)
 SMOLLM2 = dict(vocab_size=49152, n_layer=30, n_head=9, n_kv_head=3, n_embd=576, ffn_dim=1536)
@@ -69,18 +87,37 @@ SHAPES = {
     '140m': (dict(R1, n_layer=15, n_head=9, n_kv_head=3, n_embd=576, ffn_dim=2048), 2, 512),
     '360m': (dict(R1, n_layer=15, n_head=16, n_kv_head=4, n_embd=1024, ffn_dim=4096), 1, 512),
     '950m': (dict(R1, n_layer=22, n_head=24, n_kv_head=6, n_embd=1536, ffn_dim=6144), 1, 256),
+    # for rehearsals and tests
+    'tiny': (dict(SMALL, vocab_size=512, n_layer=2, n_embd=96, ffn_dim=128), 2, 32),
 }
+# Models that are measured unless --models names others.
+MODELS_ON_CPU = ['s1', 'smollm2_135m', '140m']
+MODELS_ON_GPU = ['smollm2_135m', '140m', '360m', '950m']
 # peer -> module that it needs
 PEERS = dict(transformers='transformers', litgpt='litgpt', liger='liger_kernel')
 PEERS['nanogpt-shape'] = 'transformers'
+# Knobs of which a side of ours may have another value than the first side.
+VARIANTS = ('kernels', 'attention', 'fp8')
+# Steps of a turn on a GPU: the host runs ahead of it, as in train.py.
+TURN = 10
 PHASES = ('forward', 'backward', 'optimizer')
 # A profiled event belongs to the first kind that has a word in its name. Only attention by blocks
 # uses batched products.
 KINDS = {
-    'attention': ['attention', 'blockwise', 'flash', 'fmha', 'aten::bmm', 'aten::baddbmm'],
+    'attention': ['attention', 'blockwise', 'flash', 'fmha', 'sdpa', 'aten::bmm', 'aten::baddbmm'],
+    'loss': ['cross_entropy'],
     'adamw': ['adam'],
-    'products': ['aten::mm', 'aten::addmm', 'linear_pointwise', 'gemm', 'nvjet', 'cutlass', 'xmma'],
+    'products': [
+        'aten::mm', 'aten::addmm', 'aten::_scaled_mm', 'linear_pointwise', 'gemm', 'nvjet',
+        'cutlass', 'xmma'],
 }
+# Kernels that torch.compile makes have the operators that they fuse in their names.
+FUSED = ('triton_poi_', 'triton_red_', 'triton_per_')
+# Knobs of train.py that the optimizer and the plan of memory read.
+KNOBS = dict(batch_size=4, block_size=512, activation_checkpointing='none', optimizer='adamw')
+KNOBS.update(reshard_after_forward=False, dtype='float32', grad_accum=1)
+KNOBS.update(dp_replicate=1, dp_shard=1, tp=1, ep=1)
+KNOBS.update(learning_rate=3e-4, weight_decay=0.1, beta1=0.9, beta2=0.95, adam_eps=1e-8)
 
 # -- measuring -------------------------------------------------------------------------------------
 # A function imports what it measures, so that `start` of a side contains no imports of another one.
@@ -129,14 +166,27 @@ def spread(values, spec='.2f'):
     return f'**{middle:{spec}}** ({min(values):{spec}} to {max(values):{spec}})'
 
 
+TABLES = []     # what has been printed: dicts with title, columns and rows
+ABOUT = {}      # date, versions and device
+
+
 def print_row(*cells):
-    print('| ' + ' | '.join(str(cell) for cell in cells) + ' |', flush=True)
+    TABLES[-1]['rows'].append([str(cell) for cell in cells])
+    print('| ' + ' | '.join(TABLES[-1]['rows'][-1]) + ' |', flush=True)
 
 
 def print_head(text, *names):
+    TABLES.append(dict(title=text, columns=names, rows=[]))
     print('\n' + text + '\n')
-    print_row(*names)
-    print('|---' * len(names) + '|')
+    print('| ' + ' | '.join(names) + ' |')
+    print('|---' * len(names) + '|', flush=True)
+
+
+def write_json(**figures):
+    """Writes the figures, and all tables so far, to --json."""
+    if json:
+        with open(json, 'w', encoding='utf-8') as f:
+            dump({**ABOUT, **figures, 'tables': TABLES}, f, indent=1)
 
 
 def tensor_peak(work):
@@ -230,6 +280,8 @@ class Work:
     rows: int
     tokens: int
     kernels: str
+    attention: str
+    fp8: bool
 
 
 def build_litgpt(s, length):
@@ -246,7 +298,7 @@ def build_litgpt(s, length):
     return model, lambda run, x, y: chunked_cross_entropy(run(x), y, chunk_size=0)
 
 
-def build_transformers(who, s, length):
+def build_transformers(who, s, length, compiled):
     import transformers
     qk_norm = s.get('qk_norm', False)
     if who == 'liger':
@@ -273,37 +325,99 @@ def build_transformers(who, s, length):
             model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**fields))
         else:
             model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**fields))
+    model.train()
     # The targets are shifted already. `labels` only turns the loss on.
-    return model.train(), lambda run, x, y: run(input_ids=x, shift_labels=y, labels=y).loss
+    if not compiled or who == 'liger':
+        return model, lambda model, x, y: model(input_ids=x, shift_labels=y, labels=y).loss
+
+    # Compiled by layers, a peer still gets the fusions of its output layer and loss.
+    @torch.compile
+    def head(h, y):
+        logits = model.lm_head(h)
+        labels = dict(labels=y, shift_labels=y, vocab_size=s['vocab_size'])
+        return model.loss_function(logits, **labels)
+
+    return model, lambda model, x, y: head(model.base_model(input_ids=x).last_hidden_state, y)
+
+
+def use_attention(work, device):
+    """Chooses the kernels of attention as train.py does. Returns their names."""
+    from ops import attention
+    shape = SHAPES[work.model][0]
+    dtype = pick_dtype(work.dtype, device)[0]
+    return attention.use(work.attention, device, dtype, shape['n_embd'] // shape['n_head'])
+
+
+def build_ours(work, device):
+    """Returns our model of a shape, with the knobs of `work`."""
+    from lib.parallel import prepare_blocks
+    from ops import kernels
+    kernels.use(work.kernels, device)
+    use_attention(work, device)
+    model = make_model(SHAPES[work.model][0], device)
+    if work.fp8:
+        from ops import fp8
+        fp8.check({**KNOBS, **asdict(model.config), 'dtype': work.dtype}, device)
+        fp8.convert(model, device)
+    prepare_blocks(model, work.compiled)
+    return model
 
 
 def build_side(who, work, device):
-    """Returns a model and its mean loss as a function of inputs and targets, (B, T) int64."""
-    shape = SHAPES[work.model][0]
+    """Returns a model and its loss as a function of inputs and targets, (B, T) int64."""
     if who == 'ours':
-        from ops.kernels import use
-
-        use(work.kernels, device)
-        model = make_model(shape, device)
-        if work.compiled:
-            # Blocks have one shape, so they share one graph. Compiled by blocks, smollm2_135m
-            # started in 34 s, and transformers as a whole in 116 s (two-core Zen 3,
-            # docs/BENCHMARKS.md).
-            for block in model.blocks:
-                block.compile()
+        model = build_ours(work, device)
         return model, lambda x, y: model.loss(x, y)[0] / y.numel()
+    shape = SHAPES[work.model][0]
     if who == 'litgpt':
         model, loss = build_litgpt(shape, work.tokens)
+        layers = model.transformer.h
     else:
-        model, loss = build_transformers(who, shape, work.tokens)
+        model, loss = build_transformers(who, shape, work.tokens, work.compiled)
+        layers = getattr(model.base_model, 'layers', None) or model.base_model.h
     model.to(device)
-    return model, functools.partial(loss, torch.compile(model) if work.compiled else model)
+    if work.compiled:
+        # Layers have one shape, so they share one graph. Compiled as a whole, a peer starts several
+        # times as late and is not faster (docs/BENCHMARKS.md).
+        for layer in layers:
+            layer.compile()
+    return model, functools.partial(loss, model)
+
+
+def make_update(who, model, device):
+    """Returns a function of the loss, () on the device, that does what follows a backward pass."""
+    if who != 'ours':
+        optimizer = make_optimizer(model)
+
+        def update(loss):
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return update
+    from lib import parallel
+    optimizers = parallel.make_optimizers(model, KNOBS)
+    not_finite = torch.zeros((), device=device)
+
+    def update(loss):
+        # As in train.py, which checks loss and norm on the device.
+        norm = parallel.gradient_norm(model)
+        bad = (~torch.isfinite(loss.detach() + norm)).float()
+        not_finite.copy_(torch.maximum(not_finite, bad))
+        parallel.clip_gradients(model, 1.0, norm)
+        for optimizer in optimizers:
+            parallel.step(optimizer, not_finite)
+            optimizer.zero_grad(set_to_none=True)
+
+    return update
 
 
 def run_side(who, work, device):
     """Prints a line of JSON about the model after its first steps, then answers lines on stdin.
 
-    'step' is answered by the seconds of a step and the memory, 'profile' by the seconds by kind.
+    'turn' is answered by the seconds of a step and the memory, 'phases' by the seconds of PHASES,
+    'profile' by the seconds by kind. A side that lacks memory for its first steps answers that it
+    waits, and tries them again at the next line.
     """
     tune_malloc()
     torch.manual_seed(0)
@@ -313,27 +427,35 @@ def run_side(who, work, device):
     ids = torch.randint(SHAPES[work.model][0]['vocab_size'], size, device=device)
     inputs = ids[:, :-1].contiguous()
     targets = ids[:, 1:].contiguous()
-    # CPU time of this process and of its children, which compile.
-    start = sum(os.times()[:4])
+    start = start_clock(on_gpu)
+    if work.compiled:
+        from lib.parallel import warm_compiler
+        warm_compiler(device)
     model, loss = build_side(who, work, device)
-    optimizer = make_optimizer(model)
+    update = make_update(who, model, device)
 
-    def step():
-        """Returns the seconds of PHASES."""
-        at = [clock()]
+    def step(mark=lambda: None):
+        """mark: called between PHASES and around them"""
+        mark()
         with autocast(device, dtype):
             value = loss(inputs, targets)
-        at.append(clock())
+        mark()
         value.backward()
-        at.append(clock())
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        at.append(clock())
-        return [at[i + 1] - at[i] for i in range(len(PHASES))]
+        mark()
+        update(value)
+        mark()
 
-    step()
-    about = dict(start_s=sum(os.times()[:4]) - start, tokens=targets.numel(), dtype=str(dtype)[6:])
+    def turn(n_steps):
+        for _ in range(n_steps):
+            step()
+
+    if not starts(step):
+        report(dict(waits=True), on_gpu)
+        sys.stdin.readline()
+        step()
+    if on_gpu:
+        torch.cuda.synchronize()
+    about = dict(start_s=start_clock(on_gpu) - start, tokens=targets.numel(), dtype=str(dtype)[6:])
     about['parameters'] = sum(p.numel() for p in model.parameters())
     # The first step allocates the states of AdamW, so that only the second has the full peak.
     step()
@@ -341,17 +463,40 @@ def run_side(who, work, device):
         from model import flops_per_token
         about['flops'] = flops_per_token(model.config, work.tokens)
         about['causal'] = flops_per_token(model.config, work.tokens, causal=True)
+        about['attention'] = use_attention(work, device)
     report(about, on_gpu)
+    n_steps = TURN if on_gpu else 1
     for line in sys.stdin:
-        if line.strip() == 'profile':
-            report(profile_step(step, on_gpu), on_gpu)
-            continue
-        # The memory that the last turn gave back is allocated again outside the timed step.
+        # The memory that the last turn gave back is allocated again outside the timed steps.
         if on_gpu:
             step()
-        seconds = step()
-        answer = dict(zip(PHASES, seconds, strict=True), step=sum(seconds))
-        report(dict(answer, memory=peak_gib(on_gpu)), on_gpu)
+        if line.strip() == 'profile':
+            report(profile_step(step, on_gpu), on_gpu)
+        elif line.strip() == 'phases':
+            at = []
+            step(lambda: at.append(clock()))  # noqa: B023  (called before the next line)
+            spans = [after - before for before, after in itertools.pairwise(at)]
+            report(dict(zip(PHASES, spans, strict=True)), on_gpu)
+        else:
+            seconds = seconds_of(functools.partial(turn, n_steps)) / n_steps
+            report(dict(step=seconds, memory=peak_gib(on_gpu)), on_gpu)
+
+
+def start_clock(on_gpu):
+    """Returns seconds for the start: wall time, or CPU time of this process and its compilers."""
+    return time.perf_counter() if on_gpu else sum(os.times()[:4])
+
+
+def starts(step):
+    """Whether the first step has the memory that it needs. Other sides start at the same time."""
+    try:
+        step()
+    except RuntimeError as error:
+        # Not all libraries raise torch's own error.
+        if 'out of memory' not in str(error) and 'ALLOC_FAILED' not in str(error):
+            raise
+        return False
+    return True
 
 
 def report(figures, on_gpu):
@@ -369,18 +514,29 @@ def peak_gib(on_gpu):
         return next(int(line.split()[1]) / 2**20 for line in f if line.startswith('VmHWM'))
 
 
+def kind_of(name):
+    """Returns the entry of KINDS for the name of an event, or 'rest'."""
+    if name.startswith(FUSED):
+        return 'rest'
+    for kind, words in KINDS.items():
+        if any(word in name for word in words):
+            return kind
+    return 'rest'
+
+
 def profile_step(step, on_gpu):
     """Returns the seconds of a step by kind, and of the ten longest events of no kind by name."""
     activity = torch.profiler.ProfilerActivity
     with torch.profiler.profile(activities=[activity.CUDA if on_gpu else activity.CPU]) as found:
         step()
-    kinds = dict(products=0.0, attention=0.0, adamw=0.0, rest=0.0)
+    kinds = dict(products=0.0, attention=0.0, loss=0.0, adamw=0.0, rest=0.0)
     others = {}
     for event in found.key_averages():
+        # Annotations span kernels that are counted by themselves.
+        if getattr(event, 'is_user_annotation', False):
+            continue
         seconds = (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6
-        name = event.key.lower()
-        found_in = [kind for kind, words in KINDS.items() if any(word in name for word in words)]
-        kind = found_in[0] if found_in else 'rest'
+        kind = kind_of(event.key.lower())
         kinds[kind] += seconds
         if kind == 'rest':
             others[event.key] = seconds
@@ -395,25 +551,40 @@ class Side:
     """A process that takes training steps of one codebase when it is asked to."""
 
     def __init__(self, who, work):
+        """Starts the process. who: 'ours', a peer, or 'knob=value' for ours with another value."""
+        if '=' in who:
+            name, _, value = who.partition('=')
+            work = replace(work, **{name: value})
+            who = 'ours'
         options = dict(vs=who, models=[work.model], dtypes=[work.dtype], compiled=[work.compiled])
-        options.update(rows=work.rows, tokens=work.tokens, kernels=work.kernels)
+        for name in ('rows', 'tokens', *VARIANTS):
+            options[name] = getattr(work, name)
         command = [sys.executable, __file__, 'side', *(f'--{k}={v}' for k, v in options.items())]
         # CPU times are comparable with one thread only. The caller's environment takes precedence.
         env = {'OMP_NUM_THREADS': '1', **os.environ}
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, text=True, stdin=pipe, stdout=pipe, env=env)
         self.turns = []
-        line = self.process.stdout.readline()
-        # A side that runs out of memory prints its message and leaves the others to go on.
-        self.about = loads(line) if line.startswith('{') else None
+        self.about = None
 
-    def ask(self, what):
+    def read(self):
+        """Returns the next line of JSON, or None when the process has ended."""
+        for line in self.process.stdout:
+            # A library may print a line of its own.
+            if line.startswith('{'):
+                return loads(line)
+        return None
+
+    def write(self, what):
         self.process.stdin.write(what + '\n')
         self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        if not line.startswith('{'):
-            raise BadInput('one side of the benchmark ended early. Its message stands above.')
-        return loads(line)
+
+    def ask(self, what):
+        self.write(what)
+        answer = self.read()
+        if answer is None:
+            raise RunFault('one side of the benchmark ended early. Its message stands above.')
+        return answer
 
     def close(self):
         self.process.stdin.close()
@@ -421,6 +592,21 @@ class Side:
 
     def median(self, key):
         return statistics.median(turn[key] for turn in self.turns)
+
+
+def start_sides(names, work):
+    """Starts all sides at once. Returns those that run, name -> Side, and the seconds it took."""
+    start = time.perf_counter()
+    sides = {who: Side(who, work) for who in names}
+    for side in sides.values():
+        # A side that fails prints its message and leaves the others to go on.
+        side.about = side.read()
+    for side in sides.values():
+        # Together the first steps may need more memory than there is.
+        if side.about and 'waits' in side.about:
+            side.write('start')
+            side.about = side.read()
+    return {who: side for who, side in sides.items() if side.about}, time.perf_counter() - start
 
 
 def machine_speed(dtype, device):
@@ -456,13 +642,12 @@ def floor_seconds(s, about, ceiling, bandwidth):
 def bench_model(work, peers, n_rounds, device):
     """Prints a row for us and for every peer. Returns the figures as a dict."""
     mode = 'compiled' if work.compiled else 'eager'
-    sides = {who: Side(who, work) for who in ('ours', *peers)}
-    running = {who: side for who, side in sides.items() if side.about}
+    running, started_s = start_sides(('ours', *peers), work)
     for who in peers:
         if who not in running:
             print_row(work.model, f'{work.dtype} {mode}', f'{who} did not start', *[''] * 11)
     if 'ours' not in running:
-        raise BadInput('our side of the benchmark did not start. Its message stands above.')
+        raise RunFault('our side of the benchmark did not start. Its message stands above.')
     ours = running['ours']
     about = ours.about
     # The ceiling is measured in every round, because clock rates change under load.
@@ -470,8 +655,9 @@ def bench_model(work, peers, n_rounds, device):
     for _ in range(n_rounds):
         speeds.append(machine_speed(about['dtype'], device))
         for side in running.values():
-            side.turns.append(side.ask('step'))
-    # A profiled step is slower, so profiles follow the timed turns.
+            side.turns.append(side.ask('turn'))
+    # Steps that are profiled or synchronised are slower, so they follow the timed turns.
+    phases = {who: side.ask('phases') for who, side in running.items()}
     profiles = {who: side.ask('profile') for who, side in running.items()}
     for side in running.values():
         side.close()
@@ -491,8 +677,11 @@ def bench_model(work, peers, n_rounds, device):
     record.update(tokens_per_second=n_tokens / step_s, mfu=mfu, flops_per_second=rate)
     record.update(ceiling=ceiling, bandwidth=bandwidth, memory=ours.turns[-1]['memory'])
     record.update(floor_share=floor_share, roofline_s=dict(products=products, moved=moved))
-    record.update(start_s=about['start_s'], step_s=step_s, **profiles['ours'], peers={})
-    record['seconds'] = {phase: ours.median(phase) for phase in PHASES}
+    record['attention'] = about['attention']
+    record.update(start_s=about['start_s'], started_s=started_s, step_s=step_s)
+    record.update(**profiles['ours'], peers={}, seconds=phases['ours'])
+    if device.type == 'cuda':
+        record['idle_s'] = step_s - sum(kinds.values())
     for who, side in running.items():
         theirs = side.median('step')
         memory = side.turns[-1]['memory']
@@ -508,9 +697,10 @@ def bench_model(work, peers, n_rounds, device):
             ratio = spread(ratios)
             figures = dict(tokens_per_second=n_tokens / theirs, ratio=statistics.median(ratios))
             figures.update(ratios=ratios, memory=memory, kinds=profiles[who]['kinds'])
+            figures.update(start_s=side.about['start_s'], step_s=theirs)
             record['peers'][who] = figures
         cells = [f"{about['dtype']} {mode}", who, f"{side.about['start_s']:.0f}"]
-        times = [f'{side.median(phase) * 1e3:,.0f}' for phase in PHASES]
+        times = [f'{seconds * 1e3:,.0f}' for seconds in phases[who].values()]
         speed = f'{n_tokens / theirs:,.0f}'
         print_row(work.model, *cells, speed, ratio, *floors, f'{memory:.2f}', *times)
     return record
@@ -521,22 +711,30 @@ def bench_steps(works, peers, n_rounds, device):
     names = 'model; dtype, mode; side; start, s; tok/s; ours / theirs; MFU; GFLOP/s of ceiling'
     names += '; roofline / step; products + attention / step; peak GiB'
     phases = [f'{phase}, ms' for phase in PHASES]
-    text = f'{n_rounds} rounds. auto is {pick_dtype("auto", device)[0]}.'
+    text = f'{n_rounds} rounds. auto is {pick_dtype("auto", device)[0]}. '
+    text += 'The times of forward, backward and optimizer are of one step with waits between them.'
     print_head(text, *names.split('; '), *phases)
-    return [bench_model(work, peers, n_rounds, device) for work in works]
+    records = []
+    for work in works:
+        records.append(bench_model(work, peers, n_rounds, device))
+        write_json(records=records)
+    return records
 
 
 def print_profile(records):
     """Prints where the time of our steps goes, beside the time that they must take."""
     must = ['must: products and attention at the ceiling, ms', 'must: bytes moved, ms']
-    kinds = ['products', 'attention', 'AdamW', 'rest, ms']
-    print_head('Our steps', 'model', 'step, ms', *must, *kinds, 'the costliest of the rest')
+    kinds = ['products', 'attention', 'loss kernel', 'AdamW', 'other kernels', 'idle']
+    names = ('model', 'attention by', 'step, ms', *must, *kinds, 'the costliest of the other')
+    print_head('Our steps', *names)
     for r in records:
         mode = 'compiled' if r['compiled'] else 'eager'
         seconds = [r['step_s'], *r['roofline_s'].values(), *r['kinds'].values()]
-        longest = [f'{name} {s * 1e3:,.0f}' for name, s in list(r['others'].items())[:4]]
+        longest = [f'{name[:60]} {s * 1e3:,.0f}' for name, s in list(r['others'].items())[:4]]
         times = [f'{s * 1e3:,.0f}' for s in seconds]
-        print_row(f"{r['model']} {r['dtype']} {mode}", *times, ', '.join(longest))
+        idle = f"{r['idle_s'] * 1e3:,.0f}" if 'idle_s' in r else 'n/a'
+        name = f"{r['model']} {r['dtype']} {mode}"
+        print_row(name, r['attention'], *times, idle, ', '.join(longest))
 
 
 # -- parts that take a model of SHAPES -------------------------------------------------------------
@@ -544,34 +742,43 @@ def print_profile(records):
 
 def bench_influence(trainer, n_rounds):
     """Measurements of influence against steps, work on single rows, and the memory of both."""
-    from influence import ghost_sqnorm, probe_direction, row_influence, source_products
+    from influence import ghost_sqnorm, probe_direction, row_influence
+    from methods.reweight import flops_of_rows
+    from model import flops_per_token
     model = trainer.model
     batches = [trainer.rows(16), trainer.rows(16)]
-    # Random batches agree on no direction. The same batch several times gives the probe one.
+    # Random rows agree on no direction. The same rows several times give the probe one.
     agreeing = [trainer.rows(16)] * 4
     probe = {domain: [*agreeing, trainer.rows(n)] for domain, n in (('a', 2), ('b', 3), ('c', 3))}
-    sources = [[trainer.rows(4) for _ in range(8)] for _ in range(5)]
+    # As in methods/reweight.py: the rows of all sources together, in batches of training's size.
+    sources = [trainer.rows(16) for _ in range(10)]
+    n_rows = 200 + 160
 
     def measure(layers):
-        # As in methods/reweight.py: one direction per domain, but not where each takes a gradient.
+        # One direction per domain, but not where each takes a gradient.
         groups = [{domain: probe[domain]} for domain in probe]
         if layers == 'all':
             groups = [probe]
         with autocast(trainer.device, trainer.dtype):
             directions = [probe_direction(model, group, layers) for group in groups]
             for source in sources:
-                source_products(model, source, directions)
+                row_influence(model, source, directions)
 
     jobs = {'step': functools.partial(trainer.step, batches)}
     jobs.update({layers: functools.partial(measure, layers) for layers in ('all', 'last')})
     # A measurement takes minutes on a CPU. On a GPU the first one compiles kernels.
     medians, ratios = in_turns(jobs, n_rounds, warm_up=trainer.device.type == 'cuda')
-    text = '200 rows of three probe sets and 5 x 32 rows of sources, against 250 steps of 32 rows'
-    print_head(text, 'layers', 'a step, s', 'a measurement, s', 'share of 250 steps')
+    text = '200 rows of three probe sets and 5 x 32 rows of sources, against 250 steps of 32 rows. '
+    text += 'The floor is the time of training on as many rows times the share of its FLOPs'
+    names = ('layers', 'a step, s', 'a measurement, s', 'share of 250 steps', 'time / floor')
+    print_head(text, *names)
     for layers in ('all', 'last'):
         shares = [ratio / 250 for ratio in ratios[layers]]
         times = [f"{medians['step']:.2f}", f'{medians[layers]:.1f}']
-        print_row(layers, *times, spread(shares, '.2%'))
+        of_training = flops_of_rows(model.config, layers, trainer.n_tokens)
+        of_training /= trainer.n_tokens * flops_per_token(model.config, trainer.n_tokens)
+        floors = [ratio / (n_rows / 32 * of_training) for ratio in ratios[layers]]
+        print_row(layers, *times, spread(shares, '.2%'), spread(floors))
 
     def direction_of(batch, n_domains=1):
         return probe_direction(model, {i: [batch] * 4 for i in range(n_domains)}, 'all')
@@ -584,7 +791,7 @@ def bench_influence(trainer, n_rounds):
     direction = direction_of(batch)
     jobs = {
         'forward and backward': backward,
-        'influence of the rows on a direction': lambda: row_influence(model, batch, direction),
+        'influence of the rows on a direction': lambda: row_influence(model, batch, [direction]),
         'their squared norms': lambda: ghost_sqnorm(model, batch, 'all'),
     }
     with autocast(trainer.device, trainer.dtype):
@@ -600,7 +807,7 @@ def bench_influence(trainer, n_rounds):
         'accumulation of two micro-batches': lambda: trainer.step([small, small]),
         'a direction of one domain': lambda: direction_of(small),
         'a direction of three domains': lambda: direction_of(small, 3),
-        'sources': lambda: source_products(model, [small] * 4, [direction_of(small)]),
+        'sources': lambda: row_influence(model, small, [direction_of(small)]),
     }
     print_head(f'Memory beyond parameters, in gradients of {gradient / 2**20:.0f} MiB', 'job', '')
     for name, job in jobs.items():
@@ -719,7 +926,11 @@ def bench_loss(n_rounds, device):
     from ops.loss import linear_cross_entropy
     on_gpu = device.type == 'cuda'
     n = 32768 if on_gpu else 2048
+    n_memory = 4096
     V = R1['vocab_size']
+    if rehearse:
+        n = n_memory = 64
+        V = 1024
     dtype = torch.bfloat16 if on_gpu else torch.float32
 
     def jobs_of(n, width):
@@ -767,11 +978,11 @@ def bench_loss(n_rounds, device):
 
     # The width does not change the memory beyond the gradient of the weight.
     memory = {}
-    logits = 4096 * V * 4
-    for name, job in jobs_of(4096, 64).items():
+    logits = n_memory * V * 4
+    for name, job in jobs_of(n_memory, 64).items():
         memory[name] = (tensor_peak(job) - 64 * V * dtype.itemsize) / logits
     text = f'loss: {n:,} tokens, vocabulary {V:,}, {str(dtype)[6:]}. TFLOP/s: 6 C V per token. '
-    text += "Memory: 4,096 tokens, share of their fp32 logits beyond the weight's gradient"
+    text += f"Memory: {n_memory:,} tokens, share of their fp32 logits beyond the weight's gradient"
     print_head(text, 'width', 'side', 'seconds', 'TFLOP/s', 'side / ours', 'memory')
     for width in (576, 1024, 1536) if on_gpu else (576,):
         medians, ratios = in_turns(jobs_of(n, width), n_rounds)
@@ -782,7 +993,10 @@ def bench_loss(n_rounds, device):
 
 
 def bench_attention(n_rounds, device):
-    """Causal attention on the CPU, forward and backward, in float32: ours by blocks and torch's."""
+    """Causal attention: on a CPU ours by blocks and torch's, on a GPU all kernels that it has."""
+    if device.type == 'cuda':
+        bench_attention_on_gpu(n_rounds, device)
+        return
     from ops.attention import blockwise
 
     def by_blocks(q, k, v):
@@ -792,49 +1006,118 @@ def bench_attention(n_rounds, device):
         heads = [t.transpose(1, 2) for t in (q, k, v)]  # (B, H or K, T, D)
         return F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True)
 
-    def run(attention, inputs):
+    def forward(attention, inputs):
+        with torch.no_grad():
+            attention(*inputs)
+
+    def both(attention, inputs):
         y = attention(*inputs)
         torch.autograd.grad(y, inputs, torch.ones_like(y))
 
-    text = 'attention: head_dim 64, float32, milliseconds of forward and backward'
-    sizes = 'rows, heads, key heads, tokens'
-    print_head(text, sizes, 'by blocks', 'torch', 'torch / by blocks')
-    # These lie around the range of 257 to 1,024 tokens, where our blocks are used in float32.
-    shapes = ((16, 6, 2, 256), (8, 6, 2, 512), (4, 9, 3, 512), (4, 9, 3, 1024), (2, 9, 3, 2048))
-    for B, H, K, T in shapes:
-        inputs = [torch.randn(B, T, heads, 64, requires_grad=True) for heads in (H, K, K)]
-        jobs = {f.__name__: functools.partial(run, f, inputs) for f in (by_blocks, by_torch)}
-        medians, ratios = in_turns(jobs, n_rounds)
-        times = [f'{seconds * 1e3:.0f}' for seconds in medians.values()]
-        print_row(f'{B}, {H}, {K}, {T}', *times, spread(ratios['by_torch']))
+    sizes = 'rows, heads, key heads, tokens, head_dim'
+    print_head(
+        'attention: milliseconds on one thread', 'dtype', sizes, 'what', 'by blocks', 'torch',
+        'torch / by blocks')
+    # Our blocks are used for 257 to 1,024 tokens in float32, and 64 to 2,048 in bfloat16.
+    shapes = (
+        (16, 6, 2, 128, 64), (4, 6, 2, 256, 32), (16, 6, 2, 256, 64), (8, 6, 2, 512, 64),
+        (4, 9, 3, 512, 64), (4, 9, 3, 1024, 64), (2, 9, 3, 2048, 64))
+    for dtype in (torch.float32, torch.bfloat16):
+        for B, H, K, T, D in shapes:
+            options = dict(dtype=dtype, requires_grad=True)
+            inputs = [torch.randn(B, T, heads, D, **options) for heads in (H, K, K)]
+            for what in (both, forward):
+                jobs = {}
+                for attention in (by_blocks, by_torch):
+                    jobs[attention.__name__] = functools.partial(what, attention, inputs)
+                medians, ratios = in_turns(jobs, n_rounds)
+                times = [f'{seconds * 1e3:.1f}' for seconds in medians.values()]
+                cells = (str(dtype)[6:], f'{B}, {H}, {K}, {T}, {D}', what.__name__)
+                print_row(*cells, *times, spread(ratios['by_torch']))
+
+
+# rows, heads, key heads, tokens, tokens of a document: 140m, 360m, 950m, and 950m on long rows
+ON_GPU = (
+    (16, 9, 3, 2048, 256), (16, 16, 4, 2048, 256), (16, 24, 6, 2048, 256), (1, 24, 6, 32768, 2048))
+
+
+def bench_attention_on_gpu(n_rounds, device, shapes=ON_GPU):
+    """Forward and backward by every kernel, over full rows and within documents, in bfloat16."""
+    from ops import attention
+
+    n_calls = 10  # one call is too short for the clock
+    print('\nattention, auto: ' + attention.use('auto', device))
+    kernels = []
+    for name in attention.BACKENDS[1:]:
+        try:
+            attention.use(name, device)
+            kernels.append(name)
+        except BadInput as error:
+            print(f'{name} is not measured: {error}')
+    print_head(
+        'attention: bfloat16, head_dim 64, forward and backward. TFLOP/s are those of the causal '
+        'half, without what the backward repeats', 'rows, heads, key heads, tokens', 'documents of',
+        'kernel', 'ms', 'TFLOP/s')
+    for B, H, K, T, length in shapes:
+        options = dict(device=device, dtype=torch.bfloat16, requires_grad=True)
+        inputs = [torch.randn(B, T, heads, 64, **options) for heads in (H, K, K)]
+        upstream = torch.randn_like(inputs[0])
+        starts = torch.arange(0, B * T + 1, length, dtype=torch.int32, device=device)
+
+        def run(cu_seqlens, inputs=inputs, upstream=upstream):
+            for _ in range(n_calls):
+                y = attention.attend(*inputs, cu_seqlens=cu_seqlens)
+                torch.autograd.grad(y, inputs, upstream)
+
+        for cu_seqlens, span in ((None, T), (starts, length)):
+            # Two products forward and four backward, over half of the scores.
+            flops = 6 * B * H * T * span * 64
+            for name in kernels or ['auto']:
+                if name == 'cudnn' and cu_seqlens is not None:
+                    continue  # flash 2 takes documents
+                attention.use(name, device)
+                medians, _ = in_turns({name: functools.partial(run, cu_seqlens)}, n_rounds)
+                seconds = medians[name] / n_calls
+                cells = (f'{B}, {H}, {K}, {T}', span if span < T else '', name)
+                print_row(*cells, f'{seconds * 1e3:.2f}', f'{flops / seconds / 1e12:.0f}')
+    attention.use('auto', device)
 
 
 def bench_kernels(n_rounds, device):
-    """On a GPU: Triton kernels of layers and rows against their references under torch.compile."""
+    """On a GPU: Triton kernels of layers and rows against their references, eager and compiled.
+
+    Layers use Triton in eager mode only, so the reference that counts for them is the eager one.
+    """
     from ops import kernels as k
-    if device.type != 'cuda':
+    if device.type != 'cuda' and not k.INTERPRETED:
         print('\nkernels: not measured, because there is no GPU here')
         return
-    text = 'kernels: 32,768 tokens, bfloat16, milliseconds of forward and backward'
-    print_head(text, 'width', 'kernel', 'Triton', 'compiled reference', 'reference / Triton')
-    angles = torch.randn(2048, 32, device=device)
+    n_rows, T, repeats = 16, 2048, 20
+    sizes = ((576, 9, 3, 2048), (1024, 16, 4, 4096), (1536, 24, 6, 6144))
+    if rehearse:
+        n_rows, T, repeats = 1, 8, 1
+        sizes = ((64, 2, 1, 128),)
+    text = f'kernels: {n_rows * T:,} tokens, bfloat16, milliseconds of forward and backward'
+    names = ('Triton', 'eager reference', 'compiled reference', 'eager / Triton')
+    print_head(text, 'width', 'kernel', *names, 'compiled / Triton', 'compiled, longest kernel')
+    angles = torch.randn(T, 32, device=device)
     cos = torch.cat((angles.cos(), angles.cos()), 1).bfloat16()
     sin = torch.cat((-angles.sin(), angles.sin()), 1).bfloat16()
 
     def some(*shape):
         options = dict(device=device, dtype=torch.bfloat16, requires_grad=True)
-        return torch.randn(16, 2048, *shape, **options)
+        return torch.randn(n_rows, T, *shape, **options)
 
     def run(mode, function, inputs):
         k.use(mode, device)
         # One launch is too short for the clock.
-        for _ in range(20):
+        for _ in range(repeats):
             out = function(*inputs)
             out = out if isinstance(out, tuple) else (out,)
             if out[0].requires_grad:
                 torch.autograd.grad(out, inputs, [torch.ones_like(o) for o in out])
 
-    for C, H, K, n_hidden in ((576, 9, 3, 2048), (1024, 16, 4, 4096), (1536, 24, 6, 6144)):
+    for C, H, K, n_hidden in sizes:
         x = some(C)
         residual = some(C)
         weight = torch.ones(C, device=device, requires_grad=True)
@@ -851,15 +1134,37 @@ def bench_kernels(n_rounds, device):
             'bilinear': (k.bilinear, (*fixed, torch.ones(C, C, device=device))),
         }
         for name, (function, inputs) in cases.items():
-            jobs = {'Triton': functools.partial(run, 'triton', function, inputs)}
-            # Without dynamic=False the second width compiles for all widths, which is slower.
-            compiled_function = torch.compile(function, dynamic=False)
-            jobs['torch'] = functools.partial(run, 'torch', compiled_function, inputs)
-            medians, ratios = in_turns(jobs, n_rounds)
-            times = [f'{seconds / 20 * 1e3:.3f}' for seconds in medians.values()]
-            print_row(C, name, *times, spread(ratios['torch']))
+            # torch.compile gives all functools.partial one limit of eight graphs. Beyond it a
+            # function would run without its graph, so every case begins without graphs.
+            torch._dynamo.reset()
+            backend = 'aot_eager' if rehearse else 'inductor'
+            compiled_function = torch.compile(function, dynamic=False, backend=backend)
+            jobs = {
+                'Triton': functools.partial(run, 'triton', function, inputs),
+                'eager': functools.partial(run, 'torch', function, inputs),
+                'compiled': functools.partial(run, 'torch', compiled_function, inputs),
+            }
+            for job in jobs.values():
+                job()
+            # Graphs that are made again would be timed. torch raises an error instead.
+            with torch.compiler.set_stance('fail_on_recompile'):
+                medians, ratios = in_turns(jobs, n_rounds)
+            times = [f'{seconds / repeats * 1e3:.3f}' for seconds in medians.values()]
+            pairs = [spread(ratios['eager']), spread(ratios['compiled'])]
+            print_row(C, name, *times, *pairs, longest_kernel(jobs['compiled'], device))
     # The choice of kernels is a module global, which other parts read.
     k.use('auto', device)
+
+
+def longest_kernel(job, device):
+    """Returns the name of the kernel that takes most of a job on a GPU, and its share, as text."""
+    if device.type != 'cuda':
+        return ''
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
+        job()
+    times = {event.key: event.self_device_time_total for event in found.key_averages()}
+    longest = max(times, key=times.get)
+    return f'{longest[:60]} {times[longest] / sum(times.values()):.0%}'
 
 
 # -- memory against the plan -----------------------------------------------------------------------
@@ -870,11 +1175,6 @@ EXPERTS = dict(SMALL, n_layer=4, n_expert=8, n_expert_active=2, expert_ffn_dim=5
 EXPERTS.update(n_shared_expert=1, n_dense_layer=1)
 SELECTIVE = dict(activation_checkpointing='selective')
 FSDP = dict(dp_shard=2, reshard_after_forward=True)
-# Knobs of train.py that the plan and the optimizer read.
-KNOBS = dict(batch_size=4, block_size=512, activation_checkpointing='none', optimizer='adamw')
-KNOBS.update(reshard_after_forward=False, dtype='float32', grad_accum=1)
-KNOBS.update(dp_replicate=1, dp_shard=1, tp=1, ep=1)
-KNOBS.update(learning_rate=1e-3, weight_decay=0.1, beta1=0.9, beta2=0.95, adam_eps=1e-8)
 # name -> (ranks, model, changes of KNOBS). The sizes are small enough for a CPU with 8 GB.
 CASES = {
     'plain': (1, SMALL, dict(batch_size=8)),
@@ -905,6 +1205,8 @@ def measure_case(name):
     rank, world_size, device = start_ranks('auto')
     config = ModelConfig(**CASES[name][1])
     k = {**KNOBS, **CASES[name][2]}
+    if device.type == 'cuda':
+        k['dtype'] = 'bfloat16'         # as in training
     sizes = resolve_sizes(world_size, k['dp_replicate'], k['dp_shard'], k['tp'], k['ep'])
     layout = make_layout(device.type, rank, world_size, sizes)
     dtype = getattr(torch, k['dtype'])
@@ -1083,12 +1385,80 @@ def bench_tokenizer(path, where, n_rounds):
         print_row(name, f'{n / seconds / 1e6:.2f}', spread(ratios[name]))
 
 
+def bench_fp8(work, device):
+    """The loss of training in bf16 and in fp8 from equal weights on equal rows.
+
+    A run in bf16 on other rows shows what difference is noise.
+    """
+    from data import Feeder, MixtureLoader, Source
+    vocab_size = SHAPES[work.model][0]['vocab_size']
+    source_text = '' if rehearse else text
+    made = gpu_checks.make_data_anyhow(out, source_text, tokenizer, vocab_size)
+
+    def open_split(split, seed):
+        options = dict(vocab_size=vocab_size)
+        sources = []
+        for name in made['sources']:
+            sources.append(Source(made['folder'], name, split, work.tokens, seed, **options))
+        return sources
+
+    def run(fp8, seed):
+        """Returns the losses of the steps, and the loss on the same validation rows."""
+        model, loss = build_side('ours', replace(work, fp8=fp8), device)
+        update = make_update('ours', model, device)
+        sources = open_split('train', seed)
+        loader = MixtureLoader(sources, dict.fromkeys(made['sources'], 1.0), seed)
+        feeder = Feeder(device, work.rows)
+        losses = []
+        for _ in range(fp8_steps):
+            (micro,) = feeder.split(loader, loader.next_batch(work.rows))
+            with autocast(device, pick_dtype(work.dtype, device)[0]):
+                value = loss(micro.inputs, micro.targets)
+            value.backward()
+            update(value)
+            losses.append(value.detach())
+        held_out = []
+        # A graph without gradients would take longer to compile than these few batches take.
+        is_eager = torch.compiler.set_stance('force_eager')
+        with is_eager, torch.no_grad(), autocast(device, pick_dtype(work.dtype, device)[0]):
+            for source in open_split('val', 0):
+                for inputs, targets, _ in feeder.source_batches(source, range(work.rows)):
+                    held_out.append(loss(inputs, targets))
+        return torch.stack(losses).tolist(), torch.stack(held_out).mean().item()
+
+    runs = {'bf16': (False, 0), 'fp8': (True, 0), 'bf16 on other rows': (False, 1)}
+    if rehearse and device.type != 'cuda':
+        del runs['fp8']
+    text_of = f'{fp8_steps} steps of {work.rows} rows of {work.tokens}, {made["made_of"]}'
+    names = ('mean loss of the last tenth', 'validation loss', 'minus that of bf16')
+    print_head(f'fp8: {work.model}, {text_of}', 'run', *names)
+    base = None
+    for name, settings in runs.items():
+        losses, held_out = run(*settings)
+        base = held_out if base is None else base
+        last = statistics.mean(losses[-max(1, fp8_steps // 10):])
+        print_row(name, f'{last:.4f}', f'{held_out:.4f}', f'{held_out - base:+.4f}')
+        write_json()
+
+
+def bench_train():
+    """train.py with re-weighting by influence: speed, start, and what a measurement costs."""
+    figures = gpu_checks.train_run(out, text, tokenizer, rehearse)
+    print_head('train.py with mixture=influence', 'figure', '')
+    for name, value in figures.items():
+        print_row(name, f'{value:,.3f}' if isinstance(value, float) else value)
+    write_json(training=figures)
+
+
 def bench_memory(names):
     """The peak of tensors in a step, measured and planned. Ranks are processes of torchrun."""
     print(f"{'case':<20}{'measured':>12}{'planned':>10}   MiB; ratio; moment of the planned peak")
     for name in names:
         launch = [sys.executable]
         n_ranks = CASES[name][0]
+        if torch.cuda.is_available() and n_ranks > torch.cuda.device_count():
+            print(f'{name:<20}left out: it needs {n_ranks} GPUs')
+            continue
         if n_ranks > 1:
             launch += ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n_ranks}']
         command = [*launch, __file__, 'case', f'--cases={name}']
@@ -1105,12 +1475,18 @@ def bench_memory(names):
 OF_MODELS = dict(influence=bench_influence, presence=bench_presence, kd=bench_kd)
 OTHERS = dict(loader=bench_loader, checkpoint=bench_checkpoint, loss=bench_loss)
 OTHERS.update(attention=bench_attention, kernels=bench_kernels, reading=bench_reading)
+# Parts that run only if they are named.
+NAMED = ('tokenizer', 'fp8', 'train')
 
 
 # Command -> knobs that it does not read.
-UNUSED = dict(steps=('parts', 'cases'))
-UNUSED['parts'] = ('vs', 'compiled', 'rows', 'kernels', 'profile', 'json')
-UNUSED['memory'] = ('models', 'dtypes', 'rounds', 'tokens', 'parts', *UNUSED['parts'])
+OF_GPU = ('out', 'minutes', 'fp8_steps', 'rehearse')
+OF_TEXT = ('tokenizer', 'text')
+UNUSED = dict(steps=('parts', 'cases', *OF_TEXT, *OF_GPU))
+UNUSED['parts'] = ('vs', 'compiled', 'rows', 'kernels', 'attention', 'fp8', 'profile', 'minutes')
+UNUSED['gpu'] = ('models', 'dtypes', 'rounds', 'tokens', 'cases', 'json', *UNUSED['parts'][:-1])
+UNUSED['memory'] = (
+    'models', 'dtypes', 'rounds', 'tokens', 'parts', 'json', *UNUSED['parts'], *OF_TEXT, *OF_GPU)
 
 
 def check_names(names, known):
@@ -1120,27 +1496,69 @@ def check_names(names, known):
 
 
 def check_peers(names, device):
-    check_names(names, PEERS)
+    known = [*PEERS, *(f'{name}=' for name in VARIANTS)]
     for name in names:
+        knob, is_variant, _ = name.partition('=')
+        check_names([knob + is_variant], known)
         # An import would take seconds, and this process does not use the package.
-        if find_spec(PEERS[name]) is None:
+        if not is_variant and find_spec(PEERS[name]) is None:
             raise BadInput(f'vs = {name} needs a package. pip install {PEERS[name]}.')
     if 'liger' in names and device.type == 'cpu':
         raise BadInput('vs = liger: its kernels need a GPU.')
 
 
+def run_part(part):
+    """Runs one of the parts."""
+    if part == 'memory':
+        bench_memory(chosen_cases)
+    elif part == 'tokenizer':
+        bench_tokenizer(tokenizer, text, rounds)
+    elif part == 'train':
+        bench_train()
+    elif part == 'fp8':
+        work = next((work for work in works if work.compiled != rehearse), works[0])
+        bench_fp8(replace(work, rows=min(work.rows, 4)), device)
+    elif part == 'attention' and rehearse:
+        bench_attention_on_gpu(rounds, device, ((1, 2, 1, 64, 16),))
+    elif part in OTHERS:
+        OTHERS[part](rounds, device)
+    else:
+        for name in chosen:
+            for dtype in dtypes:
+                precision = pick_dtype(dtype, device)[0]
+                trainer = Trainer(SHAPES[name][0], precision, tokens or 256, device)
+                setting = f'{str(precision)[6:]}, {trainer.n_tokens} tokens per row'
+                print(f'\n{part}: {name}, {setting}')
+                OF_MODELS[part](trainer, rounds)
+
+
+def bench_gpu():
+    """Runs the parts of tools/gpu_checks.py. Data and runs are in a folder that is deleted."""
+    if device.type == 'cpu' and not rehearse:
+        raise BadInput('there is no GPU here. --rehearse=True runs everything on the CPU, tiny.')
+    with tempfile.TemporaryDirectory() as scratch:
+        knobs = dict(fp8_steps=fp8_steps, rehearse=rehearse)
+        # The parts run in the project's folder.
+        knobs['text'] = ','.join(os.path.abspath(path) for path in text.split(',') if path)
+        knobs['tokenizer'] = gpu_checks.full_path(tokenizer)
+        planned = gpu_checks.plan(os.path.abspath(out), scratch, knobs)
+        names = [part.name for part in planned]
+        check_names(parts or [], names)
+        gpu_checks.run_parts(
+            [part for part in planned if part.name in (parts or names)], minutes,
+            os.path.abspath(out))
+
+
 if __name__ == '__main__':
     # `side` and `case` run in the processes that `steps` and `memory` start.
-    command, arguments = read_command(('steps', 'parts', 'memory', 'side', 'case'))
+    command, arguments = read_command(('steps', 'parts', 'memory', 'gpu', 'side', 'case'))
     configure(globals(), arguments, verbose=False)
     warn_unused(arguments, UNUSED.get(command, ()), f'with {command}')
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     if device.type == 'cpu':
         # Threads that wait for others spin, and CPU time would count that as work.
         torch.set_num_threads(1)
-    chosen = models or list(SHAPES)[:3]
-    if device.type == 'cuda':
-        chosen = models or list(SHAPES)[1:]
+    chosen = models or (MODELS_ON_GPU if device.type == 'cuda' else MODELS_ON_CPU)
     if command == 'parts':
         chosen = models or ['s1']
     check_names(chosen, SHAPES)
@@ -1153,23 +1571,26 @@ if __name__ == '__main__':
     works = []
     for name in chosen:
         _, n_rows, n_tokens = SHAPES[name]
-        if device.type == 'cuda':
+        if device.type == 'cuda' and name != 'tiny':
             n_rows, n_tokens = 16, 2048
+        size = (rows or n_rows, tokens or n_tokens)
         for dtype in dtypes:
             for mode in compiled:
-                work = Work(name, dtype, mode, rows or n_rows, tokens or n_tokens, kernels)
-                works.append(work)
+                works.append(Work(name, dtype, mode, *size, kernels, attention, fp8))
     peers = vs.split(',') if vs else []
     known = [*OTHERS, *OF_MODELS, 'memory']
-    check_names(parts or [], [*known, 'tokenizer'])
+    if command == 'parts':
+        check_names(parts or [], [*known, *NAMED])
     if 'tokenizer' in (parts or []) and not (tokenizer and text):
         raise BadInput('the part tokenizer needs --tokenizer and --text.')
+    if text and not tokenizer:
+        raise BadInput('--text needs --tokenizer, which makes tokens of it.')
     if command == 'steps':
         check_peers(peers, device)
-    about = dict(date=time.strftime('%Y-%m-%d'), python=platform.python_version())
-    about.update(torch=torch.__version__, device=device_name(device))
+    ABOUT.update(date=time.strftime('%Y-%m-%d'), python=platform.python_version())
+    ABOUT.update(torch=torch.__version__, device=device_name(device))
     if command in ('steps', 'parts'):
-        print(', '.join(f'{key} {value}' for key, value in about.items()))
+        print(', '.join(f'{key} {value}' for key, value in ABOUT.items()))
 
     if command == 'side':
         run_side(vs, works[0], device)
@@ -1177,27 +1598,16 @@ if __name__ == '__main__':
         measure_case(chosen_cases[0])
     elif command == 'memory':
         bench_memory(chosen_cases)
+    elif command == 'gpu':
+        bench_gpu()
     elif command == 'steps':
         records = bench_steps(works, peers, rounds, device)
         if profile:
             print_profile(records)
-        if json:
-            with open(json, 'w', encoding='utf-8') as f:
-                dump(dict(about, records=records), f, indent=1)
+            write_json(records=records)
     else:
         tune_malloc()
+        use_attention(works[0], device)
         for part in parts or known:
-            if part == 'memory':
-                bench_memory(chosen_cases)
-            elif part == 'tokenizer':
-                bench_tokenizer(tokenizer, text, rounds)
-            elif part in OTHERS:
-                OTHERS[part](rounds, device)
-            else:
-                for name in chosen:
-                    for dtype in dtypes:
-                        precision = pick_dtype(dtype, device)[0]
-                        trainer = Trainer(SHAPES[name][0], precision, tokens or 256, device)
-                        setting = f'{str(precision)[6:]}, {trainer.n_tokens} tokens per row'
-                        print(f'\n{part}: {name}, {setting}')
-                        OF_MODELS[part](trainer, rounds)
+            run_part(part)
+            write_json()
