@@ -172,7 +172,7 @@ def end_group(process):
         try:
             os.killpg(process.pid, number)
         except ProcessLookupError:
-            pass                    # all of them have ended
+            return                  # all of them have ended
         try:
             process.wait(patience_s)
         except subprocess.TimeoutExpired:
