@@ -162,12 +162,17 @@ def takes_rows(model):
     return model.tp is None and not model.config.n_expert
 
 
+def probes_by_rows(model, layers):
+    """Whether `probe_direction` takes the gradients of single rows instead of batches."""
+    return layers in SMALL and takes_rows(model)
+
+
 @dataclass
 class DomainSums:
     """What a domain of the probe gave. `parts` are batches or rows."""
     loss: float         # nats
-    tokens: int         # valid ones
-    squares: int        # squares of the tokens of every part
+    tokens: float       # valid ones
+    squares: float      # squares of the tokens of every part
     pairs: float        # inner products of the gradients of different parts, over ordered pairs
     norm: float         # squared norm of the summed gradient
     parts: str          # 'batches' or 'rows'
@@ -287,7 +292,7 @@ def probe_direction(model, probe, layers='last', weights=None, scale=None, units
     weight_sum = sum(weights.values())
     direction = Direction({}, {}, {}, {}, layers)
     # Rows give more pairs than batches, and one large batch is faster than several small ones.
-    measure = probe_by_rows if layers in SMALL and takes_rows(model) else probe_by_batches
+    measure = probe_by_rows if probes_by_rows(model, layers) else probe_by_batches
     v = direction.v
     for domain, batches in probe.items():
         gradient, tokens = measure(model, domain, batches, scale, direction)

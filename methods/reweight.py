@@ -25,6 +25,7 @@ from influence import (
     datainf,
     mean_and_error,
     probe_direction,
+    probes_by_rows,
     row_influence,
     source_products,
     takes_rows,
@@ -119,7 +120,7 @@ class Measurement:
                 n_first = len(rows[domain]) // 2
             rest[domain] = rows[domain][n_first:]
             # Where single rows are measured, batches are as large as in training.
-            n_batches = 1 if self.layers in SMALL and takes_rows(self.model) else 4
+            n_batches = 1 if probes_by_rows(self.model, self.layers) else 4
             first = rows[domain][:n_first]
             batches[domain] = self.feeder.source_batches(probe, first, n_batches)
         scale = adam_scale(self.model, self.optimizers) if self.scaling == 'adam' else None
