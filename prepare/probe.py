@@ -96,8 +96,9 @@ def strings_in(record):
 
 
 def evaluation_grams(files):
-    """Returns the 13-grams of all text in evaluation sets. Shorter items cannot be found.
+    """Returns the 13-grams of all text in evaluation sets.
 
+    Copies of a record without a text of 13 words cannot be found. Their number is printed.
     files: list of File. None: the benchmarks of CORE
     """
     if files == []:
@@ -107,13 +108,21 @@ def evaluation_grams(files):
         files, _ = remote_files(CORE)
     grams = set()
     n_records = 0
+    n_short = 0
     for _, record in records_in(files, []):
         n_records += 1
+        found = set()
         for text in strings_in(record):
-            grams |= n_grams(words_of(text), N_GRAM)
+            found |= n_grams(words_of(text), N_GRAM)
+        n_short += not found
+        grams |= found
     print(
         f'evaluation: {len(files)} files, {n_records:,} records, {len(grams):,} different runs of '
         f'{N_GRAM} words')
+    if n_short:
+        print(
+            f'evaluation: {n_short:,} records have no text of {N_GRAM} words, so documents that '
+            'quote them are not dropped')
     return grams
 
 

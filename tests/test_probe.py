@@ -76,11 +76,13 @@ def test_probe_documents_are_good_different_and_in_no_training_shard(tmp_path, k
     binary = candidate(lambda i: sentences(1, i + 10**6)[0] + '\x00' * 40)
     path = write_lines(tmp_path / 'in.jsonl', [*texts, near, candidates[2], short, binary])
     item = {'question': {'stem': f'Is it so: {copied.upper()}?'}, 'label': 1}
-    (tmp_path / 'eval.jsonl').write_text(json.dumps(item) + '\n')
+    short_item = {'question': {'stem': 'Too short to be found?'}, 'label': 0}
+    (tmp_path / 'eval.jsonl').write_text(f'{json.dumps(item)}\n{json.dumps(short_item)}\n')
     arguments = [f'--evaluation={tmp_path / "eval.jsonl"}', '--probe_fraction=0.1']
     n = len(candidates)
     done = probe(tmp_path, knobs['tokenizer'], path, f'--samples={n - 1}', *arguments)
     assert done.returncode == 0, done.stderr
+    assert 'evaluation: 1 records have no text of 13 words' in done.stdout
     report = json.loads((tmp_path / 'probe/math/report.json').read_text())
     assert report['read'] <= 3004 and report['dropped']['contaminated'] == 1
     taken = chosen(tmp_path)

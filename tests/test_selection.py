@@ -16,9 +16,8 @@ need('orjson', 'isal', 'matplotlib')
 import numpy as np
 import pytest
 
-import data
 from configurator import BadInput, RunFault, configure_script
-from data import MixtureLoader, Source, shared_documents, text_warnings
+from data import MixtureLoader, Source, text_warnings
 from lib import parts
 from methods import selection
 from methods.selection import Reference, choose_next, judge
@@ -160,40 +159,6 @@ def test_peculiar_text_is_noticed(shared_data):
     assert 'shuffled' in text_warnings(rng.permuted(rows.ravel()).reshape(rows.shape), 8192)[0]
     assert 'random' in text_warnings(rng.integers(0, 8192, rows.shape), 8192)[0]
     assert 'repetitions' in text_warnings(np.tile(rows[:8], (8, 1)), 8192)[0]
-
-
-@pytest.mark.parametrize('bos', [0, None])
-def test_documents_in_two_places_are_found(tmp_path, bos):
-    rng = np.random.default_rng(0)
-
-    def document(n=400):
-        return np.concatenate(([0], rng.integers(1, 64, n)))
-
-    shared = [document(), document()]
-    for name, split, documents in (
-        ('probe/x', 'probe', [document(), shared[0], document(30), shared[1]]),
-        ('a', 'train', [document() for _ in range(30)] + [shared[1], document(), shared[0]]),
-        ('b', 'train', [document() for _ in range(40)]),
-    ):
-        if bos is None:  # aligned pieces: a copied file
-            documents = (
-                [np.concatenate(shared)] + documents if name in ('probe/x', 'a') else documents
-            )
-        write_shard(tmp_path / name / split / '0.bin', np.concatenate(documents))
-    probe = Source(tmp_path, 'probe/x', 'probe', 16)
-    assert shared_documents(probe, Source(tmp_path, 'b', 'train', 16), bos) == 0
-    n = [
-        shared_documents(probe, Source(tmp_path, 'a', 'train', 16), bos, rank, 2)
-        for rank in range(2)
-    ]
-    assert sum(n) == (2 if bos == 0 else 3)
-    assert (
-        shared_documents(
-            Source(tmp_path, 'a', 'train', 16), Source(tmp_path, 'a', 'train', 16), bos
-        )
-        > 30 - 1
-        and data.PIECE == 256
-    )
 
 
 # -- in a training run
