@@ -1,12 +1,12 @@
-"""Influence of data sources, and of single rows, on probe sets.
+"""Influence of data sources, and of single rows, on probe sets: gradients and their products.
 
 Influence predicts how much a small training step on a source lowers the loss on a probe set, which
 is text of the kind that the model should become good at. It is the inner product of the gradient of
 the source's mean token loss with a direction made of the gradients on the probe (MobileLLM-R1,
-arXiv:2509.24945, section 5). Its unit is the probe's own help: 1 is as good as more text of the
-probe, 0 is useless, negative influence is harmful. The paper's inverse Hessian predicts no better
-for whole sources, so it is optional (`datainf`). The functions keep no state and change neither the
-parameters nor the optimizer. tools/influence_tables.py is their command line.
+arXiv:2509.24945, section 5). The paper's inverse Hessian predicts no better for whole sources, so
+it is optional (`datainf`). The functions keep no state and change neither the parameters nor the
+optimizer. methods/estimates.py makes influence and its errors of the products.
+tools/influence_tables.py is their command line.
 
 Letters in shape comments: B rows, T positions, C n_embd, V vocab_size, N = B*T, I and O inputs and
 outputs of a layer, K batches, D directions.
@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from configurator import BadInput, RunFault
+from configurator import BadInput
 from lib.parallel import full_tensor, local_tensor, reshard, sum_numbers
 from model import RMSNorm
 from ops import kernels
@@ -32,6 +32,36 @@ LAYERS = ('last', 'all', 'first', 'embedding+head')
 # Layers of a single block. Their gradients are small: a direction for every domain takes little
 # memory, and so does the gradient of one row.
 SMALL = ('last', 'first')
+
+
+# Gradients of so many parts of the probe sets are kept, to tell how noisy the probe is.
+PARTS = 24
+
+
+@dataclass
+class Probe:
+    """Gradients of parts of the probe sets, and what it takes to see the noise in them.
+
+    parts    list of (parameter name -> tensor, sharded as the parameter is): the gradient of the
+             summed loss of every part, scaled if asked
+    domains  names of the probe sets
+    at       (P,) ints: the number of every part's domain
+    gram     (P, P) float64: inner products of the parts' gradients
+    norms    (P,) float64: squared norms of the gradients of the part's units, summed. A unit is a
+             row, or the part where single rows are not measured
+    tokens   (P,) valid tokens; squares (P,): squares of the units' tokens, summed
+    loss     domain -> nats per token
+    layers   one of LAYERS
+    """
+    parts: list
+    domains: list
+    at: np.ndarray
+    gram: np.ndarray
+    norms: np.ndarray
+    tokens: np.ndarray
+    squares: np.ndarray
+    loss: dict
+    layers: str
 
 
 @dataclass
@@ -71,12 +101,19 @@ def select(model, layers):
     return selected, last if layers == 'last' else 0
 
 
-def inner(a, b):
-    """Inner product of the local parts of two tensors that are sharded alike: () fp64."""
-    # Chunks of four million elements keep the fp64 copies small.
-    a_chunks = local_tensor(a).flatten().split(2**22)
-    b_chunks = local_tensor(b).flatten().split(2**22)
-    return sum(torch.dot(x.double(), y.double()) for x, y in zip(a_chunks, b_chunks, strict=True))
+def products(left, right):
+    """Inner products of the local parts of tensors that are sharded alike: (n, m) fp64.
+
+    left, right   lists of n and m tensors of equal shape
+    """
+    total = 0.0
+    # Chunks of a few million elements keep the fp64 copies small.
+    size = max(1, 2**23 // (len(left) + len(right)))
+    left = [local_tensor(tensor).flatten().split(size) for tensor in left]
+    right = [local_tensor(tensor).flatten().split(size) for tensor in right]
+    for a, b in zip(zip(*left, strict=True), zip(*right, strict=True), strict=True):
+        total = total + torch.stack(a).double() @ torch.stack(b).double().T
+    return total
 
 
 def global_inner(model, a, b):
@@ -85,7 +122,9 @@ def global_inner(model, a, b):
     a, b   parameter name -> tensor, sharded or not. The names are those of a. Replicated parameters
            count once.
     """
-    total = sum(inner(a[name], b[name]) / n_replicas(model.layout, name) for name in a)
+    total = 0.0
+    for name in a:
+        total = total + products([a[name]], [b[name]])[0, 0] / n_replicas(model.layout, name)
     return sum_numbers([total], every_rank=True)[0]
 
 
@@ -168,191 +207,191 @@ def probes_by_rows(model, layers):
 
 
 @dataclass
-class DomainSums:
-    """What a domain of the probe gave. `parts` are batches or rows."""
-    loss: float         # nats
-    tokens: float       # valid ones
-    squares: float      # squares of the tokens of every part
-    pairs: float        # inner products of the gradients of different parts, over ordered pairs
-    norm: float         # squared norm of the summed gradient
-    parts: str          # 'batches' or 'rows'
+class DomainParts:
+    """The parts of one domain: fields as in `Probe`, `loss` is the domain's in nats."""
+    parts: list
+    norms: list | None      # None: every part is one unit
+    tokens: list
+    squares: list
+    loss: float
 
 
-def enter_domain(direction, domain, sums):
-    """Enters den, reliability and loss of a domain into `direction` from its DomainSums."""
-    # They are equal if one part has all valid tokens. den would divide by zero.
-    if sums.tokens == 0 or sums.squares == sums.tokens**2:
-        raise BadInput(
-            f"influence: fewer than two {sums.parts} of probe '{domain}' have valid tokens.")
-    # The squared norm of the mean gradient includes that of its noise. The mean inner product of
-    # different parts does not, because their noise is independent.
-    den = sums.pairs / (sums.tokens**2 - sums.squares)
-    if not den > 0:
-        raise RunFault(
-            f"the {sums.parts} of the probe set '{domain}' disagree (mean inner product "
-            f'{den:.3g}). The set is too small to measure influence on. Raise probe_rows, or make '
-            'it larger.')
-    direction.den[domain] = den
-    direction.reliability[domain] = den / (sums.norm / sums.tokens**2)
-    direction.loss[domain] = sums.loss / sums.tokens
-
-
-def probe_by_batches(model, domain, batches, scale, direction):
-    """Measures a domain of the probe from the gradients of its batches, at least two.
-
-    Enters den, reliability and loss into `direction`. Returns (parameter name -> scaled gradient of
-    the summed loss, number of valid tokens).
-    """
-    total = {}
-    products = []               # local parts of the products of every batch with all before it
+def parts_of_batches(model, batches, layers, n_parts):
+    """The batches are dealt to n_parts parts, whose gradients add up: DomainParts."""
+    parts = [{} for _ in range(n_parts)]
+    tokens = [0.0] * n_parts
+    loss = 0.0
+    at = 0                      # part of the batch that is being measured
 
     def use(name, gradient):
-        if scale is not None and name not in scale:
-            return
-        if name not in total:
-            total[name] = gradient
-            return
-        # One product with the sum so far covers the pairs with all batches before, so their
-        # gradients need not be kept.
-        product = inner(scaled(scale, name, total[name]), gradient)
-        products.append(product / n_replicas(model.layout, name))
-        total[name].add_(gradient)
+        if name in parts[at]:
+            parts[at][name] += gradient
+        else:
+            parts[at][name] = gradient
 
-    found = list(stream_gradients(model, batches, direction.layers, use))
-    if not total:
-        raise BadInput(f"influence: scaling by Adam leaves nothing of '{direction.layers}'.")
-    tokens = sum(n for _, n in found)
-    gradient = {name: scaled(scale, name, tensor) for name, tensor in total.items()}
-    enter_domain(direction, domain, DomainSums(
-        loss=sum(loss for loss, _ in found), tokens=tokens, squares=sum(n * n for _, n in found),
-        pairs=2 * sum_numbers([sum(products)], every_rank=True)[0],
-        norm=global_inner(model, gradient, total), parts='batches'))
-    return gradient, tokens
+    for batch_loss, n in stream_gradients(model, batches, layers, use):
+        loss += batch_loss
+        tokens[at] += n
+        at = (at + 1) % n_parts
+    return DomainParts(parts, None, tokens, [n * n for n in tokens], loss)
 
 
-def probe_by_rows(model, domain, batches, scale, direction):
-    """As `probe_by_batches`, from the gradients of single rows, for layers in SMALL.
+def parts_of_rows(model, batches, layers, scale, n_parts):
+    """The rows are dealt to n_parts parts, for layers in SMALL: DomainParts.
 
     Batches may have any size, and a single one will do. The host waits for the device once.
     """
     # FSDP2 leaves the root's parameters gathered, and the result is sharded as they are.
     reshard(model)
-    selected, _ = select(model, direction.layers)
+    selected, _ = select(model, layers)
     device = next(model.parameters()).device
-    total = {}
+    rank, n_data = (model.layout.data_rank, model.layout.n_data) if model.layout else (0, 1)
+    total = {}                  # name -> (n_parts, ...)
     factors = {}                # name -> factor of every element under scaling, or None
     for name, parameter in selected.items():
         shape = full_shape(model.layout, name, parameter)
-        total[name] = torch.zeros(shape, dtype=parameter.dtype, device=device)
+        total[name] = torch.zeros(n_parts, *shape, dtype=parameter.dtype, device=device)
         factors[name] = None
         if scale is not None:
             factors[name] = full_tensor(scaled(scale, name, torch.ones_like(parameter)))
-    # Sums over rows: loss, tokens, squares of the tokens, and squared norms of the gradients. They
-    # stay on the device, so that the host does not wait in every batch.
-    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    # Sums over the rows of a part: loss, tokens, squares of the tokens, and squared norms of the
+    # gradients. They stay on the device, so that the host does not wait in every batch.
+    sums = torch.zeros(4, n_parts, dtype=torch.float64, device=device)
+    n_rows = 0                  # of this rank, before the batch
 
-    def use(name, gradients):
-        total[name] += gradients.sum(0, dtype=total[name].dtype)
-        squares = gradients.to(total[name].dtype).square_()
+    def use(name, first, gradients):
+        gradients = gradients.to(total[name].dtype)
+        at = part[first:first + len(gradients)]
+        total[name].index_add_(0, at, gradients)
+        squares = gradients.square()
         if factors[name] is not None:
             squares *= factors[name]
-        sums[3] += squares.sum(dtype=torch.float64)
+        sums[3].index_add_(0, at, squares.flatten(1).sum(1, dtype=torch.float64))
 
     for batch in batches:
-        losses = stream_row_gradients(model, batch, direction.layers, use)
-        n_valid = (batch[1] >= 0).sum(1)                                        # (B,)
-        sums[:3] += torch.stack((losses.sum(), n_valid.sum(), n_valid.square().sum()))
-    if model.layout is not None:
-        for name, parameter in selected.items():
+        B = len(batch[0])
+        part = (torch.arange(n_rows, n_rows + B, device=device) * n_data + rank) % n_parts
+        n_rows += B
+        losses = stream_row_gradients(model, batch, layers, use)                # (N,)
+        n_valid = (batch[1] >= 0).sum(1).double()                               # (B,)
+        losses = losses.view(B, -1).sum(1, dtype=torch.float64)
+        sums[:3].index_add_(1, part, torch.stack((losses, n_valid, n_valid.square())))
+    parts = [{} for _ in range(n_parts)]
+    for name, parameter in selected.items():
+        if model.layout is not None:
             dist.all_reduce(total[name])
-            total[name] = placed(model.layout, name, parameter, total[name])
-    loss, tokens, squares, row_norms = sum_numbers(sums.tolist())
-    gradient = {name: scaled(scale, name, tensor) for name, tensor in total.items()}
-    norm = global_inner(model, gradient, total)
-    enter_domain(direction, domain, DomainSums(
-        loss=loss, tokens=tokens, squares=squares, pairs=norm - row_norms, norm=norm,
-        parts='rows'))
-    return gradient, tokens
+        for part, gradient in zip(parts, total.pop(name), strict=True):
+            part[name] = placed(model.layout, name, parameter, gradient)
+    loss, tokens, squares, norms = np.array(sum_numbers(sums.flatten().tolist())).reshape(4, -1)
+    return DomainParts(parts, norms.tolist(), tokens.tolist(), squares.tolist(), float(loss.sum()))
 
 
-def probe_direction(model, probe, layers='last', weights=None, scale=None, units='loss'):
-    """The `Direction` that lowers the loss on the probe.
+def gram_of(model, parts, scale):
+    """Inner products (P, P) float64 of the parts' gradients over all ranks. Scales them in place.
+
+    Under scaling one side of a product is scaled, which the parts are afterwards.
+    """
+    total = torch.zeros(len(parts), len(parts), dtype=torch.float64)
+    for name in list(parts[0]):
+        if scale is not None and name not in scale:
+            for part in parts:
+                del part[name]
+            continue
+        plain = [part[name] for part in parts]
+        for part in parts:
+            part[name] = scaled(scale, name, part[name])
+        found = products([part[name] for part in parts], plain)
+        total += found.cpu() / n_replicas(model.layout, name)
+    return np.array(sum_numbers(total.flatten().tolist(), every_rank=True)).reshape(total.shape)
+
+
+def measure_probe(model, probe, layers='last', scale=None, n_parts=None):
+    """Measures the gradients of the probe sets: `Probe`.
 
     probe     domain -> batches as for `stream_gradients`. At least two, or for layers in SMALL of a
               model without tp and experts two rows
-    weights   domain -> weight; None: equal weights
     scale     from `adam_scale`; None: gradients as they are
-    units     'loss': influence on the weighted mean of the domains' losses, where domains with
-              large gradients count more. 'own': weighted mean of the influences on the domains,
-              each in units of its own help. For one domain both are the same.
-    Raises RunFault when the rows or batches of a domain disagree, and BadInput for fewer than two.
-    Memory: one gradient besides the result, or two with a scale.
+    n_parts   parts of a domain. None: PARTS over all domains, but at least 4. For layers that are
+              not in SMALL, whose gradients are large, 4
+    Raises BadInput for fewer than two rows or batches with a valid token. Memory: a gradient for
+    every part.
     """
-    weights = weights or dict.fromkeys(probe, 1.0)
-    weight_sum = sum(weights.values())
-    direction = Direction({}, {}, {}, {}, layers)
-    # Rows give more pairs than batches, and one large batch is faster than several small ones.
-    measure = probe_by_rows if probes_by_rows(model, layers) else probe_by_batches
-    v = direction.v
-    for domain, batches in probe.items():
-        gradient, tokens = measure(model, domain, batches, scale, direction)
-        share = weights[domain] / weight_sum / tokens
-        if units == 'own':
-            share /= direction.den[domain]
-        # Taking the tensors out one by one frees each as soon as it is added.
-        for name in list(gradient):
-            part = gradient.pop(name).mul_(share)
-            v[name] = v[name].add_(part) if name in v else part
-    if units == 'loss':
-        unit_help = sum(weights[domain] * direction.den[domain] for domain in probe) / weight_sum
-        for tensor in v.values():
-            tensor.div_(unit_help)
-    return direction
+    by_rows = probes_by_rows(model, layers)
+    if n_parts is None:
+        n_parts = max(4, PARTS // len(probe)) if layers in SMALL else 4
+    parts, at, norms, tokens, squares, loss = [], [], [], [], [], {}
+    for i, (domain, batches) in enumerate(probe.items()):
+        if by_rows:
+            found = parts_of_rows(model, batches, layers, scale, n_parts)
+        else:
+            found = parts_of_batches(model, batches, layers, n_parts)
+        n_tokens = sum(found.tokens)
+        if n_tokens == 0 or sum(found.squares) == n_tokens**2:
+            kind = 'rows' if by_rows else 'batches'
+            raise BadInput(
+                f"influence: fewer than two {kind} of probe '{domain}' have valid tokens.")
+        loss[domain] = found.loss / n_tokens
+        for j, n in enumerate(found.tokens):
+            if n:
+                at.append(i)
+                parts.append(found.parts[j])
+                norms.append(found.norms[j] if by_rows else None)
+                tokens.append(n)
+                squares.append(found.squares[j])
+    gram = gram_of(model, parts, scale)
+    if not parts[0]:
+        raise BadInput(f"influence: scaling by Adam leaves nothing of '{layers}'.")
+    norms = np.array(norms, dtype=np.float64) if by_rows else gram.diagonal().copy()
+    return Probe(
+        parts, list(probe), np.array(at), gram, norms, np.array(tokens), np.array(squares), loss,
+        layers)
 
 
-def source_products(model, batches, directions):
-    """Inner products of the gradient of every batch's summed loss with directions of equal layers.
+def products_of_batches(model, batches, probe):
+    """Inner products of the gradient of every batch's summed loss with the probe's parts.
 
-    Returns (products (K, D) float64, valid tokens (K,) float64, loss in nats per token), numpy
+    Returns (products (K, P) float64, valid tokens (K,) float64, loss in nats per token), numpy
     arrays and a float, over all ranks. Raises BadInput when no token is valid.
     """
     device = next(model.parameters()).device
     # On the device, so that the hooks of the backward pass do not make the host wait.
-    sums = torch.zeros(len(directions), dtype=torch.float64, device=device)
+    sums = torch.zeros(len(probe.parts), dtype=torch.float64, device=device)
 
     def use(name, gradient):
-        for i, direction in enumerate(directions):
-            if name in direction.v:
-                product = inner(direction.v[name], gradient)
-                sums[i] += product / n_replicas(model.layout, name)
+        if name in probe.parts[0]:
+            found = products([part[name] for part in probe.parts], [gradient])[:, 0]
+            sums.add_(found, alpha=1 / n_replicas(model.layout, name))
 
     rows = []                   # local products of every batch
     found = []
-    for loss_and_tokens in stream_gradients(model, batches, directions[0].layers, use):
+    for loss_and_tokens in stream_gradients(model, batches, probe.layers, use):
         found.append(loss_and_tokens)
         rows.append(sums.clone())
         sums.zero_()
     tokens = [n for _, n in found]
     if not sum(tokens):
         raise BadInput('influence: the sample of a source has no valid token.')
-    products = sum_numbers(torch.stack(rows).flatten().tolist(), every_rank=True)
+    flat = sum_numbers(torch.stack(rows).flatten().tolist(), every_rank=True)
     loss = sum(loss for loss, _ in found) / sum(tokens)
-    return np.array(products).reshape(len(rows), -1), np.array(tokens), loss
+    return np.array(flat).reshape(len(rows), -1), np.array(tokens), loss
 
 
-def mean_and_error(products, tokens):
-    """Influence and its standard error from products (K, D) or (K,), sums over tokens (K,).
+def products_of_rows(model, batch, probe):
+    """Inner products of every row's gradient with the probe's parts, for layers in SMALL.
 
-    Returns two arrays (D,), or two floats. Raises BadInput for fewer than two batches.
+    Returns (B, P) float64, on the device. The gradient of the row's summed loss is formed, so many
+    parts cost hardly more than one.
     """
-    k = len(tokens)
-    if k < 2:
-        raise BadInput(f'influence: {k} batch(es) of a source; at least two are needed.')
-    total = tokens.sum()
-    r = products.sum(0) / total
-    # the standard error of a ratio of means over batches (Cochran 1977, section 2.11)
-    residuals = products - np.multiply.outer(tokens, r)
-    return r, np.sqrt((residuals**2).sum(0) * k / (k - 1)) / total
+    found = torch.zeros(
+        len(batch[0]), len(probe.parts), dtype=torch.float64, device=batch[0].device)
+
+    def use(name, first, gradients):
+        if name in probe.parts[0]:
+            parts = [full_tensor(part[name]) for part in probe.parts]
+            found[first:first + len(gradients)] += products(list(gradients), parts)
+
+    stream_row_gradients(model, batch, probe.layers, use)
+    return found
 
 
 # -- single rows -----------------------------------------------------------------------------------
@@ -445,29 +484,30 @@ def row_pass(model, batch, layers, at_module, at_head):
         at_module('embed', model.embed, inputs, g)
 
 
-def row_products(model, batch, directions):
-    """Inner products of every row's gradient with directions of equal layers, by module.
+def row_products(model, batch, layers, directions):
+    """Inner products of every row's gradient with directions, by module.
 
+    directions   list of (parameter name -> tensor, sharded as the parameter is)
     Returns ([module name -> (B,) float64] of every direction, losses of the tokens (B, T) float64
     in nats). A tied table is 'embed'.
     """
     inputs, targets, _ = batch
-    products = [defaultdict(float) for _ in directions]
+    by_direction = [defaultdict(float) for _ in directions]
     losses = torch.zeros(targets.shape, dtype=torch.float64, device=targets.device)
 
     def at_module(name, module, a, g):
-        for direction, found in zip(directions, products, strict=True):
-            weight = full_tensor(direction.v.get(f'{name}.weight'))
+        for v, found in zip(directions, by_direction, strict=True):
+            weight = full_tensor(v.get(f'{name}.weight'))
             if weight is None:
                 continue
-            bias = full_tensor(direction.v.get(f'{name}.bias'))
+            bias = full_tensor(v.get(f'{name}.bias'))
             # With layer_repeat a module is applied several times, and its products add up.
             found[name] += module_products(module, a, g, weight, bias)
 
     def at_head(name, h, weight, dh):
         along = []                                          # (V, C) of every direction, or None
-        for direction in directions:
-            matrix = full_tensor(direction.v.get(f'{name}.weight'))
+        for v in directions:
+            matrix = full_tensor(v.get(f'{name}.weight'))
             along.append(None if matrix is None else matrix.to(h.dtype))
         found = torch.zeros(len(directions), len(h), dtype=torch.float64, device=h.device)
         for part, dz, scale, chunk_losses in head_chunks(h, weight, targets.flatten(), dh):
@@ -476,12 +516,12 @@ def row_products(model, batch, directions):
                 if matrix is not None:
                     sums = (dz * (h[part] @ matrix.T)).sum(1, dtype=scale.dtype)
                     row[part] = sums * scale[:, 0]
-        for matrix, row, by_module in zip(along, found, products, strict=True):
+        for matrix, row, by_module in zip(along, found, by_direction, strict=True):
             if matrix is not None:
                 by_module[name] += row.view(targets.shape).sum(1)
 
-    row_pass(model, batch, directions[0].layers, at_module, at_head)
-    return products, losses
+    row_pass(model, batch, layers, at_module, at_head)
+    return by_direction, losses
 
 
 def module_products(module, a, g, weight, bias):
@@ -506,15 +546,15 @@ def module_products(module, a, g, weight, bias):
     return products.flatten(1).sum(1, dtype=torch.float64)
 
 
-def row_influence(model, batch, directions):
-    """Influence of every row of a batch: ((B, D) float64, losses of the tokens (B, T) in nats).
+def row_influence(model, batch, direction):
+    """Influence of every row of a batch: ((B,) float64, losses of the tokens (B, T) in nats).
 
-    It is the inner product of the gradient of the row's summed loss with each direction. It is
+    It is the inner product of the gradient of the row's summed loss with the direction. It is
     exact and costs one forward and backward pass. Under FSDP2 every rank has rows of its own and
     must give the same number of batches.
     """
-    products, losses = row_products(model, batch, directions)
-    return torch.stack([sum(found.values()) for found in products], 1), losses
+    [found], losses = row_products(model, batch, direction.layers, [direction.v])
+    return sum(found.values()), losses
 
 
 def gain_gradients(module, a, g):
@@ -545,21 +585,23 @@ def joined(model, use):
 def stream_row_gradients(model, batch, layers, use):
     """Hands over the gradients of the rows' summed losses, for layers in SMALL.
 
-    use(name, gradients (b, ...)) is called for every selected parameter, with the gradients of all
-    rows or of some rows at a time. Returns the losses of the tokens, (N,) in nats.
+    use(name, first, gradients (b, ...)) is called for every selected parameter, with the gradients
+    of the b rows from number `first` on. Returns the losses of the tokens, (N,) in nats.
     """
     losses = []
 
     def at_module(name, module, a, g):
         if isinstance(module, RMSNorm):
-            use(f'{name}.weight', gain_gradients(module, a, g).flatten(1, -2).sum(1))
+            use(f'{name}.weight', 0, gain_gradients(module, a, g).flatten(1, -2).sum(1))
             return
         if module.bias is not None:
-            use(f'{name}.bias', g.sum(1))
+            use(f'{name}.bias', 0, g.sum(1))
         # 64 million elements at a time
         n = max(1, 2**26 // module.weight.numel())
-        for a_rows, g_rows in zip(a.split(n), g.split(n), strict=True):
-            use(f'{name}.weight', torch.bmm(g_rows.to(a.dtype).transpose(1, 2), a_rows))
+        for first in range(0, len(a), n):
+            a_rows = a[first:first + n]
+            g_rows = g[first:first + n].to(a.dtype)
+            use(f'{name}.weight', first, torch.bmm(g_rows.transpose(1, 2), a_rows))
 
     def at_head(name, h, weight, dh):
         for _, _, _, chunk_losses in head_chunks(h, weight, batch[1].flatten(), dh):
@@ -662,78 +704,85 @@ def ghost_sqnorm(model, batch, layers):
 
 # -- with curvature --------------------------------------------------------------------------------
 
-def add_row_gradients(model, batch, layers, total, c):
-    """Adds the sum of c_i g_i to total (parameter name -> tensor). c: module name -> (B,).
+def add_row_gradients(model, batch, layers, totals, factors):
+    """Adds the sum of c_i g_i to every total, where g_i is the gradient of row i's summed loss.
 
-    g_i is the gradient of row i's summed loss.
+    totals    list of (parameter name -> tensor)
+    factors   for every total the c: module name -> (B,)
     """
     inputs, targets, _ = batch
 
     def at_module(name, module, a, g):
-        factors = c[name].to(g.dtype).view(-1, *[1] * (g.dim() - 1))
-        g = g * factors
-        weight = total[f'{name}.weight']
-        if name == 'embed':
-            weight.index_add_(0, a.flatten().long(), g.flatten(0, 1).to(weight.dtype))
-        elif isinstance(module, RMSNorm):
-            weight += gain_gradients(module, a, g).flatten(0, -2).sum(0)
-        else:
-            weight += g.flatten(0, 1).T @ a.flatten(0, 1)
-            if module.bias is not None:
-                total[f'{name}.bias'].add_(g.flatten(0, 1).sum(0))
+        for total, by_module in zip(totals, factors, strict=True):
+            c = by_module[name].to(g.dtype).view(-1, *[1] * (g.dim() - 1))
+            weighted = g * c
+            weight = total[f'{name}.weight']
+            if name == 'embed':
+                rows = weighted.flatten(0, 1).to(weight.dtype)
+                weight.index_add_(0, a.flatten().long(), rows)
+            elif isinstance(module, RMSNorm):
+                weight += gain_gradients(module, a, weighted).flatten(0, -2).sum(0)
+            else:
+                weight += weighted.flatten(0, 1).T @ a.flatten(0, 1)
+                if module.bias is not None:
+                    total[f'{name}.bias'].add_(weighted.flatten(0, 1).sum(0))
 
     def at_head(name, h, weight, dh):
-        weight_total = total.get(f'{name}.weight')
         for part, dz, scale, _ in head_chunks(h, weight, targets.flatten(), dh):
-            if weight_total is not None:
-                factors = c[name].repeat_interleave(inputs.shape[1])[part, None] * scale
-                weight_total += dz.T @ (h[part] * factors).to(h.dtype)
+            for total, by_module in zip(totals, factors, strict=True):
+                if f'{name}.weight' in total:
+                    c = by_module[name].repeat_interleave(inputs.shape[1])[part, None] * scale
+                    total[f'{name}.weight'] += dz.T @ (h[part] * c).to(h.dtype)
 
     row_pass(model, batch, layers, at_module, at_head)
 
 
-def datainf(model, batches, direction):
-    """DataInf's form of a direction: the mean over rows i of (lam I + g_i g_i^T)^-1 v, by module.
+def datainf(model, batches, probe):
+    """DataInf's form of a probe: its parts become the mean over rows i of (lam I + g_i g_i^T)^-1 h.
 
-    Kwon et al. 2023 (arXiv:2310.00902), equation 5, with MobileLLM-R1's lam of a module: 0.1 * mean
-    of |g_i|^2 / number of its parameters. g_i is the gradient of a row's mean token loss. Rows
-    without a valid token do not count. batches is a list as for `stream_gradients`. The result is
-    not in units of the probe's help (see `unit`). Raises BadInput in a process group.
+    Kwon et al. 2023 (arXiv:2310.00902), equation 5, module by module, with MobileLLM-R1's lam of a
+    module: 0.1 * mean of |g_i|^2 / number of its parameters. h is the gradient of a part, g_i that
+    of a row's mean token loss. Rows without a valid token do not count. batches is a list as for
+    `stream_gradients`. The parts are the units of the result. Raises BadInput in a process group.
     """
     if dist.is_initialized():
         raise BadInput("influence_scaling = 'datainf' works in one process only. Use none or adam.")
-    # The inverse of a rank-one update makes that (v - mean of c_i g_i) / lam, where c_i is
-    # <v, g_i> / (lam + |g_i|^2). It takes two passes over the rows.
-    measured = []               # for every batch (tokens (B,), name -> <v, g_i>, name -> |g_i|^2)
+    # The inverse of a rank-one update makes that (h - mean of c_i g_i) / lam, where c_i is
+    # <h, g_i> / (lam + |g_i|^2). It takes two passes over the rows.
+    measured = []       # of every batch: tokens (B,), for every part name -> <h, g_i> (B,),
+                        # name -> |g_i|^2 (B,)
     for batch in batches:
         n = (batch[1] >= 0).sum(1).clamp(min=1)
-        [products], _ = row_products(model, batch, [direction])
-        norms = row_sqnorms(model, batch, direction.layers)
-        dots = {name: product / n for name, product in products.items()}
-        squares = {name: norms[name] / n**2 for name in products}
+        by_part, _ = row_products(model, batch, probe.layers, probe.parts)
+        norms = row_sqnorms(model, batch, probe.layers)
+        dots = [{name: product / n for name, product in found.items()} for found in by_part]
+        squares = {name: norms[name] / n**2 for name in by_part[0]}
         measured.append((n, dots, squares))
     # A row without a valid token has no gradient. It would only lower lam.
     valid = torch.cat([(targets >= 0).any(1) for _, targets, _ in batches])
     n_rows = int(valid.sum())
     lams = {}
-    for name in dots:
-        size = sum(t.numel() for key, t in direction.v.items() if key.rpartition('.')[0] == name)
+    for name in squares:
+        size = sum(t.numel() for key, t in probe.parts[0].items() if key.rpartition('.')[0] == name)
         all_squares = torch.cat([squares[name] for _, _, squares in measured])
         lams[name] = 0.1 * all_squares[valid].mean().item() / size
-    total = {name: torch.zeros_like(tensor) for name, tensor in direction.v.items()}
+    totals = []
+    for part in probe.parts:
+        totals.append({name: torch.zeros_like(tensor) for name, tensor in part.items()})
     for batch, (n, dots, squares) in zip(batches, measured, strict=True):
-        c = {name: dots[name] / (lams[name] + squares[name]) / n / n_rows for name in lams}
-        add_row_gradients(model, batch, direction.layers, total, c)
-    v = {}
-    for name, tensor in direction.v.items():
-        v[name] = (tensor - total[name]) / lams[name.rpartition('.')[0]]
-    return replace(direction, v=v)
-
-
-def unit(model, direction, batches):
-    """A direction divided by the influence that other probe rows (batches) have along it."""
-    products, tokens, _ = source_products(model, batches, [direction])
-    probe_help = products.sum() / tokens.sum()
-    if not probe_help > 0:
-        raise RunFault(f'two parts of the probe disagree ({probe_help:.3g}). Raise probe_rows.')
-    return replace(direction, v={name: tensor / probe_help for name, tensor in direction.v.items()})
+        factors = []
+        for found in dots:
+            factors.append({
+                name: found[name] / (lams[name] + squares[name]) / n / n_rows for name in lams})
+        add_row_gradients(model, batch, probe.layers, totals, factors)
+    bent = []
+    gram = 0.0
+    for part, total in zip(probe.parts, totals, strict=True):
+        bent.append({
+            name: (part[name] - total[name]) / lams[name.rpartition('.')[0]] for name in part})
+    for name in bent[0]:
+        pair = [[part[name] for part in parts] for parts in (bent, probe.parts)]
+        gram = gram + products(*pair).cpu().numpy()
+    # What single rows would give is not known, so the noise is that of the parts.
+    return replace(
+        probe, parts=bent, gram=gram, norms=gram.diagonal().copy(), squares=probe.tokens**2)

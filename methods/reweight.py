@@ -16,23 +16,22 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from configurator import BadInput, at_least, between, one_of
-from data import domain_of, shared_documents, text_warnings
+from configurator import BadInput, RunFault, at_least, between, one_of
+from data import domain_of, text_warnings
 from influence import (
+    PARTS,
     SMALL,
-    Direction,
     adam_scale,
     datainf,
-    mean_and_error,
-    probe_direction,
+    measure_probe,
     probes_by_rows,
-    row_influence,
-    source_products,
-    takes_rows,
-    unit,
+    products_of_batches,
+    products_of_rows,
 )
+from lib.overlap import check_overlap
 from lib.parallel import sum_numbers
 from methods import rules, selection
+from methods.estimates import direction_of, estimate, noise_of, reliability
 from model import flops_per_token
 
 
@@ -41,18 +40,27 @@ class InfluenceConfig:
     """Knobs of re-weighting by influence."""
     probe: dict[str, float] = field(default_factory=dict)       # domain -> weight: probe sets
                                 # (data_dir/probe/<domain>) that influence is measured on
-    probe_rows: at_least(1) = 64        # rows of every probe set, chosen anew at every update
+    probe_rows: at_least(1) = 64        # rows of every probe set, chosen anew at every update.
+                                # After a measurement that is lost in noise, twice as many
     influence_rows: at_least(1) = 32    # rows of every source, chosen anew at every update
     influence_layers: one_of('last', 'all', 'first', 'embedding+head') = 'last'     # parameters
-                                # that influence is measured on
+                                # that influence is measured on. all and embedding+head take the
+                                # memory of four gradients for every probe set
     influence_scaling: one_of('none', 'adam', 'datainf') = 'none'       # gradients as they are,
                                 # divided by the root of Adam's second moment, or DataInf
     influence_units: one_of('loss', 'own') = 'loss'     # loss: influence on the mean loss of the
                                 # domains. own: mean of the influences, each relative to its domain
     influence_rule: one_of('step', 'proportional') = 'step'     # step: multiplies weights, see
                                 # mixture_eta. proportional: weight = mean influence (MobileLLM-R1)
+    influence_kl: at_least(0.0) = 0.0   # step: above 0 pulls the weights to those of the start, so
+                                # that under a constant influence r they converge to start *
+                                # exp(r / influence_kl). 0: the best sources go to mixture_max
     mixture_min: between(0.0, 1.0) = 0.02       # smallest weight of a source
     mixture_max: between(0.0, 1.0) = 0.6        # largest weight of a source
+
+
+MORE_ROWS = 8           # a noisy probe is read with at most so many times probe_rows
+FIRST = 3               # so many measurements that say nothing end a run at its start
 
 
 # -- measuring -------------------------------------------------------------------------------------
@@ -68,19 +76,6 @@ def chosen_windows(source, n_rows, key):
     return rng.integers(source.n_windows, size=n_rows)
 
 
-def joint(directions, shares):
-    """The sum of share * direction over the domains. Its influence is the mean of theirs."""
-    v = {}
-    for name in directions[0].v:
-        v[name] = sum(share * d.v[name] for d, share in zip(directions, shares, strict=True))
-    den, reliability, loss = {}, {}, {}
-    for d in directions:
-        den |= d.den
-        reliability |= d.reliability
-        loss |= d.loss
-    return Direction(v, den, reliability, loss, directions[0].layers)
-
-
 @dataclass
 class Measurement:
     """One measurement of influence: on which rows of the probe sets, and in which units."""
@@ -93,77 +88,48 @@ class Measurement:
     key: tuple                  # ints by which rows are chosen
     layers: str = 'last'
     scaling: str = 'none'       # none | adam | datainf
-    units: str = 'loss'         # see influence.probe_direction
+    units: str = 'loss'         # see estimates.factors_of
     optimizers: tuple = ()      # with scaling='adam'
-    apart: bool = False         # one direction for every domain, whatever memory it takes
 
     def chosen_rows(self, i, source):
         """Cursors of the chosen rows of source number i: (source_rows,) int array."""
         # The 1 separates sources from probe sets, which have 0 in this place of the key.
         return chosen_windows(source, self.source_rows, (*self.key, 1, i))
 
-    def directions(self, sources):
-        """Directions of the probe sets and what each counts: (list of Direction, list of shares).
-
-        The shares sum to 1. There is one direction per domain where `apart` is set or where they
-        are small, else one for all. DataInf measures on rows of `sources` as well.
-        """
-        by_domain = {domain_of(probe): probe for probe in self.probes}
-        rows = {}
+    def probe(self, sources):
+        """The probe sets as influence.Probe. DataInf measures on rows of `sources` as well."""
+        # DataInf works on every part, row by row.
+        n_parts = 4 if self.scaling == 'datainf' else None
+        # Where single rows are measured, batches are as large as in training.
+        n_batches = 1
+        if not probes_by_rows(self.model, self.layers):
+            n_batches = max(4, PARTS // len(self.probes)) if self.layers in SMALL else 4
         batches = {}
-        rest = {}               # DataInf: rows for the unit of influence
-        for i, (domain, probe) in enumerate(by_domain.items()):
-            rows[domain] = chosen_windows(probe, self.probe_rows, (*self.key, 0, i))
-            n_first = self.probe_rows
-            # DataInf bends a direction after its unit was taken, so other rows set the unit anew.
-            if self.scaling == 'datainf':
-                n_first = len(rows[domain]) // 2
-            rest[domain] = rows[domain][n_first:]
-            # Where single rows are measured, batches are as large as in training.
-            n_batches = 1 if probes_by_rows(self.model, self.layers) else 4
-            first = rows[domain][:n_first]
-            batches[domain] = self.feeder.source_batches(probe, first, n_batches)
+        for i, probe in enumerate(self.probes):
+            rows = chosen_windows(probe, self.probe_rows, (*self.key, 0, i))
+            batches[domain_of(probe)] = self.feeder.source_batches(probe, rows, n_batches)
         scale = adam_scale(self.model, self.optimizers) if self.scaling == 'adam' else None
-        # With DataInf every domain needs a unit of its own, so its directions are never joined.
-        is_joint = not self.apart and self.layers not in SMALL and self.scaling != 'datainf'
-        groups = [self.weights] if is_joint else [{domain: 1.0} for domain in self.weights]
-        directions = []
-        for group in groups:
-            probe_batches = {domain: batches[domain] for domain in group}
-            directions.append(probe_direction(
-                self.model, probe_batches, self.layers, group, scale, self.units))
-        counts = [1.0]
-        if not is_joint:
-            counts = []
-            for (domain, weight), d in zip(self.weights.items(), directions, strict=True):
-                # As in a joint direction, where domains of large gradients count more.
-                counts.append(weight * (d.den[domain] if self.units == 'loss' else 1))
+        probe = measure_probe(self.model, batches, self.layers, scale, n_parts)
         if self.scaling == 'datainf':
             fisher = []
             for i, source in enumerate(sources):
                 fisher += self.feeder.source_batches(source, self.chosen_rows(i, source))
-            for i, domain in enumerate(self.weights):
-                bent = datainf(self.model, fisher, directions[i])
-                others = self.feeder.source_batches(by_domain[domain], rest[domain], 2)
-                directions[i] = unit(self.model, bent, others)
-        return directions, [count / sum(counts) for count in counts]
+            probe = datainf(self.model, fisher, probe)
+        return probe
 
-    def of_sources(self, sources, directions, shares):
-        """Influence of every source along the directions and along their mean.
+    def of_sources(self, sources, probe):
+        """Influence of every source on the probe: estimates.Estimate."""
+        by_rows = probes_by_rows(self.model, self.layers)
+        found = self.by_rows(sources, probe) if by_rows else self.by_batches(sources, probe)
+        names = [source.name for source in sources]
+        return estimate(probe, self.weights, self.units, dict(zip(names, found, strict=True)))
 
-        Returns (r, se): dicts source -> (D + 1,) float64, the mean last. se is the standard error.
-        """
-        measure = self.products_of_rows if takes_rows(self.model) else self.products_of_batches
-        r = {}
-        se = {}
-        for source, (products, tokens) in zip(sources, measure(sources, directions), strict=True):
-            # Domains share these rows, so the error of the mean does not follow from theirs.
-            columns = np.column_stack((products, products @ shares))
-            r[source.name], se[source.name] = mean_and_error(columns, tokens)
-        return r, se
+    def direction(self, probe):
+        """The joint direction of the probe. Raises RunFault when its parts disagree."""
+        return direction_of(probe, self.weights, self.units)
 
-    def products_of_rows(self, sources, directions):
-        """Yields (products (n, D), tokens (n,)) of the chosen rows of every source, on every rank.
+    def by_rows(self, sources, probe):
+        """(products (n, P), tokens (n,)) of the chosen rows of every source, on every rank: list.
 
         The rows of all sources are measured together, in batches as large as in training.
         """
@@ -176,36 +142,35 @@ class Measurement:
         def read(positions):
             return np.concatenate([rows[i][0].rows([rows[i][1]]) for i in positions])
 
-        found = []                  # (B, D + 1) of every batch, on the device: products and tokens
+        found = []                  # (B, P + 1) of every batch, on the device: products and tokens
         for batch in self.feeder.batches(read, len(rows)):
-            products, _ = row_influence(self.model, batch, directions)
             n_valid = (batch[1] >= 0).sum(1, keepdim=True)
-            found.append(torch.cat((products, n_valid), 1))
+            found.append(torch.cat((products_of_rows(self.model, batch, probe), n_valid), 1))
         mine = torch.cat(found).cpu().numpy()
         sums = np.zeros((len(rows), mine.shape[1]))
         positions = np.concatenate(list(self.feeder.deal(len(rows), len(found[0]))))
         here = positions < len(rows)
         sums[positions[here]] = mine[here]
         sums = np.array(sum_numbers(sums.flatten(), self.model.layout)).reshape(sums.shape)
-        for part in np.split(sums, ends[:-1]):
-            yield part[:, :-1], part[:, -1]
+        return [(part[:, :-1], part[:, -1]) for part in np.split(sums, ends[:-1])]
 
-    def products_of_batches(self, sources, directions):
-        """Yields (products (K, D), tokens (K,)) of K batches of every source's chosen rows."""
+    def by_batches(self, sources, probe):
+        """(products (K, P), tokens (K,)) of K batches of the chosen rows of every source: list."""
+        found = []
         for i, source in enumerate(sources):
             # The standard error is over batches, so there have to be several.
             batches = self.feeder.source_batches(source, self.chosen_rows(i, source), 8)
-            products, tokens, _ = source_products(self.model, batches, directions)
-            yield products, tokens
+            found.append(products_of_batches(self.model, batches, probe)[:2])
+        return found
 
-    def unseen_reference(self, direction):
-        """selection.Reference of probe rows that a direction of the same key has not seen."""
+    def unseen_scores(self, direction):
+        """Scores (n, 3) of probe rows that a direction of the same key has not seen."""
         scores = []
         for i, probe in enumerate(self.probes):
             n_rows = self.probe_rows + self.probe_rows // 2
             chosen = chosen_windows(probe, n_rows, (*self.key, 0, i))[self.probe_rows:].tolist()
             scores.append(selection.score_rows(self.model, self.feeder, probe, chosen, direction))
-        return selection.reference_of(np.concatenate(scores))
+        return np.concatenate(scores)
 
 
 def flops_of_rows(config, layers, block_size):
@@ -303,7 +268,7 @@ def check(training):
 
 
 def check_texts(probes, sources, val_sources, bos_id, run):
-    """Raises BadInput when a probe set shares documents with a source. Warns of text that is none.
+    """Raises BadInput when a source holds text of a probe set. Warns of text that is none.
 
     bos_id: the token that documents begin with, None: unknown, which is printed.
     """
@@ -318,18 +283,8 @@ def check_texts(probes, sources, val_sources, bos_id, run):
         if bos_id is None:
             print(
                 'probe: these shards do not record where documents begin. Aligned pieces of 256 '
-                'tokens are compared with those of the sources.')
-    for probe in probes:
-        for source in sources + val_sources:
-            found = shared_documents(probe, source, bos_id, run.data_rank, run.n_data)
-            # Each rank searches its part. All of them need the sum, so that all raise together.
-            n = int(sum_numbers([found], run.layout)[0])
-            if n:
-                raise BadInput(
-                    f"the probe set '{domain_of(probe)}' and source '{source.name}' "
-                    f'({source.split}) have {n:,} document(s) in common: influence would measure '
-                    'how well the source holds the probe itself. Prepare one of them anew '
-                    '(prepare/probe.py draws only from what its source keeps out of train/).')
+                'tokens are compared with those of the sources in place of documents.')
+    check_overlap(probes, sources + val_sources, bos_id, run)
 
 
 # -- the update ------------------------------------------------------------------------------------
@@ -352,8 +307,10 @@ def set_weights(loader, weights):
 class Influence:
     """The mixture method 'influence', and the selection of rows with select='online'.
 
-    Sources whose influence cannot be told from noise keep their weights relative to each other. All
-    sources keep them when all are lost in noise or harmful.
+    Sources whose influence cannot be told from that of the others keep their weights relative to
+    each other. When a measurement is lost in the noise of the probe, everything stays as it is, and
+    the next one reads twice as many probe rows. Only a probe on which no measurement succeeds from
+    the start ends the run.
     """
 
     def __init__(self, training):
@@ -361,13 +318,20 @@ class Influence:
         self.training = training
         self.rule_state = {}
         self.flops = 0.0            # spent on measurements
+        self.probe_rows = training.config['probe_rows']         # of the next measurement
+        self.failed = 0             # measurements lost in noise since the start; -1: one succeeded
 
     def state_dict(self):
-        return {**self.rule_state, 'flops': self.flops}
+        return {
+            **self.rule_state, 'flops': self.flops, 'probe_rows': self.probe_rows,
+            'failed': self.failed}
 
     def load_state_dict(self, state):
         self.rule_state = dict(state)
         self.flops = self.rule_state.pop('flops', 0.0)
+        rows = self.rule_state.pop('probe_rows', 0)
+        self.probe_rows = min(max(rows, self.probe_rows), self.most_rows())
+        self.failed = self.rule_state.pop('failed', 0)
 
     def due(self, step):
         training = self.training
@@ -376,44 +340,68 @@ class Influence:
         is_time = step % training.config['mixture_interval'] == 0
         return first <= step < training.n_steps and is_time
 
+    def measured_probes(self):
+        """The probe sets with a weight. Of the others only the loss is logged."""
+        weights = self.training.config['probe']
+        return [probe for probe in self.training.probes if weights[domain_of(probe)] > 0]
+
+    def most_rows(self):
+        """The most rows of every probe set that a measurement may read."""
+        training = self.training
+        config = training.config
+        probes = self.measured_probes()
+        fewest = min(probe.n_windows for probe in probes)
+        if config['select'] == 'online':        # half as many again for the comparison
+            fewest = fewest * 2 // 3
+        # A measurement must not cost more than the training between two of them.
+        rows = config['mixture_interval'] * training.batch_rows
+        if config['mixture'] == 'influence':
+            rows -= config['influence_rows'] * len(training.active)
+        asked = config['probe_rows']
+        return max(asked, min(MORE_ROWS * asked, fewest, rows // len(probes)))
+
     def update(self, step):
         start = time.perf_counter()
         training = self.training
         config = training.config
-        # Of the other domains only the loss is logged.
-        weights = {domain: weight for domain, weight in config['probe'].items() if weight > 0}
-        probes = [p for p in training.probes if domain_of(p) in weights]
+        probes = self.measured_probes()
+        weights = {domain_of(probe): config['probe'][domain_of(probe)] for probe in probes}
+        n_probe = self.probe_rows
         measurement = Measurement(
-            training.model, training.feeder, probes, weights, config['probe_rows'],
-            config['influence_rows'], (config['seed'], step), config['influence_layers'],
-            config['influence_scaling'], config['influence_units'], training.optimizers)
-        directions, shares = measurement.directions(training.active)
-        n_rows = len(probes) * config['probe_rows']
+            training.model, training.feeder, probes, weights, n_probe, config['influence_rows'],
+            (config['seed'], step), config['influence_layers'], config['influence_scaling'],
+            config['influence_units'], training.optimizers)
+        probe = measurement.probe(training.active)
+        n_rows = len(probes) * n_probe
         if config['influence_scaling'] == 'datainf':
             n_rows += len(training.active) * config['influence_rows']
-        metrics = {}
-        for direction in directions:
-            for domain, value in direction.reliability.items():
-                metrics[f'probe/reliability_{domain}'] = value
-                if value < 0.5 and training.run.is_master:
-                    tqdm.write(
-                        f"step {step}: warning: {1 - value:.0%} of the probe set '{domain}''s "
-                        'direction is noise. Raise probe_rows.')
+        metrics = {'probe/rows': n_probe}
+        for domain, value in reliability(probe).items():
+            metrics[f'probe/reliability_{domain}'] = value
+        noise = noise_of(probe, weights, config['influence_units'])
         if config['mixture'] == 'influence':
-            r, se = measurement.of_sources(training.active, directions, shares)
-            n_rows += len(training.active) * config['influence_rows']
-            metrics |= self.reweight(step, r, se)
-            if len(directions) > 1:
-                for name in r:
-                    # r has one more column than domains, the mean, which is logged already.
-                    for domain, value in zip(weights, r[name], strict=False):
-                        metrics[f'mixture/influence_{name}_{domain}'] = float(value)
+            found = None
+            if not noise:
+                found = measurement.of_sources(training.active, probe)
+                n_rows += len(training.active) * config['influence_rows']
+            metrics |= self.reweight(step, found, list(weights))
         if config['select'] == 'online':
-            # Scoring is a pass over many rows, so it is done once for all domains together.
-            direction = directions[0] if len(directions) == 1 else joint(directions, shares)
-            selected, n_scored = self.select(step, measurement, direction)
-            metrics |= selected
-            n_rows += n_scored
+            # Without a mask, all rows are kept until the next update.
+            reference = None
+            if not noise:
+                direction = measurement.direction(probe)
+                scores = measurement.unseen_scores(direction)
+                n_rows += len(scores)
+                if np.median(scores[:, 0]) > 0:
+                    reference = selection.reference_of(scores)
+                else:
+                    noise = 'most probe rows that were not used do not agree with the direction'
+            if reference is not None:
+                selected, n_scored = self.select(step, reference, direction)
+                metrics |= selected
+                n_rows += n_scored
+        metrics['probe/noisy'] = float(bool(noise))
+        self.after(step, noise)
         row_flops = flops_of_rows(
             training.model.config, config['influence_layers'], config['block_size'])
         self.flops += n_rows * row_flops
@@ -421,52 +409,87 @@ class Influence:
         metrics['system/mixture_ms'] = (time.perf_counter() - start) * 1e3
         return metrics
 
-    def reweight(self, step, r, se):
-        """Applies the rule to what `Measurement.of_sources` returned. Returns metrics."""
+    def after(self, step, noise):
+        """Takes note of whether a measurement said something. Raises RunFault if none ever did."""
+        if not noise:
+            self.failed = -1
+            return
+        if self.failed >= 0:
+            self.failed += 1
+        what = 'longer sequences, more text in the probe set, or a later mixture_warmup'
+        if self.failed == FIRST:
+            raise RunFault(
+                f'step {step}: the first {FIRST} measurements of influence say nothing, the last '
+                f'one with {self.probe_rows} rows of every probe set: {noise}. Raise probe_rows, '
+                f'or use {what}.')
+        more = min(2 * self.probe_rows, self.most_rows())
+        if self.training.run.is_master:
+            then = f'The next one reads {more} rows of every probe set.'
+            if more == self.probe_rows:
+                then = f'It already reads as many rows as it may ({more} of every probe set).'
+            tqdm.write(
+                f'step {step}: warning: this measurement of influence says nothing, and nothing '
+                f'changes: {noise}. {then}')
+        self.probe_rows = more
+
+    def reweight(self, step, found, domains):
+        """Applies the rule to an estimates.Estimate, or None: nothing is known. Returns metrics."""
         training = self.training
         config = training.config
         loader = training.loader
-        r = {name: float(x[-1]) for name, x in r.items()}
-        se = {name: float(x[-1]) for name, x in se.items()}
-        before = {name: loader.weights[name] for name in r}
+        names = training.names
+        before = {name: loader.weights[name] for name in names}
         caps = epoch_caps(training, step)
         # max_epochs takes precedence over mixture_min: see how rules.project treats its bounds.
         high = {name: min(cap, config['mixture_max']) for name, cap in caps.items()}
+        low = config['mixture_min']
         some_left = sum(caps.values()) > 0
+        weights = before
+        kept = 'the measurement says nothing'
         if not some_left:
-            weights = before
             kept = 'every source has been read max_epochs times'
-        elif config['influence_rule'] == 'proportional':
-            weights, self.rule_state, log = rules.update_proportional(
-                before, r, se, self.rule_state, config['mixture_min'], high)
+        elif found is not None:
+            r = {name: float(found.r[name][-1]) for name in names}
+            if config['influence_rule'] == 'proportional':
+                weights, self.rule_state, log = rules.update_proportional(
+                    before, r, self.rule_state, low, high)
+            else:
+                weights, self.rule_state, log = rules.update_influence(
+                    before, r, found.cov, self.rule_state, rules.eta_of(config), low, high,
+                    config['influence_kl'])
             kept = log['kept']
-        else:
-            weights, self.rule_state, log = rules.update_influence(
-                before, r, se, self.rule_state, rules.eta_of(config), config['mixture_min'], high)
-            kept = log['kept']
-        over = [name for name in r if before[name] > caps[name] + 1e-9]
+        over = [name for name in names if before[name] > caps[name] + 1e-9]
         if kept and over and some_left:         # nothing else moves, but max_epochs has to hold
-            weights = rules.project(before, dict.fromkeys(r, 0.0), caps)
+            weights = rules.project(before, dict.fromkeys(names, 0.0), caps)
             kept += f"; only max_epochs lowers {', '.join(over)}"
         if weights is not before:
             set_weights(loader, weights)
-        if kept and training.run.is_master:
+        if kept and found is not None and training.run.is_master:
             tqdm.write(f'step {step}: the weights stay as they are, {kept}')
         metrics = {}
-        for name in r:
-            metrics[f'mixture/influence_{name}'] = r[name]
-            metrics[f'mixture/influence_se_{name}'] = se[name]
+        for name in names:
             metrics[f'mixture/asked_{name}'] = weights[name]
+            if found is None:
+                continue
+            values = dict(zip(domains, found.r[name], strict=False))    # r ends with the mean
+            values = {f'{name}_{domain}': value for domain, value in values.items()}
+            if len(domains) == 1:
+                values = {}
+            values[name] = found.r[name][-1]
+            values[f'se_{name}'] = found.se[name][-1]
+            for key, value in values.items():
+                # JSON has neither nan nor infinity.
+                value = float(value) if np.isfinite(value) else None
+                metrics[f'mixture/influence_{key}'] = value
         return metrics
 
-    def select(self, step, measurement, direction):
+    def select(self, step, reference, direction):
         """Judges the rows that the sources give until the next update: (metrics, rows scored)."""
         training = self.training
         config = training.config
         loader = training.loader
-        reference = measurement.unseen_reference(direction)
         metrics = {'select/reference': reference.influence}
-        n_scored = len(measurement.probes) * (config['probe_rows'] // 2)
+        n_scored = 0
         median_help = 0.0
         for source in training.active:
             def score(cursors, source=source):

@@ -71,10 +71,10 @@ def score_rows(model, feeder, source, cursors, direction):
     for mine in feeder.deal(n_rows, feeder.batch_size):
         rows = source.rows([cursors[min(i, n_rows - 1)] for i in mine.tolist()])
         batch = feeder.put(rows)
-        influence, losses = row_influence(model, batch, [direction])
+        influence, losses = row_influence(model, batch, direction)
         # A row without a supervised token gets 0 instead of nan.
         n_valid = (batch[1] >= 0).sum(1).clamp(min=1)
-        found = torch.stack((influence[:, 0] / n_valid, losses.sum(1) / n_valid), 1).cpu().numpy()
+        found = torch.stack((influence / n_valid, losses.sum(1) / n_valid), 1).cpu().numpy()
         here = mine[mine < n_rows]
         scores[here] = np.column_stack((found, different_tokens(rows)))[:len(here)]
     return np.array(sum_numbers(scores.flatten(), model.layout)).reshape(-1, 3)

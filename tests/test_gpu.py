@@ -13,6 +13,7 @@ import torch
 
 import influence
 import kd
+from methods import estimates
 from model import GPT, ModelConfig, init_weights
 from ops import moe
 from ops.loss import linear_cross_entropy
@@ -98,16 +99,17 @@ def influence_on(device):
     (batch,) = moved(batches(1, rows=24, length=12, seed=7))
     found = []
     for layers in ('all', 'last'):
-        direction = influence.probe_direction(model, probe, layers)
-        r, _, _ = group_influence(model, {'a': moved(batches(4, seed=5))}, direction)
-        rows = influence.row_influence(model, batch, [direction])[0][:, 0]
+        measured = influence.measure_probe(model, probe, layers)
+        direction = estimates.direction_of(measured)
+        r, _, _ = group_influence(model, {'a': moved(batches(4, seed=5))}, measured)
+        rows = influence.row_influence(model, batch, direction)[0]
         sqnorms = influence.ghost_sqnorm(model, batch, layers)
         den = torch.tensor([r['a'], direction.den['x'], direction.reliability['x']])
         found += [den, rows, sqnorms]
     with torch.autocast(device, torch.bfloat16):
         model = model.float()
         direction.v = {name: v.float() for name, v in direction.v.items()}
-        low_rows = influence.row_influence(model, batch, [direction])[0][:, 0]
+        low_rows = influence.row_influence(model, batch, direction)[0]
     return [t.double().cpu() for t in found], low_rows.cpu()
 
 
@@ -183,7 +185,7 @@ def test_conversations_and_a_teacher_on_cuda(tmp_path, changes):
 
 @pytest.mark.parametrize('changes', [
     dict(mixture='influence'), dict(select='online'), dict(presence='stream'),
-    dict(presence='store')])
+    dict(presence='store'), dict(presence='store', presence_permute=True)])
 def test_data_methods_run_on_cuda(tmp_path, tiny_data, changes):
     make_source(tmp_path / 'other', 'a', 6_000, seed=5)
     shutil.copytree(tmp_path / 'other/a/train', tiny_data / 'probe/kind/probe')

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 
 import kd
-from influence import ghost_sqnorm, probe_direction, row_influence
+from influence import ghost_sqnorm, row_influence
+from methods.estimates import probe_direction
 from model import GPT, ModelConfig, init_weights
 from ops import kernels
 from ops import loss as loss_module
@@ -475,7 +476,7 @@ def test_influence_with_kernels_equals_influence_without():
         kernels.use(mode, DEVICE)
         probe = {'x': [small_batch(), (idx.flip(1), targets, None), small_batch()]}
         direction = probe_direction(model, probe, 'all')
-        influence, _ = row_influence(model, batch, [direction])
+        influence, _ = row_influence(model, batch, direction)
         found.append([influence, ghost_sqnorm(model, batch, 'all')])
     for by_torch, by_triton in zip(*found, strict=True):
         assert_near(by_triton, by_torch, torch.float32)

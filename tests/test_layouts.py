@@ -5,7 +5,6 @@ import shutil
 import pytest
 
 from configurator import BadInput
-from methods import reweight
 from model import ModelConfig
 from ops.ranks import check_sizes, resolve_sizes
 from tests.conftest import (
@@ -102,10 +101,8 @@ def test_checkpoints_of_experts_pass_from_layout_to_layout(tmp_path, layout_data
 
 @pytest.mark.parametrize('ranks, layout, model', [(4, dict(tp=2), {}), (2, dict(ep=2), EXPERTS)])
 def test_influence_moves_the_weights_as_in_one_process(
-    tmp_path, layout_data, monkeypatch, ranks, layout, model,
+    tmp_path, layout_data, ranks, layout, model,
 ):
-    # Tensor parallelism takes the standard error from batches, so the one process has to, too.
-    monkeypatch.setattr(reweight, 'takes_rows', lambda model: False)
     knobs = dict(
         HEADS, max_steps=26, mixture='influence', mixture_interval=12, mixture_warmup=12,
         probe={'m': 1.0}, probe_rows=16, influence_rows=16, max_epochs=None, mixture_max=0.95,

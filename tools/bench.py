@@ -742,7 +742,15 @@ def print_profile(records):
 
 def bench_influence(trainer, n_rounds):
     """Measurements of influence against steps, work on single rows, and the memory of both."""
-    from influence import ghost_sqnorm, probe_direction, row_influence
+    from influence import (
+        SMALL,
+        ghost_sqnorm,
+        measure_probe,
+        products_of_batches,
+        products_of_rows,
+        row_influence,
+    )
+    from methods.estimates import probe_direction
     from methods.reweight import flops_of_rows
     from model import flops_per_token
     model = trainer.model
@@ -750,19 +758,20 @@ def bench_influence(trainer, n_rounds):
     # Random rows agree on no direction. The same rows several times give the probe one.
     agreeing = [trainer.rows(16)] * 4
     probe = {domain: [*agreeing, trainer.rows(n)] for domain, n in (('a', 2), ('b', 3), ('c', 3))}
-    # As in methods/reweight.py: the rows of all sources together, in batches of training's size.
-    sources = [trainer.rows(16) for _ in range(10)]
+    # As in methods/reweight.py: single rows of all sources together, in batches of training's size,
+    # where a row's gradient is small; else eight batches of every source.
+    by_rows = [trainer.rows(16) for _ in range(10)]
+    by_batches = [trainer.rows(4) for _ in range(40)]
     n_rows = 200 + 160
 
     def measure(layers):
-        # One direction per domain, but not where each takes a gradient.
-        groups = [{domain: probe[domain]} for domain in probe]
-        if layers == 'all':
-            groups = [probe]
         with autocast(trainer.device, trainer.dtype):
-            directions = [probe_direction(model, group, layers) for group in groups]
-            for source in sources:
-                row_influence(model, source, directions)
+            measured = measure_probe(model, probe, layers)
+            if layers in SMALL:
+                for source in by_rows:
+                    products_of_rows(model, source, measured)
+            else:
+                products_of_batches(model, by_batches, measured)
 
     jobs = {'step': functools.partial(trainer.step, batches)}
     jobs.update({layers: functools.partial(measure, layers) for layers in ('all', 'last')})
@@ -791,7 +800,7 @@ def bench_influence(trainer, n_rounds):
     direction = direction_of(batch)
     jobs = {
         'forward and backward': backward,
-        'influence of the rows on a direction': lambda: row_influence(model, batch, [direction]),
+        'influence of the rows on a direction': lambda: row_influence(model, batch, direction),
         'their squared norms': lambda: ghost_sqnorm(model, batch, 'all'),
     }
     with autocast(trainer.device, trainer.dtype):
@@ -807,7 +816,7 @@ def bench_influence(trainer, n_rounds):
         'accumulation of two micro-batches': lambda: trainer.step([small, small]),
         'a direction of one domain': lambda: direction_of(small),
         'a direction of three domains': lambda: direction_of(small, 3),
-        'sources': lambda: row_influence(model, small, [direction_of(small)]),
+        'sources': lambda: row_influence(model, small, direction_of(small)),
     }
     print_head(f'Memory beyond parameters, in gradients of {gradient / 2**20:.0f} MiB', 'job', '')
     for name, job in jobs.items():

@@ -22,9 +22,8 @@ import torch
 if __name__ == '__main__':
     import _path  # noqa: F401  (the import path)
 
-from configurator import BadInput, at_least, configure, one_of
+from configurator import BadInput, RunFault, at_least, configure, one_of
 from data import Feeder, Source, common_tokenizer, open_probe
-from influence import mean_and_error
 from kd import source_names, weights_fingerprint
 from lib import parts
 from lib.device import Run, pick_dtype, start_ranks, tune_malloc
@@ -33,6 +32,7 @@ from lib.reading import match_paths
 from lib.schedule import count_steps
 from lib.validate import row_losses
 from methods import reweight, rules, selection
+from methods.estimates import mean_and_error, noise_of, reliability
 from ops.attention import check_documents
 from tools import plots
 
@@ -123,12 +123,19 @@ def open_all(path, about, config, run, names):
     return model, opened, probes, Feeder(run.device, config['batch_size'], bos_id=bos_id)
 
 
-def measurement_of(model, feeder, probes, config, apart):
+def measurement_of(model, feeder, probes, config):
     """The Measurement that the knobs ask for."""
     # 0 takes the place of the step, so that all checkpoints are measured on the same rows.
     return reweight.Measurement(
         model, feeder, probes, config['probe'], config['probe_rows'], config['rows'],
-        (config['seed'], 0), config['layers'], config['scaling'], apart=apart)
+        (config['seed'], 0), config['layers'], config['scaling'])
+
+
+def check_noise(path, measurement, probe):
+    """Raises RunFault when an influence.Probe is too noisy to measure on."""
+    noise = noise_of(probe, measurement.weights, measurement.units)
+    if noise:
+        raise RunFault(f'{path}: {noise}. Raise probe_rows, or make the probe sets larger.')
 
 
 def print_rows(title, r, columns, se):
@@ -191,18 +198,17 @@ def make_table(paths, config, run):
     paths = list(abouts)
     for path, about in abouts.items():
         model, opened, probes, feeder = open_all(path, about, config, run, names)
-        # Every domain has a column, so the domains stay apart even where that takes memory.
-        measurement = measurement_of(model, feeder, probes, config, apart=True)
+        measurement = measurement_of(model, feeder, probes, config)
         with run.autocast:
-            directions, shares = measurement.directions(opened)
-            r, se = measurement.of_sources(opened, directions, shares)
+            probe = measurement.probe(opened)
+            found = measurement.of_sources(opened, probe)
+        check_noise(path, measurement, probe)
+        r = found.r
+        se = found.se
         print_rows(
             f"{path}, layers {config['layers']}: influence (1: as good as the probe's own text) +- "
             'standard error', r, columns, se)
-        noise = {}
-        for direction in directions:
-            for domain, reliability in direction.reliability.items():
-                noise[domain] = 1 - reliability
+        noise = {domain: 1 - value for domain, value in reliability(probe).items()}
         shown = ', '.join(f'{domain} {x:.0%}' for domain, x in noise.items())
         print(f'noise in the direction of the probe: {shown}')
         tables.append(dict(
@@ -211,7 +217,7 @@ def make_table(paths, config, run):
         means = {name: float(x[-1]) for name, x in r.items()}
         # Bounds of 0 and 1, because the paper has none.
         weights, state, log = rules.update_proportional(
-            dict.fromkeys(r, 1 / len(r)), means, {}, state, 0.0, dict.fromkeys(r, 1.0))
+            dict.fromkeys(r, 1 / len(r)), means, state, 0.0, dict.fromkeys(r, 1.0))
     shown = ', '.join(f'{name} {weight:.3f}' for name, weight in weights.items())
     if log['kept']:
         shown = f"none, {log['kept']}"
@@ -254,7 +260,8 @@ def check_pair(name, runs, abouts):
         raise BadInput(
             f"loo: '{other}' differs from '{path}' by more than '{name}': also by "
             f'{", ".join(odd)}.')
-    equal = full['config']['mixture'] in ('stratified', 'doge', 'doremi')
+    equal = full['config']['mixture'] in (
+        'stratified', 'natural', 'unimax', 'doge', 'doremi')
     scale = sum(left.values()) / sum(weights[s] for s in left)
     shifted = [s for s in left if abs(left[s] / (weights[s] * scale) - 1) > 0.02]
     if shifted and not equal:
@@ -355,7 +362,7 @@ def make_scores(path, config, run):
             raise BadInput(
                 f"probe set '{probe.name}' has {probe.n_windows} windows, fewer than probe_rows = "
                 f'{n} and half as many again for the comparison.')
-    measurement = measurement_of(model, feeder, probes, config, apart=False)
+    measurement = measurement_of(model, feeder, probes, config)
     made = dict(
         ckpt=path, step=about['state']['step'] if about['checkpoint'] else None,
         weights=weights_fingerprint(about), layers=config['layers'], scaling=config['scaling'],
@@ -368,12 +375,11 @@ def make_scores(path, config, run):
         # All locks are taken before anything is measured: a second launch ends here.
         for folder in folders.values():
             locks.enter_context(selection.lock_scores(folder, run.rank))
-        directions, shares = measurement.directions(opened)
-        direction = directions[0]
-        if len(directions) > 1:
-            # A row has one score, so the domains are combined before the pass over the data.
-            direction = reweight.joint(directions, shares)
-        reference = measurement.unseen_reference(direction)
+        # A row has one score, so the domains are combined before the pass over the data.
+        probe = measurement.probe(opened)
+        check_noise(path, measurement, probe)
+        direction = measurement.direction(probe)
+        reference = selection.reference_of(measurement.unseen_scores(direction))
         for source in opened:
             def score(cursors, source=source):
                 return selection.score_rows(model, feeder, source, cursors, direction)
