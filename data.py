@@ -25,7 +25,7 @@ import itertools
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -41,8 +41,15 @@ FORMATS = {                     # (magic, version) -> dtype of the tokens
 MASK_DTYPE = np.dtype(np.uint8)
 WEIGHT_UNIT = 2**32             # weights are held as integers that sum to this, so nothing drifts
 PERMUTATION_BLOCK = 4096        # positions that are permuted at once
-PIECE = 256                     # tokens that are compared at once where documents are not known
 SAMPLE_BYTES = 2**26            # bytes of shards that are hashed at the start of a run: 40 ms
+
+
+@dataclass
+class DataConfig:
+    """Knobs of the rows that a run uses."""
+    source_rows: dict[str, int] = field(default_factory=dict)   # source -> training rows that the
+                                    # run uses of it, a fixed random subset. Others: all rows.
+                                    # tools/sweep.py --match_repetition sets it for proxies
 
 
 # -- shards ----------------------------------------------------------------------------------------
@@ -481,7 +488,7 @@ class Source:
                     f"source '{name}' was tokenized with a vocabulary of "
                     f"{self.meta['vocab_size']:,}, the model's vocab_size is {vocab_size:,}. Set "
                     "vocab_size, or prepare the source with the model's tokenizer.")
-        self.kept = None               # numbers of the windows that `keep_windows` left. None: all
+        self.kept = None               # numbers of the windows that are left. None: all
         # What a row is read into, before it becomes int32.
         self.buffers = {}
         for dtype in (*FORMATS.values(), MASK_DTYPE):
@@ -518,8 +525,22 @@ class Source:
 
     def keep_windows(self, keep):
         """Removes the windows where keep (n_windows,) bool is False. Epochs then cover the rest."""
-        self.kept = np.flatnonzero(keep)
-        self.n_windows = len(self.kept)
+        self._keep(np.flatnonzero(keep))
+
+    def limit_windows(self, n):
+        """Keeps n of the windows that are left, at random. Epochs then cover these.
+
+        The choice depends on the source's name and its number of windows alone, not on the seed.
+        All runs with the same n read the same windows, and those with fewer read some of them.
+        """
+        keys = derive_keys(4, 'subset', self.name, self.split)
+        chosen = np.sort(permute(np.arange(n), self.n_windows, keys))
+        self._keep(chosen if self.kept is None else self.kept[chosen])
+
+    def _keep(self, windows):
+        """Leaves the windows with these numbers (n,), sorted."""
+        self.kept = windows
+        self.n_windows = len(windows)
         # The cached blocks are permutations of the former number of windows.
         self._block_cache.clear()
 
@@ -732,6 +753,26 @@ def prepare_missing(script, data_dir, names):
         raise BadInput(f'{script} failed. Its message stands above.')
 
 
+def limit_rows(sources, source_rows):
+    """Limits Sources to the numbers of rows of the knob source_rows: dict name -> int.
+
+    Raises BadInput for a name that is no source, and for a number that the source does not have.
+    """
+    by_name = {source.name: source for source in sources}
+    for name, n in source_rows.items():
+        if name not in by_name:
+            raise BadInput(
+                f"source_rows names '{name}', which is none of the sources {', '.join(by_name)}."
+                f'{did_you_mean(name, by_name)}')
+        n_windows = by_name[name].n_windows
+        if not 1 <= n <= n_windows:
+            raise BadInput(
+                f"source_rows['{name}'] = {n}, and the source has {n_windows:,} rows of "
+                f'{by_name[name].block_size} tokens. Give a number from 1 to {n_windows}.')
+        if n < n_windows:
+            by_name[name].limit_windows(n)
+
+
 def check_sources(sources, trained, batch_rows):
     """Reads a row of every Source, so that shards of another tokenizer are found before training.
 
@@ -744,7 +785,7 @@ def check_sources(sources, trained, batch_rows):
             raise BadInput(
                 f"source '{source.name}' has {source.n_windows} windows of {source.block_size} "
                 f'tokens, fewer than one batch ({batch_rows} rows). Prepare more of it, or lower '
-                'total_batch_tokens or block_size.')
+                'total_batch_tokens or block_size. select and source_rows leave fewer, too.')
 
 
 def report_packing(sources):
@@ -806,54 +847,6 @@ def text_warnings(rows, vocab_size):
         if len(np.unique(runs)) < 0.5 * runs.size:
             found.append('more than half of its runs of 8 tokens are repetitions')
     return found
-
-
-def hashed_documents(path, bos_id):
-    """Splits a shard into documents: (tokens, starts (n,), ends (n,), hashes (n,) uint64).
-
-    A hash covers the length, the first 16 and the last 16 tokens of a document. Documents of fewer
-    than 16 tokens are left out. Without bos_id the shard is cut into pieces of PIECE tokens.
-    """
-    # Comparing documents pair by pair would take quadratic time. Only those of equal hashes are
-    # compared token by token.
-    tokens = open_shard(path)
-    if bos_id is None:
-        starts = np.arange(0, len(tokens), PIECE)
-    else:
-        starts = np.flatnonzero(tokens == bos_id)
-    ends = np.append(starts[1:], len(tokens))[:len(starts)]
-    long_enough = ends - starts >= 16
-    starts = starts[long_enough]
-    ends = ends[long_enough]
-    places = np.concatenate((starts[:, None] + np.arange(16), ends[:, None] - 1 - np.arange(16)), 1)
-    with np.errstate(over='ignore'):
-        words = tokens[places].astype(np.uint64)
-        hashes = mix_bits((ends - starts).astype(np.uint64), np.uint64(32))
-        for i in range(32):
-            hashes = hashes + mix_bits(words[:, i], np.uint64(i))
-    return tokens, starts, ends, hashes
-
-
-def shared_documents(probe, source, bos_id, rank=0, world_size=1):
-    """Counts the documents of a Source that a probe set holds as well, in this rank's shards.
-
-    Reads all tokens of the source once: 300 million per second in the page cache. bos_id None:
-    shards without meta.json, where aligned pieces of PIECE tokens are compared.
-    """
-    wanted = {}
-    for path in probe.paths:
-        tokens, starts, ends, hashes = hashed_documents(path, bos_id)
-        for start, end, key in zip(starts, ends, hashes.tolist(), strict=True):
-            wanted.setdefault(key, []).append(tokens[start:end])
-    known = np.array(list(wanted), dtype=np.uint64)
-    n = 0
-    for path in source.paths[rank::world_size]:
-        tokens, starts, ends, hashes = hashed_documents(path, bos_id)
-        for i in np.flatnonzero(np.isin(hashes, known)):
-            candidates = wanted[int(hashes[i])]
-            document = tokens[starts[i]:ends[i]]
-            n += any(np.array_equal(candidate, document) for candidate in candidates)
-    return n
 
 
 # -- from rows to batches --------------------------------------------------------------------------

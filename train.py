@@ -28,6 +28,7 @@ import kd
 import methods
 from configurator import BadInput, RunFault, at_least, between, configure, one_of, pick
 from data import (
+    DataConfig,
     Feeder,
     MixtureLoader,
     Source,
@@ -36,6 +37,7 @@ from data import (
     check_unchanged,
     common_template,
     common_tokenizer,
+    limit_rows,
     open_probe,
     prepare_missing,
     report_packing,
@@ -90,9 +92,11 @@ overlong: one_of('truncate', 'drop') = 'truncate'       # packing='document': wh
                                     # documents longer than a row
 document_mask = False               # packing='window': attention stays within a document
 # -- objective --
-mixture: one_of('fixed', 'stratified', 'influence', 'skillit', 'aioli', 'doge', 'doremi') = 'fixed'
-                                    # how the weights change while training. stratified: equal.
-                                    # doge and doremi are proxy runs
+mixture: one_of(
+    'fixed', 'stratified', 'natural', 'unimax', 'schedule', 'influence', 'ado', 'skillit', 'aioli',
+    'doge', 'doremi') = 'fixed'     # how the weights change while training. stratified: equal.
+                                    # natural: by size. unimax: as equal as max_epochs allows.
+                                    # schedule: see mixture_schedule. doge and doremi are proxy runs
 mixture_interval: at_least(1) = 1000        # steps between two updates of the weights
 teacher: str | None = None          # model to distil from: run, checkpoint, Hugging Face folder or
                                     # hub name, with the same tokenizer
@@ -129,8 +133,8 @@ plan_price: at_least(0.0) = 2.5     # dry_run: dollars of a GPU-hour
 
 # Every other knob is declared in the file that reads it.
 config = configure(globals(), owners=(
-    ModelConfig, kd.DistillConfig, *methods.OWNERS, devices.DeviceConfig, parallel.ParallelConfig,
-    checkpoint.CheckpointConfig, LogConfig))
+    ModelConfig, DataConfig, kd.DistillConfig, *methods.OWNERS, devices.DeviceConfig,
+    parallel.ParallelConfig, checkpoint.CheckpointConfig, LogConfig))
 
 # -- derived values and checks ---------------------------------------------------------------------
 # A launcher that restarts a failed run repeats the same command, without --resume.
@@ -241,14 +245,16 @@ distillation = kd.prepare(config, active, shards_tokenizer)             # None: 
 news = {}                                               # metrics that no training step gives
 if config['select'] == 'scores':
     news = selection.keep_scored(active, config)
+limit_rows(train_sources, config['source_rows'])
 # After the selection of rows, which changes how many rows an epoch has.
 n_steps = count_steps(config, sum(source.n_windows for source in active))
 n_warmup = warmup_steps if warmup_frac is None else round(warmup_frac * n_steps)
 end_step = n_steps if stop_step is None else min(stop_step, n_steps)
-for sentence in effects.check(config, config.defaults, n_steps, n_warmup):
+method_config = methods.as_published(config)            # published settings in place of None
+for sentence in effects.check(method_config, config.defaults, n_steps, n_warmup):
     if run.is_master:
         print(f'warning: {sentence}')
-start_weights = methods.start_weights(config, train_sources)
+start_weights = methods.start_weights(config, train_sources, n_steps * batch_rows, {})
 loader = MixtureLoader(train_sources, start_weights, seed)
 check_sources(all_sources, active, batch_rows)
 devices.on_master(lambda: check_sample(all_sources, seed))
@@ -267,9 +273,11 @@ valid_group = layout.tp if layout and distillation else None
 feeder = Feeder(run.device, batch_size, run.data_rank, run.n_data, bos_id, valid_group)
 # The methods check their settings now. They get the model when it is there.
 training = methods.Training(
-    config, run, feeder, loader, active, val_sources, probes, shards_tokenizer, n_steps, n_warmup,
-    batch_rows)
+    method_config, run, feeder, loader, active, val_sources, probes, shards_tokenizer, n_steps,
+    n_warmup, batch_rows)
 method = methods.make(training)                         # None: fixed weights
+loss_weights = methods.loss_weights(config, active)     # None: all losses count the same
+observe = getattr(method, 'observe', None)              # None: the method needs no training losses
 taker = methods.make_taker(training, method, grad_accum)        # None: gradients are summed
 if isinstance(method, reweight.Influence) and found is None:
     first_token = shards_tokenizer and shards_tokenizer['bos_id']
@@ -354,12 +362,15 @@ if found is not None:
         # The loader compares the shards with those of the checkpoint before any weights are read.
         loader.load_state_dict(saved['loader'])
         check_unchanged(val_sources + probes, saved.get('evaluated', {}), found)
-        if (saved['config']['sources'], saved['config']['mixture']) != (sources, mixture):
-            loader.set_weights(start_weights)           # the new weights count from here on
-        note = checkpoint.load(found, model, optimizers)
         first_step = saved['step']
+        if methods.starts_again(saved['config'], config):
+            rows_to_come = (n_steps - first_step) * batch_rows
+            loader.set_weights(methods.start_weights(       # they count from here on
+                config, train_sources, rows_to_come, loader.cursors))
+        note = checkpoint.load(found, model, optimizers)
         started_from = saved.get('started_from', {})
-        if method and saved['mixture_state']:
+        # The state of another method says nothing to this one.
+        if method and saved['mixture_state'] and saved['config']['mixture'] == mixture:
             method.load_state_dict(saved['mixture_state'])
         if taker and taker is not method and saved['presence_state']:
             taker.load_state_dict(saved['presence_state'])
@@ -490,14 +501,17 @@ def forward_backward(micro, is_last):
         parallel.sync_gradients(model, is_last, bool(taker), reshard_after_forward)
     with run.autocast:
         objective = distiller.objective(micro) if distiller else None
+        weights = methods.TokenWeights(loss_weights, micro) if loss_weights else None
         loss, losses, hits = model.loss(
-            micro.inputs, micro.targets, doc_ids=micro.doc_ids, objective=objective,
+            micro.inputs, micro.targets, weights, doc_ids=micro.doc_ids, objective=objective,
             valid=micro.valid)
     # `loss` is a sum over tokens. It is divided by the supervised tokens of the step, over all
     # micro-batches and ranks. FSDP averages over ranks, so n_data turns that into a sum.
     (loss * (run.n_data / n_valid)).backward()
     if taker:
         taker.add(micro, losses)
+    if observe:
+        observe(step, micro, losses)
     return torch.stack((losses.sum().to(sum_dtype), hits.sum().to(sum_dtype)))
 
 

@@ -613,8 +613,9 @@ def check_resumable(checkpoint, saved, config, saved_model, model, end_step):
         )
     check_same_model(checkpoint, saved_model, model)
     for name in FIXED:
-        # `fixed` may follow any method: from here on the weights are those of `sources`.
-        if name == 'mixture' and config[name] == 'fixed':
+        # Weights that are given beforehand may follow any method: they count from here on.
+        given = ('fixed', 'stratified', 'natural', 'unimax', 'schedule')
+        if name == 'mixture' and config[name] in given:
             continue
         before = saved['config'].get(name, config[name])    # an older version may lack a knob
         if before != config[name]:

@@ -37,6 +37,8 @@ RULES = (
      "with packing = 'document', where attention always stays within documents"),
     (('weigh_by',), lambda c: c['mixture'] not in ('stratified', 'doge', 'doremi'),
      "with mixture = '{mixture}', which draws all sources equally"),
+    (('weigh_by',), lambda c: c['mixture'] not in ('natural', 'unimax', 'schedule'),
+     "with mixture = '{mixture}', which has weights of its own"),
     # optimizer and schedule
     (('warmup_steps',), lambda c: c['warmup_frac'] is None, 'beside warmup_frac'),
     (('decay_frac',), lambda c: c['schedule'] == 'wsd', "without schedule = 'wsd'"),
@@ -51,21 +53,22 @@ RULES = (
     (('kd_alpha', 'kd_temperature', 'kd_divergence'), distils, 'without teacher or kd_cache'),
     # mixture methods
     (('mixture_interval',),
-     lambda c: measures_influence(c) or c['mixture'] in ('skillit', 'aioli', 'doge'),
+     lambda c: measures_influence(c) or c['mixture'] in ('ado', 'skillit', 'aioli', 'doge'),
      "with mixture = '{mixture}' and select = '{select}'"),
     (('mixture_warmup',),
-     lambda c: measures_influence(c) or c['mixture'] in ('skillit', 'aioli'),
+     lambda c: measures_influence(c) or c['mixture'] in ('ado', 'skillit', 'aioli'),
      "with mixture = '{mixture}' and select = '{select}'"),
     (('mixture_eta',), mixture_is('influence', 'skillit', 'aioli', 'doge', 'doremi'),
      "with mixture = '{mixture}'"),
-    (('mixture_eta',),
+    (('mixture_eta', 'influence_kl'),
      lambda c: c['mixture'] != 'influence' or c['influence_rule'] == 'step',
      "with influence_rule = 'proportional'"),
     (('mixture_rows',), mixture_is('skillit', 'aioli', 'doge'),
      'without mixture = skillit, aioli or doge'),
-    (('max_epochs',), mixture_is('influence', 'skillit', 'aioli'),
-     'without mixture = influence, skillit or aioli'),
-    (('mixture_min', 'mixture_max', 'influence_rule'), mixture_is('influence'),
+    (('max_epochs',), mixture_is('influence', 'skillit', 'aioli', 'ado', 'unimax', 'schedule'),
+     "with mixture = '{mixture}', which has no limit"),
+    (('mixture_schedule',), mixture_is('schedule'), "without mixture = 'schedule'"),
+    (('mixture_min', 'mixture_max', 'influence_rule', 'influence_kl'), mixture_is('influence'),
      "without mixture = 'influence'"),
     (('probe_rows', 'influence_layers', 'influence_scaling', 'influence_units'),
      measures_influence, "without mixture = 'influence' or select = 'online'"),
@@ -81,7 +84,8 @@ RULES = (
     (('select_scores',), lambda c: c['select'] == 'scores', "without select = 'scores'"),
     (('select_margin', 'select_keep'), lambda c: c['select'] != 'none',
      "with select = 'none'"),
-    (('presence_tau', 'presence_schedule', 'presence_layers'), lambda c: c['presence'] != 'off',
+    (('presence_tau', 'presence_schedule', 'presence_layers', 'presence_sum', 'presence_permute'),
+     lambda c: c['presence'] != 'off',
      "with presence = 'off'"),
     (('presence_switch',),
      lambda c: c['presence'] != 'off' and c['presence_schedule'] == 'two_stage',
@@ -111,6 +115,8 @@ def first_measurement(config, n_steps, n_warmup):
         explored = config['aioli_sweeps'] * config['aioli_steps'] * n_sources
         step = -(-first // interval) * interval
         return step if step + explored < n_steps else None
+    if config['mixture'] == 'ado':
+        first += interval // 2
     step = -(-max(1, first) // interval) * interval
     return step if step < n_steps else None
 
@@ -126,7 +132,8 @@ def check_names(config, defaults):
 def check(config, defaults, n_steps, n_warmup):
     """Sentences about knobs that were changed and have no effect in this run: list of str.
 
-    config, defaults  train.py's knobs and their defaults, name -> value
+    config, defaults  train.py's knobs and their defaults, name -> value. In config, a method's
+                      published settings stand in place of None (methods.as_published)
     n_steps           optimizer steps of the run; n_warmup: those of the learning-rate warm-up
     Raises BadInput for settings with which nothing sensible can be meant.
     """
@@ -161,7 +168,7 @@ def method_warnings(config, n_steps, n_warmup):
     """As `check`, about methods that do nothing in so short a run, or with such numbers."""
     sentences = []
     mixture = config['mixture']
-    measures = measures_influence(config) or mixture in ('skillit', 'aioli')
+    measures = measures_influence(config) or mixture in ('ado', 'skillit', 'aioli')
     if measures and first_measurement(config, n_steps, n_warmup) is None:
         asked = f"mixture = '{mixture}'"
         if config['select'] == 'online':
@@ -175,7 +182,8 @@ def method_warnings(config, n_steps, n_warmup):
         sentences.append(
             f'{asked} {what}: mixture_interval = {config["mixture_interval"]} and mixture_warmup = '
             f'{warmup} leave no update within {n_steps} steps. Lower them, or train for longer.')
-    if config['mixture_eta'] == 0 and mixture not in ('fixed', 'stratified'):
+    has_eta = mixture_is('influence', 'skillit', 'aioli', 'doge', 'doremi')
+    if config['mixture_eta'] == 0 and has_eta(config):
         sentences.append(f"mixture_eta = 0: mixture = '{mixture}' measures and moves no weight.")
     # See baselines.LAST: DoGE measures its matrix in the last five steps of a round.
     if mixture == 'doge' and n_steps < config['mixture_interval'] - 4:

@@ -6,6 +6,32 @@ multiplies its part of the gradient, and the mean of these weights over the run 
 another run is then trained on (`tools/sweep.py method`). They are gradient takers, see
 methods/__init__.py.
 
+Defaults are the published settings, scaled to a run of N steps with rounds of U (mixture_interval)
+steps. README has this table with what each line means:
+
+    method            published (run length)                         default here
+    Aioli, 2 sources  rounds of N / 20 steps: 4 sweeps of 4 steps    4 sweeps of 0.128 U / 8 steps,
+                      in 250, one-hot 0.625, eta 0.2, ema 0.1        the rest as published
+                      (5,000)
+    Aioli, 3 sources  rounds of N / 20 steps: 4 sweeps of 6 steps    4 sweeps of 0.288 U / 12 steps,
+                      in 250, one-hot 0.5, eta 0.1, ema 0.5          the rest as published
+                      (5,000)
+    Aioli, 7 sources  rounds of N / 200 steps: 2 sweeps of 10 steps  2 sweeps of 0.288 U / 14 steps,
+                      in 200, one-hot 0.75, eta 1, ema 0.1           the rest as published
+                      (40,000)
+    DoGE              mu 0.01, AdamW's rate 5e-4 falling to 1e-4,    eta = 1 / mu = 100, the rate is
+                      scores within 0 and 5 (10,000)                 rules.doge_learning_rate
+    DoReMi            eta 1, smoothing 1e-3, reference and proxy as  eta 1, smoothing 1e-3
+                      long as the run (200,000)
+    Skill-It          eta 0.2, window 3, updates every N / 10 steps, eta 0.2, window 3
+                      each source alone for the full length (5,000)
+
+Another number of sources takes Aioli's setting of the nearest number. The published numbers of
+rounds need mixture_interval = N / 20 (Aioli) and N / 10 (Skill-It). Aioli's lines are the scripts
+of its public code, where an ema goes with aioli_rule='reference_ema'. The paper's pseudo-code is
+'accumulate'. Skill-It's line is from the scripts of Aioli's comparison. DoGE and DoReMi move their
+weights at every step, so in a shorter run they move less far.
+
 Letters in shape comments: m sources, K segments of exploration.
 """
 import os
@@ -37,15 +63,19 @@ class BaselineConfig:
                             # `tools/sweep.py method` wrote, or .npy (rows trained, columns
                             # evaluated)
     skillit_window: at_least(1) = 3     # losses of so many updates are summed
-    aioli_sweeps: at_least(1) = 4       # how often every mixture is explored in a round
-    aioli_steps: at_least(1) = 4        # steps of every exploration
-    one_hot_factor: between(0.0, 1.0) = 0.75    # aioli: weight of the favoured source in an
-                            # explored mixture; the others share the rest
+    aioli_sweeps: at_least(1) | None = None     # how often every mixture is explored in a round.
+                            # None: 4, from 6 sources on 2, fewer in a short round
+    aioli_steps: at_least(1) | None = None      # steps of every exploration. None: 0.13 of a round
+                            # explores with two sources, else 0.29
+    one_hot_factor: between(0.0, 1.0) | None = None     # aioli: weight of the favoured source in an
+                            # explored mixture; the others share the rest. None: 0.625 of two
+                            # sources, 0.5 of 3 to 5, 0.75 of more; higher where an exploration
+                            # has too few rows to tell
     aioli_rule: one_of('accumulate', 'reference_ema') = 'accumulate'    # accumulate: the paper's
                             # rule. reference_ema: the public code's, from the start weights each
                             # time
-    aioli_ema: between(0.0, 1.0) | None = None      # share of the past in the mean of matrices.
-                            # None: each round uses its own
+    aioli_ema: between(0.0, 1.0) | None = None      # share of the past in the mean of matrices. 0:
+                            # each round uses its own. None: 0.1, of 3 to 5 sources 0.5
     aioli_matrix: one_of('measured', 'random') = 'measured'     # random: a control that explores
                             # as much and learns nothing
     doremi_reference: str | None = None     # run whose losses the proxy's are compared with
@@ -63,6 +93,22 @@ def matrix_metrics(kind, A, names):
             # JSON has no nan.
             metrics[f'mixture/{kind}_{evaluated}_{trained}'] = value if np.isfinite(value) else None
     return metrics
+
+
+def aioli_settings(config):
+    """Aioli's knobs with the published setting, scaled to mixture_interval, in place of None."""
+    n_sources = sum(weight > 0 for weight in config['sources'].values())
+    published = rules.aioli_published(n_sources)
+    sweeps, steps = rules.aioli_exploration(
+        n_sources, config['mixture_interval'], config['aioli_sweeps'], config['aioli_steps'])
+    factor = config['one_hot_factor']
+    if factor is None:
+        rows = steps * (config['total_batch_tokens'] // config['block_size'])
+        factor = rules.aioli_factor(n_sources, rows)
+    ema = published['ema'] if config['aioli_ema'] is None else config['aioli_ema']
+    return dict(
+        aioli_sweeps=sweeps, aioli_steps=steps, one_hot_factor=factor, aioli_ema=ema,
+        mixture_eta=rules.eta_of(config))
 
 
 # -- Skill-It and Aioli ----------------------------------------------------------------------------
@@ -124,6 +170,19 @@ def check_names(weights, names):
             "continue with --mixture=fixed.")
 
 
+def within_epochs(training, step, asked):
+    """The weights `asked`, lowered where they would break max_epochs if they stayed from `step` on.
+
+    asked: dict source -> share. Returns (weights, names of the sources that were lowered).
+    """
+    caps = epoch_caps(training, step)
+    over = [name for name in training.names if asked[name] > caps[name] + 1e-9]
+    # When all sources are used up, there is no bound that could be scaled to a sum of 1.
+    if not over or not sum(caps.values()) > 0:
+        return asked, []
+    return rules.project(asked, dict.fromkeys(training.names, 0.0), caps), over
+
+
 class Online:
     """What Skill-It and Aioli share: validation losses, weights within max_epochs, and metrics."""
 
@@ -177,13 +236,9 @@ class Online:
     def apply(self, step, asked, metrics, start):
         """Gives the loader the weights `asked`, within max_epochs. Returns all metrics to log."""
         training = self.training
-        caps = epoch_caps(training, step)
-        over = [name for name in training.names if asked[name] > caps[name] + 1e-9]
-        # When all sources are used up, there is no bound that could be scaled to a sum of 1.
-        if over and sum(caps.values()) > 0:
-            asked = rules.project(asked, dict.fromkeys(training.names, 0.0), caps)
-            if training.run.is_master:
-                tqdm.write(f'step {step}: max_epochs limits the weights of {", ".join(over)}')
+        asked, over = within_epochs(training, step, asked)
+        if over and training.run.is_master:
+            tqdm.write(f'step {step}: max_epochs limits the weights of {", ".join(over)}')
         set_weights(training.loader, asked)
         # The method continues from its own weights, not from those that max_epochs has lowered.
         for name, weight in self.state['weights'].items():
@@ -246,6 +301,18 @@ class Aioli(Online):
             raise BadInput(
                 f'aioli explores for {self.explored} steps, and the run has only '
                 f'{training.n_steps}.')
+        if training.run.is_master:
+            share = self.explored / config['mixture_interval']
+            print(
+                f"aioli: {self.explored} of the {config['mixture_interval']} steps of a round "
+                f"explore ({share:.2f}), aioli_sweeps = {config['aioli_sweeps']} times "
+                f"aioli_steps = {config['aioli_steps']} on mixtures with one_hot_factor = "
+                f"{config['one_hot_factor']:g}; mixture_eta = {config['mixture_eta']:g}, "
+                f"aioli_ema = {config['aioli_ema']:g}.")
+            if share > 0.3:
+                print(
+                    f'warning: aioli explores {share:.2f} of every round, and 0.13 to 0.29 are '
+                    'published. Raise mixture_interval, or lower aioli_sweeps or aioli_steps.')
 
     def due(self, step):
         config = self.training.config
@@ -536,7 +603,8 @@ class DoGE(Proxy):
         self.flops += n_tokens * flops_per_token(training.model.config, config['block_size'])
         products = {name: before[name] * factor for name in self.names}
         self.weights, self.rule, _ = rules.update_doge(
-            self.weights, products, norms, self.rule, self.lr, rules.eta_of(config))
+            self.weights, products, norms, self.rule,
+            rules.doge_learning_rate(self.lr, config['learning_rate']), rules.eta_of(config))
         return rows if by_source else None
 
     def backward(self, rows, n_tokens):

@@ -6,12 +6,26 @@ block). With z-scores over the micro-batches of the step, micro-batch i has the 
 z)_i instead of 1 / n. tau > 0 prefers what is new to the model, tau < 0 what is not. tau = 0 is
 plain accumulation, in one process bit for bit. There is no second backward pass.
 
+Let g_i be the gradient of micro-batch i's own mean loss, w_i its weight, v_i its share of the
+step's supervised tokens, and n the number of micro-batches. The gradient of the step is
+
+    presence_sum='tokens'           the sum of n * w_i * v_i * g_i
+    presence_sum='micro_batches'    the sum of w_i * g_i, as in the paper
+
+Both are the same where all micro-batches have equally many supervised tokens. 'tokens' is the
+default, because equal weights then give the mean loss per token that a run without PRESENCE
+minimises. In the paper's sum a token counts more in a micro-batch that has few.
+
+presence_permute is a control. It gives the weights of a step to its micro-batches in random order.
+What a run still gains or loses then does not come from the scores.
+
 A micro-batch is the rows of all ranks together. Under FSDP2 its gradient is reduced before it is
 weighted, so s is the norm of the full gradient and does not depend on the number of ranks.
 """
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -39,6 +53,11 @@ class PresenceConfig:
                                     # 10 % of the run
     presence_layers: one_of('last', 'all', 'first', 'embedding+head') = 'first'     # parameters
                                     # that the self-influence is taken of
+    presence_sum: one_of('tokens', 'micro_batches') = 'tokens'      # what counts alike at equal
+                                    # weights. micro_batches: the paper's sum. They differ where
+                                    # micro-batches have unequal numbers of supervised tokens
+    presence_permute: bool = False  # control: the weights of a step in random order. presence must
+                                    # be 'store'
 
 
 def tau_at(step, n_steps, config):
@@ -50,6 +69,14 @@ def tau_at(step, n_steps, config):
     if config['presence_schedule'] == 'cosine':
         return tau * math.cos(math.pi * step / max(1, n_steps - 1))
     return tau
+
+
+def order_of(n, seed, step):
+    """The random order in which presence_permute gives out n weights: (n,) int64.
+
+    It depends on these numbers alone, so all ranks and a resumed run have the same.
+    """
+    return np.random.default_rng((seed, step)).permutation(n)
 
 
 class Presence:
@@ -68,6 +95,8 @@ class Presence:
         self.training = training
         self.mode = training.config['presence']
         self.layers = training.config['presence_layers']
+        self.by_tokens = training.config['presence_sum'] == 'tokens'
+        self.permutes = training.config['presence_permute']
         self.n = grad_accum
         self.sigma = None               # deviation of the scores of the step before
         self.parameters = None          # set at the first step, when there is a model
@@ -75,6 +104,10 @@ class Presence:
             raise BadInput(
                 f"presence = '{self.mode}' weighs the micro-batches of a step against each other, "
                 f'and there is only {grad_accum}. Lower batch_size or raise total_batch_tokens.')
+        if self.permutes and self.mode != 'store':
+            raise BadInput(
+                f"presence_permute needs presence = 'store', not '{self.mode}': a micro-batch may "
+                'get the weight of a later one, and only store keeps its gradient until then.')
 
     def state_dict(self):
         return dict(n=self.n, layers=self.layers, sigma=self.sigma)
@@ -92,6 +125,7 @@ class Presence:
         if self.parameters is None:
             self.find_parameters()
         self.tau = tau_at(step, self.training.n_steps, self.training.config)
+        self.step = step
         self.shares = [n / sum(n_valid) for n in n_valid]
         self.at = 0                     # number of the micro-batch
         self.kept = []                  # gradients: of all micro-batches, or their running sum
@@ -124,6 +158,11 @@ class Presence:
             return
         # .grad is per token of the step. The score is that of the micro-batch's mean loss.
         self.scores.append(score / share**2)                   # () fp64
+        if not self.by_tokens:
+            # From share * g to g / n: what `finish` multiplies by n * weight.
+            n = sum(share > 0 for share in self.shares)
+            for gradient in gradients:
+                local_tensor(gradient).div_(n * share)
         if self.mode == 'store':
             self.kept.append(gradients)
             return
@@ -161,11 +200,17 @@ class Presence:
         # `add` has used the deviation of the step before, and the logged weights must agree.
         used = self.sigma if self.mode == 'stream' else sigma
         x = scores * (self.tau / used) if used else torch.zeros_like(scores)
-        weights = x.softmax(0).tolist()
+        weights = x.softmax(0)
+        factors = (x - x.max()).exp()
+        # n * softmax, exactly 1 when all are equal
+        factors = factors / factors.mean()
+        if self.permutes:
+            order = order_of(len(x), self.training.config['seed'], self.step)
+            order = torch.from_numpy(order).to(x.device)
+            weights = weights[order]
+            factors = factors[order]
+        weights = weights.tolist()
         if self.mode == 'store':
-            factors = (x - x.max()).exp()
-            # n * softmax, exactly 1 when all are equal
-            factors = factors / factors.mean()
             accumulate(self.kept[0], [], factors[0], factors[0])
             for gradients, factor in zip(self.kept[1:], factors[1:], strict=True):
                 accumulate(self.kept[0], gradients, torch.ones_like(factor), factor)
@@ -175,10 +220,14 @@ class Presence:
         for p, gradient in zip(self.parameters, self.kept[0], strict=True):
             p.grad = gradient
         self.kept = []
+        metrics = {}
+        if self.permutes:
+            # Without the permutation it would be the largest weight (tau > 0) or the smallest one.
+            metrics['presence/weight_of_highest_score'] = weights[scores.argmax().item()]
         for i, share in enumerate(self.shares):
             if not share:
                 weights.insert(i, 0.0)
-        metrics = {
+        metrics |= {
             'presence/tau': self.tau,
             'presence/effective_micro_batches': 1 / sum(w * w for w in weights),
             'presence/weight_entropy': -sum(w * math.log(w) for w in weights if w > 0),

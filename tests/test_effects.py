@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+import methods
 from configurator import BadInput, configure_script
 from lib import effects
 from lib.schedule import count_steps
@@ -35,7 +36,7 @@ def warnings_of_config(config, defaults):
     n_warmup = config['warmup_steps']
     if config['warmup_frac'] is not None:
         n_warmup = round(config['warmup_frac'] * n_steps)
-    return effects.check(config, defaults, n_steps, n_warmup)
+    return effects.check(methods.as_published(config), defaults, n_steps, n_warmup)
 
 
 EXPERTS = ['--n_expert=4', '--n_expert_active=2', '--expert_ffn_dim=8']
@@ -76,7 +77,12 @@ INFLUENCE = ['--mixture=influence', '--mixture_interval=10', "--probe={'m': 1.0}
     ([*INFLUENCE, '--warmup_steps=95'], 'mixture_warmup = None \\(here 95\\)'),
     (['--select=online', '--mixture_interval=100'], "select = 'online' NEVER measures"),
     (['--mixture=skillit', '--mixture_interval=100'], 'its weights are those of the graph alone'),
-    (['--mixture=aioli', '--mixture_interval=40', '--mixture_warmup=50'], 'NEVER measures'),
+    (['--mixture=aioli', '--mixture_interval=40', '--mixture_warmup=50', '--aioli_steps=4',
+      '--aioli_sweeps=4'], 'NEVER measures'),
+    (['--mixture=ado', '--mixture_interval=60', '--mixture_warmup=31'], 'NEVER measures'),
+    (['--mixture=natural', '--weigh_by=size'], 'which has weights of its own'),
+    (['--mixture=natural', '--max_epochs=2'], 'max_epochs = 2 has no effect'),
+    (['--mixture_schedule=s'], "without mixture = 'schedule'"),
     (['--mixture=doge', '--mixture_interval=200'], 'doge logs no matrix A'),
     (['--mixture_rows=8'], 'without mixture = skillit, aioli or doge'),
     (['--mixture=doremi', '--max_epochs=2'], 'max_epochs = 2 has no effect'),
@@ -104,6 +110,8 @@ def test_a_knob_without_effect_is_named(defaults, arguments, words):
     ["--probe={'m': 1.0}"], [*INFLUENCE, '--mixture_eta=1', '--max_epochs=None', '--probe_rows=8'],
     ['--mixture=skillit', '--mixture_interval=10', '--mixture_rows=8', '--skillit_graph=g'],
     ['--mixture=aioli', '--mixture_interval=40', '--mixture_warmup=0', '--one_hot_factor=0.6'],
+    ['--mixture=ado', '--mixture_interval=60', '--mixture_warmup=30', '--max_epochs=1'],
+    ['--mixture=unimax', '--max_epochs=1'], ['--mixture=schedule', '--mixture_schedule=s'],
     ['--mixture=doge', '--mixture_interval=20'], ['--stop_step=100'], ['--keep_every=50'],
     ['--select=scores', '--select_keep=0.5'], ['--warmup_steps=99'],
     ['--select=online', '--mixture_interval=9', '--influence_scaling=datainf',

@@ -119,6 +119,45 @@ def test_doge_of_the_public_code(cases):
         assert listed(weights) == pytest.approx(case['p_next'], abs=1e-9)
 
 
+def test_published_settings_scale_to_the_run():
+    """The published rounds give the published numbers, and rounds of other lengths explore a share
+    between the published ones.
+    """
+    assert rules.aioli_exploration(2, 250) == (4, 4)
+    assert rules.aioli_exploration(3, 250) == (4, 6)
+    for m in (2, 3, 4, 5, 7, 10):
+        for interval in (50, 100, 250, 1000, 2000):
+            sweeps, steps = rules.aioli_exploration(m, interval)
+            share = sweeps * steps * m / interval
+            assert 0.1 <= share <= 0.29, (m, interval, sweeps, steps)
+            assert rules.aioli_published(m)['one_hot_factor'] > 1 / m
+    assert rules.aioli_exploration(3, 100, sweeps=2) == (2, 4)
+    assert rules.aioli_exploration(3, 100, steps=3) == (3, 3)
+    # The published batches have 8 rows, 5 and 3 of them for two sources.
+    assert [rules.aioli_factor(m, 8) for m in (2, 3, 7)] == [0.625, 0.5, 0.75]
+    # Of 4 rows 2.5 and 1.5 may be two and two.
+    assert rules.aioli_factor(2, 4) == 0.75 and rules.aioli_factor(2, 1) == 1
+    sources = {'a': 1.0, 'b': 0.5, 'c': 2.0, 'off': 0.0}
+    knobs = dict(mixture='aioli', mixture_eta=None, sources=sources)
+    assert rules.eta_of(knobs) == 0.1 and rules.eta_of({**knobs, 'mixture_eta': 3.0}) == 3.0
+    # DoGE's published rate falls from 5e-4, whatever the peak of this run's optimizer.
+    assert rules.doge_learning_rate(1e-2, 1e-2) == rules.doge_learning_rate(4e-3, 4e-3) == 5e-4
+    assert rules.doge_learning_rate(2e-3, 1e-2) == pytest.approx(1e-4)
+    assert rules.doge_learning_rate(0.0, 0.0) == 0
+
+
+def test_aiolis_defaults_are_the_published_ones_of_the_run(tmp_path, data, capsys):
+    """Three sources in rounds of 40 steps: 3 sweeps of a step on mixtures with 0.5 of a source."""
+    run = train(tmp_path / 'run', data, **{**LOOP, 'mixture': 'aioli', 'mixture_interval': 40})
+    said = capsys.readouterr().out
+    assert '9 of the 40 steps of a round explore (0.23)' in said
+    assert 'mixture_eta = 0.1, aioli_ema = 0.5' in said
+    assert run[49]['mixture/explored_steps'] == 9
+    explored = [run[step]['mixture/weight_a'] for step in range(40, 49)]
+    assert sorted(explored)[-3:] == pytest.approx([0.5] * 3, abs=1e-6)
+    assert sorted(explored)[:6] == pytest.approx([0.25] * 6, abs=1e-6)
+
+
 def test_aioli_uses_the_mixtures_that_were_trained_on():
     """Rows are whole, so shares differ from what was asked; a linear world is recovered from what
     they were.
@@ -141,7 +180,7 @@ def test_aioli_uses_the_mixtures_that_were_trained_on():
 METHODS = dict(
     skillit={},
     aioli=dict(aioli_sweeps=2, aioli_steps=2, one_hot_factor=0.5, mixture_eta=1.0),
-    doge={},
+    doge=dict(mixture_eta=1000.0),
     doremi={},
 )
 LOOP = dict(
@@ -282,9 +321,10 @@ def test_two_ranks_weigh_as_one_process_does(tmp_path, data, needed, method):
     assert compared > 80
 
 
-def test_doges_step_is_its_formula(tmp_path, data):
+@pytest.mark.parametrize('learning_rate', [1e-9, 1e-2])
+def test_doges_step_is_its_formula(tmp_path, data, learning_rate):
     """One step from equal weights: products and norms by autograd on each source's rows alone, then
-    the published rule.
+    the published rule. The optimizer's learning rate has no part in it.
     """
     import torch
 
@@ -299,15 +339,17 @@ def test_doges_step_is_its_formula(tmp_path, data):
         'warmup_steps': 0,
         'grad_clip': 0.5,
         'save_interval': 1,
-        'learning_rate': 1e-9,
+        'learning_rate': learning_rate,
         'min_lr_frac': 1.0,
-        'mixture_eta': 1e9,
+        'mixture_eta': 2000.0,
         'schedule': 'constant',
         'weight_decay': 0.0,
     }
     logged = train(tmp_path / 'run', data, **knobs)[0]
+    # The model before its step: with a rate that moves nothing.
+    train(tmp_path / 'start', data, **{**knobs, 'learning_rate': 1e-9})
     model, _, _ = open_model(
-        str(tmp_path / 'run'), torch.device('cpu'), torch.float32, needs_tokenizer=False
+        str(tmp_path / 'start'), torch.device('cpu'), torch.float32, needs_tokenizer=False
     )
     for p in model.parameters():
         p.requires_grad_(True)
@@ -336,8 +378,8 @@ def test_doges_step_is_its_formula(tmp_path, data):
         {n: float(g @ val_g) for n, g in zip(names, train_g, strict=False)},
         {n: float(g.norm()) for n, g in zip(names, train_g, strict=False)},
         {},
-        1e-9,
-        1e9,
+        5e-4,
+        2000.0,
     )
     assert [logged[f'mixture/asked_{n}'] for n in names] == pytest.approx(
         list(expected.values()), abs=1e-4
@@ -361,8 +403,8 @@ def test_doges_step_is_its_formula(tmp_path, data):
         (
             dict(mixture='skilit'),
             [
-                "mixture = 'skilit' must be one of fixed, stratified, influence, skillit, aioli, "
-                'doge, doremi'
+                "mixture = 'skilit' must be one of fixed, stratified, natural, unimax, schedule, "
+                'influence, ado, skillit, aioli, doge, doremi'
             ],
         ),
     ],

@@ -32,11 +32,11 @@ def test_a_micro_batch_without_a_counted_token_has_no_part(mode):
     assert all(torch.allclose(gradient[name], g, rtol=1e-9) for name, g in without[1].items())
 
 
-def accumulate(model, parts, mode, tau, sigma=None):
+def accumulate(model, parts, mode, tau, sigma=None, step=0, **knobs):
     """One step of micro-batches: (what finish logs, name -> gradient, the object)."""
-    taker = presence_of(model, mode, len(parts), sigma, presence_tau=tau)
+    taker = presence_of(model, mode, len(parts), sigma, presence_tau=tau, **knobs)
     n = [(targets >= 0).sum().item() for _, targets, _ in parts]
-    taker.begin(0, 1e-3, n)
+    taker.begin(step, 1e-3, n)
     for inputs, targets, doc_ids in parts:
         loss, losses, _ = model.loss(inputs, targets, doc_ids=doc_ids)
         (loss / sum(n)).backward()
@@ -56,6 +56,9 @@ def presence_of(model, mode, n, sigma=None, layers='first', **knobs):
             presence_tau=1.0,
             presence_schedule='constant',
             presence_switch=None,
+            presence_sum='tokens',
+            presence_permute=False,
+            seed=7,
         )
         | knobs
     )
@@ -65,12 +68,10 @@ def presence_of(model, mode, n, sigma=None, layers='first', **knobs):
     return taker
 
 
-@pytest.mark.parametrize('tau', [1.0, -1.0, 0.3])
-def test_store_is_the_algorithm_by_hand(tau):
-    """softmax of the z-scored squared norms of the first block's mean gradients; micro-batches have
-    different numbers of tokens.
+def by_hand(model, parts, tau):
+    """Mean gradients g of micro-batches, a list of dicts, their tokens n (k,), their scores s (k,)
+    and their weights w (k,): softmax of the z-scored squared norms of the first block's g.
     """
-    model, parts = tiny(qk_norm=True), batches(6, rows=3, seed=4)
     g = [brute_force(model, [part], 'all') for part in parts]
     n = np.array([(targets >= 0).sum().item() for _, targets, _ in parts])
     s = np.array(
@@ -80,16 +81,83 @@ def test_store_is_the_algorithm_by_hand(tau):
         ]
     )
     e = np.exp(tau * (s - s.mean()) / s.std())
-    w = e / e.sum()
+    return g, n, s, e / e.sum()
+
+
+def assert_is_sum(gradient, factors, g):
+    """Whether the gradient (name -> tensor) is the sum of factors[i] * g[i]."""
+    for name in gradient:
+        expected = sum(factor * by_name[name] for factor, by_name in zip(factors, g, strict=True))
+        assert (gradient[name] - expected).norm() < 1e-10 * expected.norm(), name
+
+
+@pytest.mark.parametrize('tau', [1.0, -1.0, 0.3])
+def test_store_is_the_algorithm_by_hand(tau):
+    """Micro-batches have different numbers of tokens."""
+    model, parts = tiny(qk_norm=True), batches(6, rows=3, seed=4)
+    g, n, s, w = by_hand(model, parts, tau)
     log, gradient, _ = accumulate(model, parts, 'store', tau)
     assert [log[f'presence/weight_{i}'] for i in range(6)] == pytest.approx(w.tolist(), rel=1e-9)
     assert log['presence/effective_micro_batches'] == pytest.approx(1 / (w**2).sum()) and log[
         'presence/self_influence'
     ] == pytest.approx(s.mean())
     assert log['presence/weight_entropy'] == pytest.approx(-(w * np.log(w)).sum())
-    for name in gradient:
-        expected = sum(6 * w[i] * n[i] / n.sum() * g[i][name] for i in range(6))
-        assert (gradient[name] - expected).norm() < 1e-10 * expected.norm(), name
+    assert_is_sum(gradient, 6 * w * n / n.sum(), g)
+
+
+@pytest.mark.parametrize('mode', ['store', 'stream'])
+def test_the_papers_sum_counts_micro_batches_alike(mode):
+    """presence_sum='micro_batches' is the sum of w g, whatever the numbers of tokens."""
+    model, parts = tiny(), batches(5, rows=3, seed=4)
+    parts[0][1][:2] = -1            # a third of the tokens of the others, about
+    g, n, s, w = by_hand(model, parts, 1.0)
+    assert n[0] < 0.5 * n[1]
+    options = dict(sigma=s.std(), presence_sum='micro_batches')
+    log, gradient, _ = accumulate(model, parts, mode, 1.0, **options)
+    assert [log[f'presence/weight_{i}'] for i in range(5)] == pytest.approx(w.tolist(), rel=1e-9)
+    assert_is_sum(gradient, w, g)
+    # Plain accumulation is another sum, with equal weights, too.
+    _, gradient, _ = accumulate(model, parts, mode, 0.0, **options)
+    assert_is_sum(gradient, np.full(5, 1 / 5), g)
+    # A micro-batch without a supervised token has no part in it.
+    parts[2][1][:] = -1
+    _, gradient, _ = accumulate(model, parts, mode, 0.0, **options)
+    assert_is_sum(gradient, [1 / 4, 1 / 4, 0, 1 / 4, 1 / 4], g)
+
+
+@pytest.mark.parametrize('kind', ['tokens', 'micro_batches'])
+def test_permuted_weights_are_the_same_ones_in_another_order(kind):
+    model, parts = tiny(), batches(6, rows=3, seed=4)
+    g, n, s, w = by_hand(model, parts, 1.0)
+    knobs = dict(presence_permute=True, presence_sum=kind)
+    found = []
+    for step in range(4):
+        order = presence.order_of(6, 7, step)
+        log, gradient, _ = accumulate(model, parts, 'store', 1.0, step=step, **knobs)
+        applied = [log[f'presence/weight_{i}'] for i in range(6)]
+        # What is logged is what was applied, and its figures are those of the weights by score.
+        assert applied == pytest.approx(w[order].tolist(), rel=1e-9)
+        assert log['presence/weight_of_highest_score'] == applied[s.argmax()]
+        assert log['presence/effective_micro_batches'] == pytest.approx(1 / (w**2).sum())
+        factors = w[order] if kind == 'micro_batches' else 6 * w[order] * n / n.sum()
+        assert_is_sum(gradient, factors, g)
+        again = accumulate(model, parts, 'store', 1.0, step=step, **knobs)[1]
+        assert all(torch.equal(gradient[name], again[name]) for name in gradient)
+        found.append(tuple(order))
+    assert len(set(found)) > 2
+    assert tuple(presence.order_of(6, 8, 0)) != found[0]
+    # A micro-batch without a supervised token keeps its weight of 0.
+    parts[1][1][:] = -1
+    log = accumulate(model, parts, 'store', 1.0, **knobs)[0]
+    w = by_hand(model, parts[:1] + parts[2:], 1.0)[3][presence.order_of(5, 7, 0)]
+    applied = [log[f'presence/weight_{i}'] for i in range(6)]
+    assert applied == pytest.approx([w[0], 0, *w[1:]], rel=1e-9)
+
+
+def test_a_permutation_takes_every_weight_everywhere():
+    places = np.array([presence.order_of(8, 1337, step) for step in range(4000)])
+    counts = np.array([np.bincount(column, minlength=8) for column in places.T])
+    assert np.abs(counts / 4000 - 1 / 8).max() < 0.025        # 5 standard deviations
 
 
 def test_stream_equals_store_for_an_equal_deviation():
@@ -138,6 +206,23 @@ def test_tau_over_time():
     )
 
 
+def test_a_permuted_run_resumes_to_the_bit(tiny_data, tmp_path):
+    knobs = dict(
+        total_batch_tokens=256, batch_size=4, presence='store', presence_permute=True,
+        presence_sum='micro_batches', schedule='constant')
+    whole = train(tmp_path / 'whole', tiny_data, **knobs)
+    train(tmp_path / 'cut', tiny_data, **{**knobs, 'max_steps': 8})
+    resumed = train(tmp_path / 'cut', tiny_data, **knobs, resume=True)
+    for s in (8, 11):
+        assert resumed[s]['train/loss'] == whole[s]['train/loss']
+        assert resumed[s]['presence/weight_0'] == whole[s]['presence/weight_0']
+    # The weights are those of a run without the permutation at the first step, not later.
+    straight = train(tmp_path / 'straight', tiny_data, **{**knobs, 'presence_permute': False})
+    assert whole[11]['train/loss'] != straight[11]['train/loss']
+    weights = [[run[0][f'presence/weight_{i}'] for i in range(4)] for run in (whole, straight)]
+    assert weights[0] == [weights[1][i] for i in presence.order_of(4, 1337, 0)]
+
+
 @pytest.mark.parametrize('mode', ['store', 'stream'])
 def test_in_a_training_run(tiny_data, tmp_path, mode):
     """tau = 0 is plain accumulation bit for bit; another tau is not; two ranks equal one; a resumed
@@ -167,11 +252,13 @@ def test_in_a_training_run(tiny_data, tmp_path, mode):
         } == {k: v for k, v in whole[s].items() if k.startswith(('train/loss', 'presence'))}
 
 
-def test_two_ranks_weigh_as_one(tiny_data, tmp_path):
+@pytest.mark.parametrize('mode, permute', [('stream', False), ('store', True)])
+def test_two_ranks_weigh_as_one(tiny_data, tmp_path, mode, permute):
     """8 rows of one rank in a micro-batch, or 4 of each of two: the same micro-batches, the same
-    weights.
+    weights in the same order.
     """
-    knobs = dict(total_batch_tokens=512, presence='stream', max_steps=6)
+    knobs = dict(
+        total_batch_tokens=512, presence=mode, presence_permute=permute, max_steps=6)
     one = train(tmp_path / 'one', tiny_data, **knobs, batch_size=8)
     two = train(tmp_path / 'two', tiny_data, ranks=2, **knobs, batch_size=4)
     for s in range(6):
@@ -185,6 +272,8 @@ def test_mistakes(tiny_data, tmp_path):
     for changes, message in (
         (dict(presence='store', total_batch_tokens=32), 'only 1'),
         (dict(presence='on'), 'off, store, stream'),
+        (dict(presence='stream', presence_permute=True), "presence_permute needs .*'store'"),
+        (dict(presence='store', presence_sum='rows'), 'tokens, micro_batches'),
         (dict(presence='store', presence_layers='top'), "presence_layers = 'top'"),
         (dict(presence='store', presence_schedule='linear'), 'constant, two_stage, cosine'),
     ):

@@ -27,11 +27,10 @@ warmup_steps = 20
 schedule = 'cosine'
 weight_decay = 0.01
 
-mixture_interval = 100               # a round of aioli explores for 4 * 4 * 3 of these steps
+mixture_interval = 100               # a round of aioli explores for 4 * 2 * 3 of these steps
 mixture_warmup = 0
 max_epochs = None
 mixture_rows = 96
-one_hot_factor = 0.5                 # the favoured source has 8 of a batch's 16 rows
 
 log_interval = 1
 eval_interval = 300
