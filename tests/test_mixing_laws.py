@@ -11,6 +11,7 @@ from scipy.optimize import least_squares
 
 from configurator import BadInput
 from tests.conftest import SHARED, run_here
+from tools import best_mixture, regmix
 from tools import mixing_laws as laws
 
 REFERENCE = SHARED.parent / 'reference'
@@ -64,7 +65,7 @@ def test_static_fits_are_as_good_as_the_published_ones(name):
     if 'optimum_410M_60000' in fits:
         three = [laws.fit_law(*table_of(data['runs']['410M'], i, '60000')) for i in range(3)]
         published = fits['optimum_410M_60000']['p']
-        assert laws.optimum(three) == pytest.approx(published, abs=1e-3)
+        assert best_mixture.optimum(three) == pytest.approx(published, abs=1e-3)
 
 
 @pytest.mark.parametrize('name, mean, linear', [('5Mix', 0.980, 0.810), ('RedPajama', None, None)])
@@ -119,9 +120,9 @@ def test_the_optimum_of_two_groups_has_a_closed_form():
     case = reference('mixing_update_cases.json')['static_optimum_m2']
     first = laws.Law(1.0, case['b1'], np.array([case['k1']]))
     second = laws.Law(1.0, case['b2'] + case['k2'], np.array([-case['k2']]))
-    assert laws.optimum([first, second])[0] == pytest.approx(case['p'], abs=1e-6)
+    assert best_mixture.optimum([first, second])[0] == pytest.approx(case['p'], abs=1e-6)
     useless = laws.Law(1.0, -1.0, np.array([0.0]))
-    assert laws.optimum([first, useless]) == pytest.approx([1, 0], abs=1e-6)
+    assert best_mixture.optimum([first, useless]) == pytest.approx([1, 0], abs=1e-6)
 
 
 def test_similarity_cases():
@@ -197,12 +198,12 @@ def test_regression_by_trees_ranks_the_published_runs():
 
     p, y = part('train_1m')
     test_p, test_y = part('test_1m')
-    predicted = laws.fit_trees(p, y).predict(test_p)
+    predicted = regmix.fit_trees(p, y).predict(test_p)
     fits = data['reference_fit']['per_loss']['pile_cc']
     expected = fits['lgbm_1000_no_early_stop']['test_1m']['spearman']
     assert laws.spearmanr(predicted, test_y).statistic > expected - 0.004
     optimum = data['reference_optimum_pile_cc']
-    assert laws.regmix(p, y, optimum['prior']) == pytest.approx(optimum['ours'], abs=0.03)
+    assert regmix.regmix(p, y, optimum['prior']) == pytest.approx(optimum['ours'], abs=0.03)
 
 
 # -- the command line ----------------------------------------------------------------------------
@@ -243,7 +244,7 @@ def test_the_report_of_a_table(tmp_path):
     found = json.loads((tmp_path / 't_static.json').read_text())
     assert found['seed_noise']['sd'] == pytest.approx([0.003] * 3, rel=0.5)
     best = found['optimum']
-    assert best['p'] == pytest.approx(laws.optimum(WORLD), abs=0.03)
+    assert best['p'] == pytest.approx(best_mixture.optimum(WORLD), abs=0.03)
     for low, p, high in zip(best['low'], best['p'], best['high'], strict=True):
         assert low <= p <= high and high - low < 0.2
     assert {fit['seed'] for fit in found['fits']} == {0, 1, 2, 'all'}

@@ -17,7 +17,20 @@ import pytest
 
 from configurator import BadInput
 from tests.conftest import ROOT, SHARED, TINY, metrics, run, run_here
-from tools.sweep import dirichlet_mixtures, grid_mixtures, train_config
+from tools import regmix
+from tools.mixture_reuse import KEPT
+from tools.runs import Row, Table
+from tools.sweep import (
+    Search,
+    default_n,
+    dirichlet_mixtures,
+    fitted_mixture,
+    grid_mixtures,
+    make_design,
+    matched_rows,
+    olmix_limits,
+    train_config,
+)
 
 KNOBS = {
     **TINY, 'sources': {'a': 1.0, 'b': 1.0}, 'max_steps': 12, 'eval_interval': 12,
@@ -114,20 +127,134 @@ def test_children_continue_a_methods_run_after_a_kill(tmp_path, tiny_data):
 
 
 def test_phases_leave_a_config_that_train_py_takes(tmp_path, tiny_data):
-    done = run(command(tiny_data, tmp_path / 'out', 'method', '--method=doremi'))
+    """The proxies have a part of the sources and of the learning rate, the result has not."""
+    done = run(command(
+        tiny_data, tmp_path / 'out', 'method', '--method=doremi', '--match_repetition=7680',
+        '--proxy_lr_frac=0.1'))
     assert done.returncode == 0, done.stderr
-    weights = train_config([str(tmp_path / 'out' / 'mixture.py')])['sources']
+    for name in ('reference', 'proxy'):
+        config = json.loads((tmp_path / 'out' / name / 'config.json').read_text())
+        # 12 steps of 64 tokens are a tenth of 7,680 tokens, and 25 a tenth of 248 rows.
+        assert config['source_rows'] == {'a': 25, 'b': 25} and config['learning_rate'] == 0.001
+    config = train_config([str(tmp_path / 'out' / 'mixture.py')])
+    default = train_config([])
+    for name in ('source_rows', 'learning_rate'):
+        assert config[name] == default[name]
+    weights = config['sources']
     last = metrics(tmp_path / 'out' / 'proxy')[11]
     averages = {name: last[f'mixture/average_{name}'] for name in 'ab'}
     assert weights == pytest.approx(averages, abs=1e-6)
     # The cost is the reference, the proxy, and the reference's forward pass beside the proxy.
-    cost = json.loads((tmp_path / 'out' / 'cost.json').read_text())['share_of_this_run']
-    assert cost == pytest.approx(1 + 1 + 1 / 3, rel=0.01)
+    cost = json.loads((tmp_path / 'out' / 'cost.json').read_text())
+    assert cost['share_of_this_run'] == pytest.approx(1 + 1 + 1 / 3, rel=0.01)
+    assert cost['match_repetition'] == 7680
+    assert cost['share_of_target_run'] == pytest.approx(cost['share_of_this_run'] / 10)
 
     run_here(command(tiny_data, tmp_path / 'skillit', 'method', '--method=skillit', log_interval=5))
     graph = json.loads((tmp_path / 'skillit' / 'graph.json').read_text())['graph']
     only_a = metrics(tmp_path / 'skillit' / 'only_a')
     assert graph[0][1] == pytest.approx(1 - only_a[12]['val/loss_b'] / only_a[0]['val/loss_b'])
+
+
+def test_a_proxy_repeats_its_sources_as_the_target_run_will(tiny_data):
+    """For any weights, the epochs of a source are those of the target run to rounding."""
+    arguments = as_arguments({**KNOBS, 'data_dir': tiny_data})
+    config = train_config(arguments)
+    rows = matched_rows(config, ['a', 'b'], 768, 4 * 768)
+    for share in (0.1, 0.5, 0.9):
+        in_proxy = share * 768 / 16 / rows['a']
+        in_target = share * 4 * 768 / 16 / 248
+        assert in_proxy == pytest.approx(in_target, rel=0.01)
+    # A batch has 4 rows, and 248 * 768 / 48,000 rounds to that.
+    assert matched_rows(config, ['a'], 768, 48_000) == {'a': 4}
+    with pytest.raises(BadInput, match="leaves 3 of the 248 rows of source 'a'.* on 1,033 tokens"):
+        matched_rows(config, ['a'], 768, 64_000)
+    with pytest.raises(BadInput, match='match_repetition = 768 tokens, and a run .* on 768'):
+        matched_rows(config, ['a'], 768, 768)
+
+
+def test_all_runs_of_a_sweep_have_the_knobs_of_proxies(tmp_path, tiny_data):
+    """Children continue their parents' data, so both have the rows for a child's last step."""
+    out = tmp_path / 'out'
+    options = [
+        '--n=2', '--break_step=4', '--child_steps=2', '--slurm=True', '--match_repetition=3840',
+        '--proxy_lr_frac=0.5']
+    run_here(command(tiny_data, out, 'mixture', *options))
+    lines = (out / 'first.txt').read_text() + (out / 'then.txt').read_text()
+    for line in lines.splitlines():
+        config = train_config(shlex.split(line)[2:])
+        assert config['source_rows'] == {'a': 25, 'b': 25} and config['learning_rate'] == 0.005
+    assert len(lines.splitlines()) == 2 + 4
+
+
+def test_the_number_of_runs_is_linear_in_the_sources(tmp_path, tiny_data):
+    assert [default_n(m, '') for m in (2, 3, 24)] == [9, 12, 75]
+    assert [default_n(m, 'regmix') for m in (2, 24)] == [20, 75]
+    run_here(command(tiny_data, tmp_path / 'out', 'mixture', '--slurm=True'))
+    assert len((tmp_path / 'out' / 'first.txt').read_text().splitlines()) == 9
+
+
+def table_of_laws(n=24):
+    """Runs of two sources by a law: more of a source lowers its own loss. Half-way and at the end
+    of 12 steps, 'a' counts more, then less.
+    """
+    rows = []
+    for i, (a, b) in enumerate(dirichlet_mixtures(n, 2)):
+        loss = np.array([1 + np.exp(1 - 3 * a), 2 + np.exp(0.2 - b)])
+        middle = np.array([4 - a, 4 - 0.1 * b])
+        records = []
+        for step, losses in ((0, [5.0, 5.0]), (6, middle), (12, loss)):
+            named = {f'val/loss_{name}': x for name, x in zip('ab', losses, strict=True)}
+            records.append(dict(step=step, **named))
+        rows.append(Row(f'run{i}', np.array([a, b]), loss, records=records))
+    return Table(['a', 'b'], ['a', 'b'], rows)
+
+
+def test_methods_that_fit_runs_end_with_knobs_of_train_py(tmp_path, tiny_data, monkeypatch):
+    # The search of 100,000 mixtures takes 8 s.
+    monkeypatch.setattr(regmix.regmix_d, '__defaults__', (2000,))
+    table = table_of_laws()
+    config = train_config(as_arguments({**KNOBS, 'data_dir': tiny_data, 'max_epochs': 4.0}))
+    free = fitted_mixture(table, 'dml', Search('', 2, {}), str(tmp_path))['sources']
+    # A source of 248 rows of 16 tokens is at most 4 * 3,968 of 20,000 tokens.
+    found = {}
+    for kl in (0.0, 100.0):
+        search = Search('', 2, olmix_limits(config, ['b', 'a'], kl, 20_000))
+        knobs = fitted_mixture(table, 'olmix', search, str(tmp_path))
+        assert knobs['mixture'] == 'fixed'
+        found[kl] = knobs['sources']
+    assert free['a'] > 0.6
+    cap = 4 * 3968 / 20_000
+    assert found[0.0]['a'] == pytest.approx(min(free['a'], cap), abs=1e-3)
+    assert found[100.0]['a'] == pytest.approx(0.5, abs=0.01)        # both are equally large
+    with pytest.raises(BadInput, match='4 epochs of all sources are'):
+        olmix_limits(config, ['a', 'b'], 0.0, 1_000_000)
+    # For one source's loss alone its share goes to the cap.
+    search = Search('b', 2, olmix_limits(config, ['a', 'b'], 0.0, 20_000))
+    alone = fitted_mixture(table, 'olmix', search, str(tmp_path))['sources']
+    assert alone['b'] == pytest.approx(cap, abs=1e-3)
+
+    knobs = fitted_mixture(table, 'regmix_d', Search('', 2, {}), str(tmp_path))
+    assert knobs == dict(mixture='schedule', mixture_schedule=str(tmp_path / 'schedule.json'))
+    schedule = json.loads((tmp_path / 'schedule.json').read_text())
+    assert [point['share'] for point in schedule['points']] == [0.0, 0.5]
+    # In the first half 'a' gives 10 times as much.
+    assert schedule['points'][0]['weights']['a'] > 0.8
+
+
+def test_a_sweep_that_reuses_another_keeps_ratios(tmp_path):
+    plan = tmp_path / 'recompute.json'
+    plan.write_text(json.dumps(dict(frozen={'a': 0.75, 'b': 0.25}, sources=[KEPT, 'c'])))
+    design = make_design('dirichlet', None, [0], ['c', 'a', 'b'], '', str(plan))
+    mixtures = design.mixtures(['c', 'a', 'b'], 0)
+    assert len(mixtures) == 9           # of two sources, not of three
+    for mixture in mixtures:
+        assert list(mixture) == ['c', 'a', 'b']
+        assert sum(mixture.values()) == pytest.approx(1, abs=2e-6)
+        assert mixture['a'] == pytest.approx(3 * mixture['b'], abs=4e-6)
+    assert len({mixture['c'] for mixture in mixtures}) == 9
+    with pytest.raises(BadInput, match='do not have the same sources: only one has c'):
+        make_design('dirichlet', None, [0], ['a', 'b'], '', str(plan))
 
 
 def test_slurm_scripts_hold_every_run(tmp_path, tiny_data):
@@ -182,7 +309,13 @@ def test_a_finished_run_with_other_knobs_is_not_taken_for_this_one(tmp_path, tin
 @pytest.mark.parametrize('own, knobs, message', [
     (['method', '--method=doremi', '--slurm=True'], {}, 'phases wait for each other'),
     (['method', '--method=aioli'], {}, 'needs no other run'),
-    (['method', '--method=doreme'], {}, 'must be one of skillit, doge, doremi, dml, regmix'),
+    (['method', '--method=unimax'], {}, 'train.py --mixture=unimax. needs no other run'),
+    (['method', '--method=regmix', '--n=9', '--seeds=[0, 1]'], {}, '20 runs or more, .* makes 18'),
+    (['mixture', '--match_repetition=700'], {}, 'match_repetition = 700 tokens'),
+    (['mixture', '--match_repetition=7680'], dict(source_rows={'a': 9}), 'sets source_rows'),
+    (['mixture', '--proxy_lr_frac=0'], {}, 'proxy_lr_frac = 0.0 must'),
+    (['method', '--method=doreme'], {}, 'must be one of skillit, doge, doremi, dml, olmix'),
+    (['method', '--method=regmix_d'], {}, '4 stages need 5 .* eval_interval = 12 makes 2'),
     (['mixture', '--method=aioli'], {}, 'needs --break_step'),
     (['mixture'], dict(epochs=1.0), 'no epochs'),
     (['mixture', '--method=skillit', '--break_step=4', '--child_steps=2', '--slurm=True'], {},

@@ -1,4 +1,4 @@
-"""What the commands of this folder do with their command line."""
+"""What the commands of this folder do with their command line, and the tables that they print."""
 
 import sys
 
@@ -29,6 +29,17 @@ def warn_unused(arguments, names, why):
     for name in names:
         if name in given:
             print(f'warning: --{name} has no effect {why}.', file=sys.stderr)
+
+
+def print_table(header, rows):
+    """Prints a table. Floats have four digits, and None is printed as n/a."""
+    texts = [header]
+    for row in rows:
+        row = [f'{x:.4f}' if isinstance(x, float) else x for x in row]
+        texts.append(['n/a' if x is None else str(x) for x in row])
+    widths = [max(len(x) for x in column) for column in zip(*texts, strict=True)]
+    for row in texts:
+        print('  '.join(x.ljust(width) for x, width in zip(row, widths, strict=True)).rstrip())
 
 
 def check_text(name, text):

@@ -5,11 +5,17 @@
     python tools/mixing_laws.py a-star out/methods          # A* along the trajectory of a method
     python tools/mixing_laws.py sim out/methods             # how similar A* and the measured A are
     python tools/mixing_laws.py regmix out/sweep            # the best mixture by regression
+    python tools/mixing_laws.py regmix-d out/sweep          # a schedule, by regression on curves
+    python tools/mixing_laws.py recompute out/sweep --add="['pdf']"     # when sources change
     python tools/mixing_laws.py plot out/sweep              # figures of all that was fitted there
 
 The folder holds finished runs of train.py, which tools/sweep.py makes. It can also be a JSON table:
-{"groups": [...], "runs": [{"p": [...], "loss": [...], "seed": 0}, ...]}. fit-static also reports
-the best mixture. fit-dynamic and a-star fit short continuations, separately for each parent run.
+{"groups": [...], "runs": [{"p": [...], "loss": [...], "seed": 0}, ...]}, or two CSV files as Olmix
+publishes them: `fit-static ratios.csv metrics.csv`. A config file (.py) may set the knobs.
+
+fit-static also reports the best mixture (tools/best_mixture.py), and regmix and regmix-d choose one
+by trees (tools/regmix.py). fit-dynamic and a-star fit short continuations, separately for each
+parent run. recompute plans a smaller sweep (tools/mixture_reuse.py).
 
 Laws: Ye et al. 2024 (arXiv:2403.16952), Chen et al. 2024 (Aioli, arXiv:2411.05735). A_ij is what
 training on group j does for the loss of group i: positive entries lower it. Shares sum to 1, so a
@@ -24,21 +30,55 @@ from collections import namedtuple
 from dataclasses import dataclass, field
 
 import numpy as np
-from scipy.optimize import least_squares, minimize
+from scipy.optimize import least_squares
 from scipy.stats import spearmanr
 
 if __name__ == '__main__':
     import _path  # noqa: F401
 
-from configurator import BadInput, configure, did_you_mean, read_json
-from tools.commands import read_command, warn_unused
+from configurator import BadInput, at_least, between, configure, read_json
+from tools.best_mixture import (
+    Recipe,
+    check_points,
+    check_static,
+    check_target,
+    describe_columns,
+    find_columns,
+    make_recipe,
+    optimum,
+    report_optimum,
+)
+from tools.commands import print_table, read_command, warn_unused
+from tools.mixture_reuse import plan_reuse
+from tools.regmix import prior_of, regmix_d_runs, regmix_runs
 from tools.runs import read_table
 
 # -- knobs --
-huber = False                   # fit-static: Huber loss (delta 0.02) instead of squared errors
-target = ''                     # regmix: group whose loss is minimised; '': the mean over groups
+huber = False                   # Huber loss (delta 0.02) instead of squared errors
+families: dict[str, list] = {}  # CSV: losses that are means of metrics, {'math': ['minerva*'], ...}
+# -- the best mixture --
+kl: at_least(0.0) = 0.02        # nats of mean loss per nat of KL divergence from `natural`. 0: none
+natural: dict[str, float] = {}  # natural shares of the sources. {}: by `sizes`, else equal
+sizes: dict[str, int] = {}      # tokens of the sources. {}: as the data of the runs says
+max_epochs: at_least(0.001) | None = None   # passes over a source at most. None: no cap
+tokens: at_least(1) | None = None           # length of the target run, for max_epochs
+target = ''                     # group whose loss is minimised. '': the mean over groups
+# -- regmix and regmix-d --
+prior_strength: at_least(0.001) = 1.0       # sum of the parameters of the Dirichlet distribution of
+                                # natural shares that is searched. Equal shares: all mixtures alike
+stages: between(1, 100) = 4     # regmix-d: mixtures of a schedule
+# -- recompute --
+add: list[str] = []             # sources that are new
+drop: list[str] = []            # sources that are no longer used
+free: list[str] = []            # sources of the sweep whose share is chosen anew, such as revised
+                                # ones. The others keep the ratios of the best mixture
 
-COMMANDS = ('fit-static', 'fit-dynamic', 'a-star', 'sim', 'regmix', 'plot')
+# Command -> the knobs that it reads.
+RECIPE = ('huber', 'families', 'target', 'kl', 'natural', 'sizes', 'max_epochs', 'tokens')
+TREES = ('families', 'natural', 'sizes', 'target', 'prior_strength')
+USED = {
+    'fit-static': RECIPE, 'fit-dynamic': (), 'a-star': (), 'sim': (), 'regmix': TREES,
+    'regmix-d': (*TREES, 'stages'), 'recompute': (*RECIPE, 'add', 'drop', 'free'), 'plot': ()}
 
 # Bound of the exponents. Without it, the exponent of a group that hardly any run contains diverges.
 BOUND = 80.0
@@ -198,31 +238,6 @@ def polish(X, y, s, huber=None):
     return Law(float(q[0]), float(q[1]), q[2:])
 
 
-def check_points(p, losses, what, n_parameters):
-    """Raises BadInput unless the runs determine a law's parameters with one run to spare.
-
-    p (n, m), losses (n,) or (n, k), what: name of the fit.
-    """
-    n, m = p.shape
-    if m < 2:
-        raise BadInput(f'{what}: a law of mixtures needs two groups or more, there is {m}.')
-    finite = np.isfinite(losses.reshape(n, -1)).all(1)
-    if not finite.all():
-        wrong = ', '.join(str(i) for i in np.flatnonzero(~finite))
-        raise BadInput(f'{what}: the loss of run(s) {wrong} (counted from 0) is not finite.')
-    if n <= n_parameters:
-        raise BadInput(
-            f'{what}: {n} runs for the {n_parameters} parameters of the law with {m} groups. It '
-            f'takes {n_parameters + 1} at least, and two to three times as many to be useful.')
-    # Shares sum to 1, so they vary in m - 1 directions at most.
-    rank = np.linalg.matrix_rank(p - p.mean(0), tol=1e-6)
-    if rank < m - 1:
-        equal = ' (they are all equal)' if rank == 0 else ''
-        raise BadInput(
-            f'{what}: the mixtures vary in {rank} direction(s){equal}, {m} groups need {m - 1}. '
-            'Add other mixtures.')
-
-
 def fit_law(p, y, huber=None):
     """Fits one Law to mixtures p (n, m) and losses y (n,) in nats, without a report.
 
@@ -238,15 +253,20 @@ def fit_law(p, y, huber=None):
 def refit(p, y, w, law, huber=None, n_starts=6):
     """Fits S laws to weighted runs, each from the given law and a few other starts.
 
-    w (S, n) weights of the runs, where 0 leaves a run out.
+    w (S, n) weights of the runs, where 0 leaves a run out. law: None starts at random points only.
     Returns predictions (S, n) for all runs, and (c (S,), log_b (S,), s (S, d)).
     """
     X = p[:, :-1]
     S = len(w)
-    # The law itself is usually near the optimum, so a few starts are enough.
-    near = np.stack((law.s, 0.5 * law.s, np.clip(1.5 * law.s, -BOUND, BOUND)))
-    starts = np.concatenate((near, random_starts(X.shape[1], n_starts - 3, 1)))
-    s, value = descend(X, y, np.repeat(w, n_starts, 0), np.tile(starts, (S, 1)), 25, huber)
+    if law is None:
+        starts = random_starts(X.shape[1], n_starts, 2)
+        n_steps = 40
+    else:
+        # The law itself is usually near the optimum, so a few starts are enough.
+        near = np.stack((law.s, 0.5 * law.s, np.clip(1.5 * law.s, -BOUND, BOUND)))
+        starts = np.concatenate((near, random_starts(X.shape[1], n_starts - 3, 1)))
+        n_steps = 25
+    s, value = descend(X, y, np.repeat(w, n_starts, 0), np.tile(starts, (S, 1)), n_steps, huber)
     best = value.reshape(S, n_starts).argmin(1)
     s = s.reshape(S, n_starts, -1)[np.arange(S), best]
     at = project(X, y, w, s)
@@ -327,93 +347,26 @@ def standard_errors(law, p, y):
     return out.tolist()
 
 
-# -- the best mixture ----------------------------------------------------------------------------
+def bootstrap_laws(p, Y, huber=None, n_draws=100):
+    """Laws of n_draws bootstrap samples of the runs: list of n_draws lists of k Law.
 
-def optimum(laws):
-    """Returns the mixture (m,) that minimises the mean of the laws' losses.
-
-    A sum of exponentials is convex, so the minimum is the only one.
+    p (n, m), Y (n, k) losses. Every law is a whole fit from twelve random starts, so it may end in
+    another minimum than the law of all runs. A sample is the same for all groups.
     """
-    s = np.array([np.r_[law.s, 0.0] for law in laws])                                  # (k, m)
-    log_b = np.array([law.log_b for law in laws])
-    w = np.ones(len(laws)) / len(laws)
-    m = s.shape[1]
-
-    def terms(p):
-        return w * np.exp(log_b + s @ p)
-
-    def value(p):
-        return terms(p).sum() / scale
-
-    def gradient(p):
-        return terms(p) @ s / scale
-
-    # The tolerance of SLSQP is absolute, so the sum is 1 for equal shares.
-    scale = max(terms(np.full(m, 1 / m)).sum(), 1e-300)
-    sum_is_one = dict(type='eq', fun=lambda p: p.sum() - 1, jac=lambda p: np.ones(m))
-    options = dict(method='SLSQP', bounds=[(0, 1)] * m, constraints=sum_is_one)
-    options.update(options=dict(ftol=1e-15, maxiter=500))
-    best = None
-    # SLSQP may stop early where the sum is flat, so it also starts near the corners.
-    for start in (np.full(m, 1 / m), *(0.1 / m + 0.9 * np.eye(m))):
-        found = minimize(value, start / start.sum(), jac=gradient, **options)
-        if best is None or found.fun < best.fun:
-            best = found
-    p = np.clip(best.x, 0, None)
-    return p / p.sum()
-
-
-def optimum_interval(p, Y, laws, huber=None, n_draws=100):
-    """Bootstrap interval of the best mixture: (low (m,), high (m,)), the 5 % and 95 % quantiles.
-
-    p (n, m), Y (n, k) losses, laws: those of the k groups. A resample that does not determine the
-    laws is drawn again.
-    """
-    n, m = p.shape
-    rng = np.random.default_rng(0)
-    draws = []
-    # counts is how often each run is in the resample, which is its weight in the fit.
-    while len(draws) < n_draws:
-        counts = np.bincount(rng.integers(0, n, n), minlength=n).astype(float)
-        drawn = p[counts > 0]
-        if len(drawn) < m + 1:
-            continue
-        if np.linalg.matrix_rank(drawn - drawn.mean(0), tol=1e-6) == m - 1:
-            draws.append(counts)
-    draws = np.array(draws)                                                            # (S, n)
-    found = []
-    for y, law in zip(Y.T, laws, strict=True):
-        found.append(refit(p, y, draws, law, huber, n_starts=4)[1])
-    optima = []
-    for i in range(n_draws):
-        optima.append(optimum([Law(c[i], log_b[i], s[i]) for c, log_b, s in found]))
-    return np.quantile(optima, 0.05, axis=0), np.quantile(optima, 0.95, axis=0)
-
-
-def fit_trees(p, y):
-    """Gradient-boosted trees from mixtures (n, m) to a loss (n,).
-
-    RegMix's settings: 1,000 trees at a learning rate of 0.01, without early stopping.
-    """
-    # Only regmix needs scikit-learn.
-    from sklearn.ensemble import HistGradientBoostingRegressor
-    # With the default of 20 rows per leaf, trees on fewer than 40 runs could not split.
-    options = dict(max_leaf_nodes=31, min_samples_leaf=min(20, max(2, len(y) // 10)))
-    options.update(early_stopping=False, random_state=42)
-    trees = HistGradientBoostingRegressor(learning_rate=0.01, max_iter=1000, **options)
-    return trees.fit(p, y)
-
-
-def regmix(p, y, prior):
-    """Returns the best mixture (m,) by regression. RegMix, Liu et al. 2024 (arXiv:2407.01492).
-
-    It is the mean of the 128 mixtures of lowest predicted loss among 100,000 from Dirichlet(prior).
-    p (n, m), y (n,) the loss to minimise, prior (m,) shares of the available tokens.
-    """
-    draws = np.random.default_rng(42).dirichlet(np.asarray(prior), 100_000)
-    # Trees give many draws the same prediction. A stable sort always picks the same of them.
-    best = np.argsort(fit_trees(p, y).predict(draws), kind='stable')[:128]
-    return draws[best].mean(0)
+    n = len(p)
+    # A run's weight is how often the sample holds it. Runs that it lacks keep 1 %, so that it also
+    # determines the exponent of a source that few runs have.
+    counts = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), n_draws)       # (S, n)
+    w = np.maximum(counts, 0.01)
+    found = [[] for _ in range(n_draws)]
+    # Parts of 10 samples bound the memory: 120 fits with n x m derivatives at a time.
+    for y in Y.T:
+        for first in range(0, n_draws, 10):
+            part = slice(first, first + 10)
+            for laws, c, log_b, s in zip(
+                    found[part], *refit(p, y, w[part], None, huber, 12)[1], strict=True):
+                laws.append(Law(c, log_b, s))
+    return found
 
 
 # -- the dynamic law -----------------------------------------------------------------------------
@@ -510,37 +463,25 @@ def seed_noise(table):
     return np.sqrt(total / freedom), freedom
 
 
-def print_table(header, rows):
-    """Prints a table. Floats have four digits, and None is printed as n/a."""
-    texts = [header]
-    for row in rows:
-        row = [f'{x:.4f}' if isinstance(x, float) else x for x in row]
-        texts.append(['n/a' if x is None else str(x) for x in row])
-    widths = [max(len(x) for x in column) for column in zip(*texts, strict=True)]
-    for row in texts:
-        print('  '.join(x.ljust(width) for x, width in zip(row, widths, strict=True)).rstrip())
-
-
-def fit_static_runs(table, huber):
+def fit_static_runs(table, huber, recipe=None, target=''):
     """Fits the static law to every group, for each seed and over all runs, and prints a report.
 
-    table  tools.runs.Table     huber  delta of the Huber loss, None: least squares
+    table   tools.runs.Table     huber  delta of the Huber loss, None: least squares
+    recipe  of the best mixture. None: the optimum of the laws alone
+    target  the group whose loss the best mixture lowers. '': the mean of all
     Returns the content of static.json. Raises BadInput for runs that a static law cannot describe.
     """
-    for run in table.runs:
-        if run.parent:
-            raise BadInput('these runs continue others: use fit-dynamic.')
-        if run.method not in ('fixed', 'stratified'):
-            raise BadInput(
-                f"the mixture of run '{run.name}' is '{run.method}': a static law needs runs whose "
-                'mixture does not change.')
+    check_static(table)
+    check_target(table, target)
+    columns = find_columns(table.groups, table.p)
+    notes = describe_columns(columns, table.p)
     noise, freedom = seed_noise(table)
     seeds = table.seeds()
     parts = {}
     if len(seeds) > 1:
         parts = {seed: table.only(lambda run, seed=seed: run.seed == seed) for seed in seeds}
     # Each seed is fitted separately if all of them have enough runs.
-    if any(len(part.runs) < len(table.groups) + 2 for part in parts.values()):
+    if any(len(part.runs) < len(columns.parts) + 2 for part in parts.values()):
         parts = {}
     parts['all'] = table
     fits = []
@@ -549,8 +490,9 @@ def fit_static_runs(table, huber):
     for i, group in enumerate(table.evaluated):
         for seed, part in parts.items():
             what = f"group '{group}', seed {seed}"
-            law = fit_static(part.p, part.loss[:, i], what, huber)
-            A = [*(-law.s).tolist(), 0.0]
+            law = fit_static(columns.reduce(part.p), part.loss[:, i], what, huber)
+            # Sources that are held have 0, as the last one has.
+            A = columns.spread(np.r_[-law.s, 0.0]).tolist()
             fits.append(dict(group=group, seed=seed, c=law.c, log_b=law.log_b, A=A, **law.report))
             row = [group, seed, law.report['n']]
             for name in ('fit', 'leave_one_out', 'held_out', 'linear', 'linear_leave_one_out'):
@@ -561,6 +503,7 @@ def fit_static_runs(table, huber):
         laws.append(law)
     how = 'Huber' if huber else 'least squares'
     print(f'{len(table.runs)} runs of {len(table.groups)} groups, seeds {seeds}, {how}')
+    print('\n'.join(notes) + '\n' if notes else '', end='')
     header = ['group', 'seed', 'runs', 'R2', 'R2 left out', 'R2 held out']
     print_table([*header, 'linear R2', 'linear left out', 'rms error'], rows)
     if noise is None:
@@ -574,26 +517,21 @@ def fit_static_runs(table, huber):
             print(f'{group}: seed noise {sd:.4f}, mixtures vary {ratio:.1f} times as much')
         noise = dict(sd=noise.tolist(), freedom=freedom)
     data = dict(p=table.p.tolist(), loss=table.loss.tolist(), fits=fits, seed_noise=noise)
-    about = dict(groups=table.groups, evaluated=table.evaluated, huber=huber)
-    return {**about, **data, 'optimum': report_optimum(table, laws, huber)}
-
-
-def report_optimum(table, laws, huber):
-    """Prints the mixture of lowest mean loss, and returns it with its interval as plain data."""
-    def mean_loss(p):
-        return float(np.mean([law(p) for law in laws]))
-
-    best = optimum(laws)
-    low, high = optimum_interval(table.p, table.loss, laws, huber)
-    uniform = mean_loss(np.full(len(table.groups), 1 / len(table.groups)))
-    run = min(table.runs, key=lambda run: run.loss.mean())
-    found = dict(p=best.tolist(), low=low.tolist(), high=high.tolist())
-    found.update(predicted=mean_loss(best), predicted_uniform=uniform)
-    print(f'lowest mean loss: {found["predicted"]:.4f} predicted, {uniform:.4f} for equal shares')
-    rows = zip(table.groups, best, low, high, run.p, strict=True)
-    print_table(['group', 'best share', '5 %', '95 %', 'share in the best run'], rows)
-    print(f'the best run has {run.loss.mean():.4f}')
-    return {**found, 'best_run': dict(p=run.p.tolist(), loss=float(run.loss.mean()))}
+    about = dict(groups=table.groups, evaluated=table.evaluated, huber=huber, notes=notes)
+    about['target'] = target
+    poor = [fit['group'] for fit in fits if fit['seed'] == 'all'
+            and fit['leave_one_out']['r2'] < 0.5]
+    if poor:
+        notes.append(
+            f'The laws of {", ".join(poor)} do not predict runs that are left out (R2 below 0.5). '
+            'Do not trust the best mixture: train more runs, or merge sources.')
+        print(notes[-1])
+    aim = table.of(target)
+    if target:
+        laws = [laws[table.evaluated.index(target)]]
+    drawn = bootstrap_laws(columns.reduce(table.p), aim.loss, huber)
+    best = report_optimum(aim, laws, drawn, columns, recipe or Recipe())
+    return {**about, **data, 'optimum': best}
 
 
 def fit_families(table):
@@ -719,63 +657,90 @@ def similarities(fitted):
     return out
 
 
-def regmix_runs(table, target):
-    """Finds the best mixture by regression for the group `target` ('': the mean loss).
+def recompute_runs(table, huber, recipe, add, drop, free):
+    """Plans a sweep after sources were added or dropped, and prints what it saves.
 
-    Prints it, and returns the content of regmix.json. Raises BadInput below 20 runs.
+    Returns the content of recompute.json, which tools/sweep.py reads.
     """
-    if len(table.runs) < 20:
-        raise BadInput(
-            f'{len(table.runs)} runs are too few for a regression by trees: it takes 20 at least '
-            '(the paper has 512). fit-static needs fewer.')
-    if target and target not in table.evaluated:
-        names = ', '.join(table.evaluated)
-        raise BadInput(
-            f"target = '{target}' is not one of the groups {names}."
-            f'{did_you_mean(target, table.evaluated)}')
-    check_points(table.p, table.loss, 'regmix', 0)
-    y = table.loss[:, table.evaluated.index(target)] if target else table.loss.mean(1)
-    held = np.arange(len(y)) % 4 == 3
-    predicted = fit_trees(table.p[~held], y[~held]).predict(table.p[held])
-    rank = spearmanr(predicted, y[held]).statistic
-    best = regmix(table.p, y, np.ones(len(table.groups)))
-    print(f'{len(y)} runs; Spearman on every fourth, held out: {rank:.4f}')
-    print_table(['group', 'share'], zip(table.groups, best, strict=True))
-    found = dict(groups=table.groups, target=target, spearman_held_out=float(rank))
-    return {**found, 'p': best.tolist()}
+    check_static(table)
+    columns = find_columns(table.groups, table.p)
+    q = columns.reduce(table.p)
+    check_points(q, table.loss, 'recompute', q.shape[1] + 1)
+    laws = [fit_law(q, y, huber) for y in table.loss.T]
+    best = optimum(laws, recipe, columns)
+    plan = plan_reuse(table.groups, best, add, drop, free)
+    print_table(['source that keeps its ratio', 'share of them'], plan['frozen'].items())
+    print(plan['note'])
+    return plan
+
+
+def result_of(command, table, limits):
+    """Runs a command on a table. limits: the knobs of a Recipe. Returns what it writes."""
+    groups = table.groups
+    if command == 'fit-dynamic':
+        return fit_dynamic_runs(table)
+    if command == 'a-star':
+        return a_star_runs(table)
+    delta = 0.02 if huber else None
+    recipe = make_recipe(groups, **limits)
+    if kl and command in ('fit-static', 'recompute'):
+        print(f'natural shares: {recipe.source}')
+    check_target(table, target)
+    if command == 'fit-static':
+        return fit_static_runs(table, delta, recipe, target)
+    if command == 'recompute':
+        return recompute_runs(table.of(target), delta, recipe, add, drop, free)
+    # Equal shares as a prior would favour no mixture either, but draw few from the inside.
+    known = recipe.source != 'equal shares'
+    prior = prior_of(recipe.natural, prior_strength) if known else None
+    print(f'mixtures are drawn from Dirichlet({recipe.source if known else "1, 1, ..."})')
+    if command == 'regmix':
+        return regmix_runs(table, target, prior)
+    return regmix_d_runs(table, target, prior, stages)
+
+
+def write_json(path, content):
+    with open(path, 'w', encoding='utf-8') as f:
+        json.dump(content, f, indent=1)
+    print(f'written: {path}')
 
 
 if __name__ == '__main__':
-    command, arguments = read_command(COMMANDS)
-    paths = [a for a in arguments if not a.startswith('-')]
-    knobs = [a for a in arguments if a.startswith('-')]
+    command, arguments = read_command(tuple(USED))
+    paths = [a for a in arguments if not a.startswith('-') and not a.endswith('.py')]
+    knobs = [a for a in arguments if a not in paths]
     configure(globals(), knobs, verbose=False)
-    if len(paths) != 1:
+    is_csv = len(paths) == 2 and paths[0].endswith('.csv')
+    if len(paths) != 1 and not is_csv:
         raise BadInput(
             f'name one folder of runs, for example: python tools/mixing_laws.py {command} '
-            f'out/sweep. There are {len(paths)} in these arguments.')
-    [path] = paths
-    if command != 'fit-static':
-        warn_unused(knobs, ['huber'], f'with {command}')
-    if command != 'regmix':
-        warn_unused(knobs, ['target'], f'with {command}')
+            f'out/sweep, or two CSV files. There are {len(paths)} in these arguments.')
+    path = paths[0]
+    if path.endswith('.csv') and not is_csv:
+        raise BadInput(f'{path}: give two CSV files, the ratios and then the metrics.')
+    every = {name for names in USED.values() for name in names}
+    warn_unused(knobs, sorted(every - set(USED[command])), f'with {command}')
+    if not is_csv:
+        warn_unused(knobs, ['families'] if 'families' in USED[command] else [], 'without CSV files')
     if command == 'sim' and os.path.isdir(path):
         path = os.path.join(path, 'a_star.json')
-    if not os.path.exists(path):
-        raise BadInput(
-            f"'{path}' does not exist. sim reads the a_star.json that a-star writes. The other "
-            'commands read a folder of runs or a JSON table of runs.')
+    for name in [path, *paths[1:]]:
+        if not os.path.exists(name):
+            raise BadInput(
+                f"'{name}' does not exist. sim reads the a_star.json that a-star writes. The other "
+                'commands read a folder of runs, a JSON table of runs, or two CSV files.')
     if command == 'plot':
         # Imported here because matplotlib takes half a second.
         from tools.plots import draw_laws
         print('\n'.join(draw_laws(path)))
         raise SystemExit
     folder = path
-    name = command.removeprefix('fit-').replace('-', '_') + '.json'
+    name = command.removeprefix('fit-').replace('-', '_')
     if os.path.isfile(path):
         folder, file = os.path.split(path)
         if command != 'sim':
             name = f'{os.path.splitext(file)[0]}_{name}'
+    out = os.path.join(folder, f'{name}.json')
     if command == 'sim':
         fitted = read_json(path)
         try:
@@ -784,15 +749,13 @@ if __name__ == '__main__':
             raise BadInput(
                 f'{path} does not hold what a-star writes ({type(error).__name__}: {error}). Run '
                 'a-star again.') from None
-    elif command == 'fit-static':
-        result = fit_static_runs(read_table(path), 0.02 if huber else None)
-    elif command == 'fit-dynamic':
-        result = fit_dynamic_runs(read_table(path))
-    elif command == 'a-star':
-        result = a_star_runs(read_table(path))
     else:
-        result = regmix_runs(read_table(path), target)
-    out = os.path.join(folder, name)
-    with open(out, 'w', encoding='utf-8') as f:
-        json.dump(result, f, indent=1)
-    print(f'written: {out}')
+        table = read_table(*paths, families=families) if is_csv else read_table(path)
+        limits = dict(kl=kl, natural=natural, sizes=sizes or table.sizes)
+        result = result_of(command, table, dict(limits, max_epochs=max_epochs, tokens=tokens))
+    if command == 'regmix-d':
+        result, schedule = result
+        beside = os.path.join(folder, f'{name}_schedule.json')
+        write_json(beside, schedule)
+        print(f'train.py ... --mixture=schedule --mixture_schedule={beside}')
+    write_json(out, result)

@@ -6,9 +6,11 @@
 
 Runs whose configs differ only in the seed form one arm. Every arm is compared with the first one,
 seed by seed: the mean difference and its 95 % interval (Student's t), without an interval for one
-seed. The mean loss gives equal weights to the sources that all runs evaluate, because `val/loss`
-follows the mixture weights of its run. Unfinished runs are listed and marked. They do not take
-part in differences.
+seed. An interval is of one comparison alone. The column p is of the paired t-test, by Holm's
+correction over all comparisons of its table. The mean loss gives equal weights to the sources that
+all runs evaluate, because `val/loss` follows the mixture weights of its run. With --sources the
+mean is over these, and the table of arms has the other sources beside it. Unfinished runs are
+listed and marked. They do not take part in differences.
 """
 import base64
 import glob
@@ -41,6 +43,7 @@ watch = False                           # renew the page until all runs have end
                                         # runs: and until none began during 12 renewals
 refresh: at_least(0.0) = 10.0           # seconds between two renewals
 
+HOLM = "Holm's correction over all comparisons of this table"
 # Knobs in which the runs of one arm may differ.
 FREE_KNOBS = (
     'seed', 'out_dir', 'resume', 'skillit_graph', 'doremi_reference', 'continue_from', 'stop_step')
@@ -145,11 +148,10 @@ def check_comparable(runs, sources, metric):
 # -- statistics ------------------------------------------------------------------------------------
 
 
-def paired(runs, arm, base, measure):
-    """Mean difference arm - base over the seeds that both have finished, and its 95 % interval.
+def paired_differences(runs, arm, base, measure):
+    """Differences arm - base of the seeds that both have finished: list of float.
 
     measure     function of a Run that returns a number
-    Returns (mean, low, high). low and high are None for one seed, all are None without a seed.
     """
     # Differences of the same seed cancel what the seed does to both runs: data order and weights.
     measured = {}           # (arm, seed) -> number
@@ -160,6 +162,15 @@ def paired(runs, arm, base, measure):
     for (name, seed), number in measured.items():
         if name == arm and (base, seed) in measured:
             d.append(number - measured[base, seed])
+    return d
+
+
+def paired(runs, arm, base, measure):
+    """Mean of `paired_differences` and its 95 % interval.
+
+    Returns (mean, low, high). low and high are None for one seed, all are None without a seed.
+    """
+    d = paired_differences(runs, arm, base, measure)
     if not d:
         return None, None, None
     mean = float(np.mean(d))
@@ -168,6 +179,38 @@ def paired(runs, arm, base, measure):
     # Student's t, because few seeds give a poor estimate of the standard deviation.
     half = stats.t.ppf(0.975, len(d) - 1) * np.std(d, ddof=1) / len(d)**0.5
     return mean, float(mean - half), float(mean + half)
+
+
+def paired_p(runs, arm, base, measure):
+    """Two-sided p of the paired t-test on `paired_differences`. None for fewer than two seeds."""
+    d = paired_differences(runs, arm, base, measure)
+    if len(d) < 2:
+        return None
+    error = np.std(d, ddof=1) / len(d)**0.5
+    if error == 0:                  # the test is undefined: the arms differ by a constant, or not
+        return float(np.mean(d) == 0)
+    return float(2 * stats.t.sf(abs(np.mean(d)) / error, len(d) - 1))
+
+
+def holm(p_values):
+    """p values by Holm's correction (1979) for their number: list of float.
+
+    With so many comparisons, the chance that one of no effect comes out below a level is at most
+    that level. None stays None and does not count as a comparison.
+    """
+    p = [value for value in p_values if value is not None]
+    corrected = {}                  # p -> corrected p
+    highest = 0.0
+    for n_smaller, value in enumerate(sorted(p)):
+        # A comparison cannot be clearer than one of a smaller p.
+        highest = max(highest, min(1.0, (len(p) - n_smaller) * value))
+        # Of equal values, the first has the largest factor, and the others must not be below it.
+        corrected[value] = highest
+    return [None if value is None else corrected[value] for value in p_values]
+
+
+def p_text(p):
+    return 'n/a' if p is None else f'{p:.2g}'
 
 
 def difference(found, digits=4):
@@ -205,6 +248,10 @@ class Comparison:
     def value(self, run, source):
         return run.final[f'val/{self.metric}_{source}']
 
+    def loss_of(self, source):
+        """A function of a run: its loss of the source."""
+        return lambda run: self.value(run, source)
+
     def mean(self, run):
         return float(np.mean([self.value(run, source) for source in self.averaged]))
 
@@ -214,8 +261,22 @@ class Comparison:
     def finished(self, arm):
         return [run for run in self.of_arm(arm) if run.status == 'finished' and run.final]
 
+    @property
+    def others(self):
+        """The sources that the mean leaves out."""
+        return [source for source in self.sources if source not in self.averaged]
+
     def difference(self, arm, measure):
         return difference(paired(self.runs, arm, self.arms[0], measure))
+
+    def p_values(self, measures):
+        """p of all arms but the first by all measures, corrected together: list of lists."""
+        p = []
+        for arm in self.arms[1:]:
+            p += [paired_p(self.runs, arm, self.arms[0], measure) for measure in measures]
+        p = holm(p)
+        n = len(measures)
+        return [p[i:i + n] for i in range(0, len(p), n)]
 
 
 def median_of(records, key):
@@ -255,30 +316,45 @@ def table_of_runs(c):
 
 
 def table_of_arms(c):
+    # The first arm is compared with nothing.
+    p = [[None], *c.p_values([c.mean])]
     rows = []
-    for arm in c.arms:
-        values = [c.mean(run) for run in c.finished(arm)]
+    for arm, (p_mean,) in zip(c.arms, p, strict=True):
+        is_first = arm == c.arms[0]
+        runs = c.finished(arm)
+        values = [c.mean(run) for run in runs]
         perplexity = ''
         if values and c.metric == 'loss':
             perplexity = perplexity_of(np.mean(values))
-        against = 'the first' if arm == c.arms[0] else c.difference(arm, c.mean)
-        rows.append([arm, str(len(values)), mean_and_range(values), perplexity, against])
+        against = 'the first' if is_first else c.difference(arm, c.mean)
+        row = [arm, str(len(values)), mean_and_range(values), perplexity, against]
+        row.append('' if is_first else p_text(p_mean))
+        for source in c.others:
+            row.append(mean_and_range([c.value(run, source) for run in runs]))
+            row.append('' if is_first else c.difference(arm, c.loss_of(source)))
+        rows.append(row)
     header = ['arm', 'seeds', f'mean {c.metric} (range)', 'perplexity']
-    return [*header, f'against {c.arms[0]} (95 %)'], rows
+    header += [f'against {c.arms[0]} (95 %)', 'p (Holm)']
+    for source in c.others:
+        header += [f'{source} (range)', f'{source} against {c.arms[0]} (95 %)']
+    return header, rows
 
 
 def table_of_sources(c):
+    measures = [c.loss_of(source) for source in c.sources]
+    p = c.p_values(measures)
     rows = []
     # The row of an arm is followed by the row of its differences from the first arm.
-    for arm in c.arms:
-        values = [arm]
+    for i, arm in enumerate(c.arms):
+        runs = c.finished(arm)
+        rows.append([arm, *(mean_and_range([f(run) for run in runs]) for f in measures)])
+        if i == 0:
+            continue
         differences = [f'{arm} − {c.arms[0]}']
-        for source in c.sources:
-            values.append(mean_and_range([c.value(run, source) for run in c.finished(arm)]))
-            differences.append(c.difference(arm, lambda run, s=source: c.value(run, s)))
-        rows.append(values)
-        if arm != c.arms[0]:
-            rows.append(differences)
+        for measure, of_source in zip(measures, p[i - 1], strict=True):
+            text = c.difference(arm, measure)
+            differences.append(text if of_source is None else f'{text}, p {p_text(of_source)}')
+        rows.append(differences)
     return ['arm', *c.sources], rows
 
 
@@ -433,11 +509,15 @@ def build(runs, out, sources, metric):
                 'part in the differences.')
     sections = [Section('Runs', ' '.join(remarks), table_of_runs(c))]
     if len(c.arms) > 1:
+        beside = f' Beside it, each alone: {", ".join(c.others)}.' if c.others else ''
         text = (
-            f'Mean {metric} of {", ".join(c.averaged)} with equal weights. Perplexity is exp of '
-            'the mean. Differences are between runs of the same seed.')
+            f'Mean {metric} of {", ".join(c.averaged)} with equal weights.{beside} Perplexity is '
+            'exp of the mean. Differences are between runs of the same seed, and an interval is of '
+            f'one comparison alone. p is of the mean, by the paired t-test and {HOLM}.')
         sections.append(Section('Arms', text, table_of_arms(c)))
     text = f'Final validation {metric} of every source.'
+    if len(c.arms) > 1:
+        text += f' p is by the paired t-test and {HOLM}.'
     sections.append(Section('Sources', text, table_of_sources(c)))
     text = 'Sampling weights of the first and the last logged step, mean over the seeds (range).'
     sections.append(Section('Weights', text, table_of_weights(c)))

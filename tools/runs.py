@@ -6,6 +6,8 @@ that every run was trained on and the losses that it ended with.
 
 Letters in shapes: m trained sources, k evaluated sources, n runs.
 """
+import csv
+import fnmatch
 import functools
 import glob
 import hashlib
@@ -14,11 +16,12 @@ import math
 import os
 import re
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from configurator import BadInput, check_type, parse_knobs, pick, read_json, read_source
+from data import read_meta
 from lib.log import read_metrics
 from lib.schedule import count_steps
 from model import ModelConfig, flops_per_token
@@ -31,6 +34,8 @@ KNOBS = dict(
     eval_rows='int', max_steps='int | None', max_tokens='int | None', epochs='float | None',
     stop_step='int | None')
 POSITIVE = ('block_size', 'batch_size', 'total_batch_tokens', 'log_interval')
+# Mixture methods with the same weights for a whole run.
+CONSTANT = ('fixed', 'stratified', 'natural', 'unimax')
 
 # -- one run ---------------------------------------------------------------------------------------
 
@@ -224,6 +229,7 @@ class Table:
     groups: list                        # names of the trained sources, the columns of p
     evaluated: list                     # names of the evaluated sources, the columns of loss
     runs: list                          # of Row
+    sizes: dict | None = None           # group -> tokens to train on. None: not known
 
     @property
     def p(self):
@@ -234,10 +240,19 @@ class Table:
         return np.array([run.loss for run in self.runs])            # (n, k)
 
     def only(self, keep):
-        return Table(self.groups, self.evaluated, [run for run in self.runs if keep(run)])
+        runs = [run for run in self.runs if keep(run)]
+        return Table(self.groups, self.evaluated, runs, self.sizes)
 
     def seeds(self):
         return sorted({run.seed for run in self.runs})
+
+    def of(self, name):
+        """The table with the loss of one evaluated source. '': with all, as it is."""
+        if not name:
+            return self
+        i = self.evaluated.index(name)
+        runs = [replace(run, loss=run.loss[i:i + 1]) for run in self.runs]
+        return Table(self.groups, [name], runs, self.sizes)
 
 
 def origin_of(path):
@@ -292,7 +307,7 @@ def row_of(run, names, at=None):
         parent = row_of(read_run(folder), names, first)
     records = [r for r in run.records if r['step'] >= first and (at is None or r['step'] <= at)]
     method = run.config['mixture']
-    is_constant = method in ('fixed', 'stratified')
+    is_constant = method in CONSTANT
     # Records later than `at` also tell the weights of a mixture that never changes.
     logged = run.records if is_constant else records
     logged = [r for r in logged if f'mixture/weight_{names[0]}' in r]
@@ -348,7 +363,8 @@ def row_from_json(entry, name, path):
 def read_json_table(path):
     """Reads a table from elsewhere: {"groups": [...], "evaluated": [...], "runs": [{...}]}.
 
-    "evaluated" defaults to the groups. Raises BadInput if the file has another form.
+    "evaluated" defaults to the groups. "sizes" may tell the tokens of every group. Raises BadInput
+    if the file has another form.
     """
     found = read_json(path)
     try:
@@ -357,6 +373,7 @@ def read_json_table(path):
         rows = [row_from_json(entry, i, path) for i, entry in enumerate(found['runs'])]
         if not rows:
             raise ValueError('runs is empty')
+        sizes = check_type(found.get('sizes'), 'dict[str, int] | None', None)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, BadInput):
             raise
@@ -369,7 +386,91 @@ def read_json_table(path):
             raise BadInput(
                 f'{path}: run {row.name} has {len(row.p)} shares and {len(row.loss)} losses, but '
                 f'the table has {len(groups)} groups and {len(evaluated)} evaluated ones.')
-    return Table(groups, evaluated, rows)
+    return Table(groups, evaluated, rows, sizes)
+
+
+# Columns of a CSV that name a run. The first of them that both files have joins them.
+IDS = ('run', 'run_id', 'name', 'index')
+
+
+def read_csv(path):
+    """The rows of a CSV file with a header: list of dicts. Raises BadInput for another file."""
+    try:
+        with open(path, encoding='utf-8', newline='') as f:
+            reader = csv.DictReader(f, strict=True)
+            rows = list(reader)
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise BadInput(f'{path} is no CSV file ({error}).') from None
+    names = reader.fieldnames or []
+    if not rows or len(set(names)) < len(names):
+        raise BadInput(f'{path} needs a header of different names, and a row for every run.')
+    for i, row in enumerate(rows, 2):
+        # DictReader puts what goes beyond the header under None, and fills up with None.
+        if None in row or None in row.values():
+            raise BadInput(f'{path}: row {i} does not have the {len(names)} columns of the header.')
+    return rows
+
+
+def csv_columns(rows):
+    """Names of the columns that hold numbers of interest: neither ids nor the index of pandas."""
+    return [name for name in rows[0] if name not in IDS and name and not name.startswith('Unnamed')]
+
+
+def csv_numbers(path, row, names):
+    """The values (m,) of columns of a row. A cell that is empty becomes nan."""
+    found = []
+    for name in names:
+        try:
+            found.append(float(row[name] or 'nan'))
+        except ValueError:
+            raise BadInput(f"{path}: {name} = '{row[name]}' is no number.") from None
+    return np.array(found)
+
+
+def read_csv_pair(ratios, metrics, families):
+    """Reads mixtures and losses from two CSV files, as Olmix publishes them: a Table.
+
+    ratios    a row for every run: an id (run, run_id, name or index) and the share of every source
+    metrics   a row for every run: the id and metrics for which lower is better
+    families  dict name -> patterns of metrics ('minerva*'), whose mean is one loss. {}: every
+              metric is one
+    Raises BadInput for files of another form, and unless both name the same runs.
+    """
+    rows = read_csv(ratios)
+    other = read_csv(metrics)
+    ids = [name for name in IDS if name in rows[0] and name in other[0]]
+    if not ids:
+        raise BadInput(f'{ratios} and {metrics} have no common column {", ".join(IDS)}.')
+    found = {}
+    for path, part in ((ratios, rows), (metrics, other)):
+        found[path] = {row[ids[0]]: row for row in part}
+        if len(found[path]) < len(part):
+            raise BadInput(f"{path}: two rows have the same '{ids[0]}'. Take one out.")
+    differing = sorted(set(found[ratios]) ^ set(found[metrics]))
+    if differing:
+        names = ', '.join(differing[:5]) + (' ...' if len(differing) > 5 else '')
+        raise BadInput(
+            f"{ratios} and {metrics} do not have the same runs: {len(differing)} are in one of "
+            f"them only, by the column '{ids[0]}': {names}. Take these rows out.")
+    groups = csv_columns(rows)
+    columns = csv_columns(other)
+    families = families or {name: [name] for name in columns}
+    members = {}
+    for family, patterns in families.items():
+        members[family] = [
+            name for name in columns
+            if name in patterns or any(fnmatch.fnmatchcase(name, p) for p in patterns)]
+        if not members[family]:
+            raise BadInput(f"families: no column of {metrics} fits '{family}' ({patterns}).")
+    runs = []
+    for name, row in found[ratios].items():
+        p = csv_numbers(ratios, row, groups)
+        numbers = csv_numbers(metrics, found[metrics][name], columns)
+        values = dict(zip(columns, numbers, strict=True))
+        # numpy's mean of an empty cell is nan, which the fits report with the number of the run.
+        loss = [float(np.mean([values[m] for m in part])) for part in members.values()]
+        runs.append(row_from_json(dict(name=name, p=p, loss=loss), name, ratios))
+    return Table(groups, list(members), runs)
 
 
 def check_names(names):
@@ -394,15 +495,30 @@ def read_run_folders(path):
             raise BadInput(
                 f"runs '{runs[0].name}' and '{run.name}' do not have the same sources: only one "
                 f'has {", ".join(differing)}. Give a source that is left out the weight 0.')
-    return Table(names, names, [row_of(run, names) for run in runs])
+    rows = [row_of(run, names) for run in runs]
+    return Table(names, names, rows, sizes_of(runs[0].config['data_dir'], names))
 
 
-def read_table(path):
-    """Reads the runs in a folder, or a JSON file of runs.
+def sizes_of(data_dir, names):
+    """Tokens to train on of every source, by their meta.json: a dict, None if one has none."""
+    sizes = {}
+    for name in names:
+        meta = read_meta(os.path.join(data_dir, name))
+        if meta is None:
+            return None
+        sizes[name] = sum(s['tokens'] for s in meta['shards'] if s['split'] == 'train')
+    return sizes
+
+
+def read_table(path, metrics=None, families=None):
+    """Reads the runs in a folder, a JSON file of runs, or two CSV files (`read_csv_pair`).
 
     Raises BadInput if the runs do not belong together: other sources, lengths or tokenizers.
     """
-    table = read_json_table(path) if os.path.isfile(path) else read_run_folders(path)
+    if metrics:
+        table = read_csv_pair(path, metrics, families)
+    else:
+        table = read_json_table(path) if os.path.isfile(path) else read_run_folders(path)
     for field_name, what, unit in (('tokens', 'length', ' tokens'), ('tokenizer', 'tokenizer', '')):
         values = {}
         for run in table.runs:

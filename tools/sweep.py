@@ -7,6 +7,7 @@
     python tools/sweep.py mixture --dirichlet --n=9 --seeds="[0, 1, 2]" --out=out/static config/...
     python tools/sweep.py mixture --break_step=200 --method=aioli --out=out/aioli config/...
     python tools/sweep.py method --method=doremi --out=out/doremi config/...
+    python tools/sweep.py method --method=olmix --match_repetition=1e10 --out=out/olmix config/...
     python tools/sweep.py collect out/arch
 
 arch        shapes of a given size, or combinations of your own lists. --dry_run=True lists them
@@ -14,8 +15,9 @@ grid        all combinations of any knobs of train.py
 configs     every config file of a folder except _*.py
 mixture     mixtures of the sources. With --break_step, runs that stop there (on fixed mixtures, or
             of a method) and are continued on every mixture
-method      all phases of skillit, doge, doremi, dml or regmix. They end with a config file for
-            train.py and with their cost
+method      all phases of skillit, doge, doremi, dml, olmix, regmix or regmix_d. They end with a
+            config file for train.py and with their cost. olmix is the law of dml, held near natural
+            shares and within max_epochs. regmix_d ends with a schedule of mixtures
 collect     the loss curves of a sweep in one table (tools/curves.py)
 
 Config files and --key=value that are not knobs of this script are passed on to train.py. Every run
@@ -54,12 +56,14 @@ from configurator import (
     read_json,
     split_arguments,
 )
-from data import prepare_missing
+from data import Source, prepare_missing
 from lib.log import read_metrics
 from lib.schedule import count_steps
+from methods.selection import keep_scored
 from model import ModelConfig, count_parameters
 from tools.commands import read_command, warn_unused
 from tools.curves import SHAPE, collect, parse_band
+from tools.mixture_reuse import expand_mixture, read_plan, runs_for
 from tools.runs import (
     flops_of,
     is_finished,
@@ -91,12 +95,32 @@ dry_run = False                         # list the runs, write ablation_params.t
 method = ''                             # mixture: the parents are runs of this method, one per
                                         # seed. method: whose phases to run
 design: one_of('dirichlet', 'grid') = 'dirichlet'   # space-filling, or equally spaced without 0
-n: between(1, 1000) = 9                 # mixtures. A grid of three sources or more has at least n
+n: between(1, 1000) | None = None       # mixtures. A grid of three sources or more has at least n.
+                                        # None: 3 (m + 1) for m sources, and at least 20 for regmix
+                                        # and regmix_d. Olmix (arXiv:2602.12237) found runs linear
+                                        # in m enough. The factor is ours: 3 runs for each of the
+                                        # m + 1 numbers of a law
 m: at_least(1) | None = None            # check that the config has this many sources. None: any
 break_step: at_least(1) | None = None   # step at which parents stop and children continue them.
                                         # None: no children
 child_steps: at_least(1) = 100          # steps of a child
-target = ''                             # regmix: source whose loss shall be low. '': mean of all
+reuse: str | None = None                # a plan of `mixing_laws.py recompute`: sources that did not
+                                        # change keep their ratios, and only the others vary
+target = ''                             # olmix, regmix, regmix_d: source whose loss shall be low.
+                                        # '': mean of all
+kl: at_least(0.0) = 0.02                # olmix: nats of mean loss per nat of KL divergence from
+                                        # shares by the sizes of the sources
+stages: between(1, 100) = 4             # regmix_d: mixtures of the schedule
+match_repetition: at_least(1) | None = None     # tokens of the run that the mixture is for. Every
+                                        # source is cut to the share of it that a run of the sweep
+                                        # has of these tokens, so both repeat it as often. Without
+                                        # that, proxies never see the repetition that makes a large
+                                        # share of a small source bad (arXiv:2606.07597). None: all
+proxy_lr_frac: between(1e-9, 1.0) = 1.0 # share of learning_rate that the runs of the sweep have,
+                                        # not the recommended run. Proxies of 125M parameters at
+                                        # rates of 1e-5 to 1e-6 ranked 23 fixed data recipes as a
+                                        # tuned model of 1B did: rank correlation above 0.95, and
+                                        # below 0.75 at the usual rate (arXiv:2512.24503)
 # -- collect --
 unit: one_of('step', 'tokens', 'flops') = 'step'    # compare at equal step, tokens or flops
 at: at_least(0.0) | None = None         # the point. None: the last that half of the runs reached
@@ -106,15 +130,23 @@ least: at_least(0.0) = 0.0              # parameters that a model must have to c
 
 PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 RUNS = ('out', 'seeds', 'jobs', 'threads', 'slurm')
+PROXIES = ('match_repetition', 'proxy_lr_frac')
 SHAPES = ('heads', 'head_widths', 'ffn_ratios', 'extra_layers', 'n_params', 'bands')
 # Command -> the knobs that it reads.
 USED = dict(
     arch=(*RUNS, *SHAPES, 'grid', 'dry_run'), grid=(*RUNS, 'grid', 'dry_run'),
     configs=(*RUNS, 'dry_run'),
-    mixture=(*RUNS, 'dry_run', 'method', 'design', 'n', 'm', 'break_step', 'child_steps'),
-    method=(*RUNS, 'method', 'design', 'n', 'target'),
+    mixture=(
+        *RUNS, *PROXIES, 'dry_run', 'method', 'design', 'n', 'm', 'reuse', 'break_step',
+        'child_steps'),
+    method=(*RUNS, *PROXIES, 'method', 'design', 'n', 'reuse', 'target', 'kl', 'stages'),
     collect=('out', 'bands', 'unit', 'at', 'loss', 'least'))
-PHASED = ('skillit', 'doge', 'doremi', 'dml', 'regmix')         # methods of several runs
+PHASED = (                              # methods of several runs
+    'skillit', 'doge', 'doremi', 'dml', 'olmix', 'regmix', 'regmix_d')
+BY_TREES = ('regmix', 'regmix_d')       # those that fit trees
+TREE_RUNS = 20                          # fewest runs that they take
+ALONE = (                               # methods of one run
+    'fixed', 'stratified', 'natural', 'unimax', 'schedule', 'influence', 'aioli', 'ado')
 
 
 # -- runs ------------------------------------------------------------------------------------------
@@ -430,6 +462,77 @@ def config_jobs(folder, launch, seeds):
     return queue
 
 
+# -- proxies ---------------------------------------------------------------------------------------
+
+
+def open_sources(config, names):
+    """The training Sources of these names, without the rows that select='scores' drops: a list."""
+    options = dict(
+        vocab_size=config['vocab_size'], packing=config['packing'], overlong=config['overlong'])
+    sources = []
+    for name in names:
+        sources.append(Source(
+            config['data_dir'], name, 'train', config['block_size'], config['seed'], **options))
+    if config['select'] == 'scores':
+        keep_scored(sources, config)
+    return sources
+
+
+def matched_rows(config, names, n_tokens, target_tokens):
+    """Rows that a proxy may use of every source, for as much repetition as in the target run.
+
+    config         train.py's knobs     names  the sources that have a weight
+    n_tokens       that a proxy trains on
+    target_tokens  that the target run trains on
+    A source of n rows gets n * n_tokens / target_tokens of them, rounded. Zhou et al. 2026
+    (arXiv:2606.07597). Returns a dict name -> rows. Raises BadInput if the target run is not
+    longer, or a source would have less than one batch of rows.
+    """
+    if target_tokens <= n_tokens:
+        raise BadInput(
+            f'match_repetition = {target_tokens:,} tokens, and a run of this sweep trains on '
+            f'{n_tokens:,}. It must be the tokens of a longer run, or be left out.')
+    batch_rows = config['total_batch_tokens'] // config['block_size']
+    rows = {}
+    for source in open_sources(config, names):
+        n = round(source.n_windows * n_tokens / target_tokens)
+        # Below that, train.py would refuse the source: a batch would hold a row twice.
+        if n < batch_rows:
+            needed = math.ceil(batch_rows * target_tokens / source.n_windows)
+            raise BadInput(
+                f"match_repetition leaves {n} of the {source.n_windows:,} rows of source "
+                f"'{source.name}', fewer than one batch ({batch_rows} rows). Let the runs of the "
+                f'sweep train on {needed:,} tokens or more, lower total_batch_tokens, or leave '
+                'that source out of the sweep.')
+        rows[source.name] = n
+    return rows
+
+
+def proxy_arguments(config, names, n_steps, target_tokens, lr_frac):
+    """Arguments of train.py that every run of a sweep gets, and the recommended run does not.
+
+    config         train.py's knobs     names  the sources that have a weight
+    n_steps        steps that a run of the sweep trains
+    target_tokens  the knob match_repetition     lr_frac  the knob proxy_lr_frac
+    """
+    arguments = []
+    if target_tokens is not None:
+        if config['source_rows']:
+            raise BadInput('match_repetition sets source_rows. Leave one of them out.')
+        n_tokens = n_steps * config['total_batch_tokens']
+        rows = matched_rows(config, names, n_tokens, target_tokens)
+        arguments.append(f'--source_rows={rows}')
+        print(
+            f'match_repetition: runs of {n_tokens:,} tokens use {n_tokens / target_tokens:.4g} of '
+            f'every source, rows {rows}')
+    if lr_frac != 1.0:
+        # min_lr_frac and the warm-up are relative to it.
+        rate = config['learning_rate'] * lr_frac
+        arguments.append(f'--learning_rate={rate!r}')
+        print(f'proxy_lr_frac: the runs have learning_rate = {rate:g}')
+    return arguments
+
+
 # -- sweeps of mixtures ----------------------------------------------------------------------------
 
 
@@ -468,6 +571,15 @@ def grid_mixtures(n, m):
     return np.array([np.diff([0, *places, k]) for places in cuts]) / k
 
 
+def default_n(m, method):
+    """Mixtures of a sweep of m sources, for a method of several runs or '' for a sweep alone.
+
+    Olmix (arXiv:2602.12237) finds that a number of runs linear in m is enough. The factor is three
+    runs for each of the m + 1 numbers of a law.
+    """
+    return max(runs_for(m), TREE_RUNS if method in BY_TREES else 0)
+
+
 def as_sources(names, p):
     return {name: round(float(share), 6) for name, share in zip(names, p, strict=True)}
 
@@ -478,14 +590,33 @@ class Design:
     kind: str               # dirichlet (space-filling) | grid (equally spaced, without 0)
     n: int                  # mixtures
     seeds: list             # of the runs
+    plan: dict | None       # of mixture_reuse.read_plan: which ratios of sources are fixed
 
     def mixtures(self, names, seed):
         """list of dicts source -> share"""
+        free = names if self.plan is None else self.plan['sources']
         if self.kind == 'dirichlet':
-            points = dirichlet_mixtures(self.n, len(names), seed)
+            points = dirichlet_mixtures(self.n, len(free), seed)
         else:
-            points = grid_mixtures(self.n, len(names))
-        return [as_sources(names, p) for p in points]
+            points = grid_mixtures(self.n, len(free))
+        if self.plan is None:
+            return [as_sources(names, p) for p in points]
+        mixtures = []
+        for p in points:
+            full = expand_mixture(self.plan, dict(zip(free, p, strict=True)))
+            mixtures.append(as_sources(names, [full[name] for name in names]))
+        return mixtures
+
+
+def make_design(kind, n, seeds, names, method, plan_path):
+    """A Design for the sources `names`. See its fields.
+
+    n          None: `default_n`       method  of several runs, '': none
+    plan_path  of a file of `mixing_laws.py recompute`. None: the shares of all sources vary
+    """
+    plan = None if plan_path is None else read_plan(plan_path, names)
+    n_free = len(names) if plan is None else len(plan['sources'])
+    return Design(kind, n or default_n(n_free, method), seeds, plan)
 
 
 def static_jobs(folder, names, design):
@@ -590,17 +721,61 @@ def continued_jobs(config, launch, names, design, method, break_step, child_step
 # -- methods of several runs -----------------------------------------------------------------------
 
 
-def learn_mixture(launch, names, design, method, target, seed):
+@dataclass
+class Search:
+    """What methods look for that fit the losses of runs on many mixtures."""
+    target: str             # source whose loss shall be low. '': mean of all
+    stages: int             # regmix_d: mixtures of the schedule
+    limits: dict            # olmix: arguments of tools.best_mixture.make_recipe. {}: no limits
+
+
+def check_search(search, config, names, method):
+    """Raises BadInput for what would be noticed only after all runs of a method."""
+    if search.target and search.target not in names:
+        raise BadInput(
+            f"target = '{search.target}' is none of the sources {', '.join(names)}."
+            f'{did_you_mean(search.target, names)}')
+    n_steps = count_steps(config, None)
+    n_evaluations = -(-n_steps // config['eval_interval']) + 1
+    if method == 'regmix_d' and n_evaluations <= search.stages:
+        raise BadInput(
+            f'{search.stages} stages need {search.stages + 1} evaluations, and eval_interval = '
+            f"{config['eval_interval']} makes {n_evaluations} in {n_steps} steps. Lower it, or "
+            'give fewer --stages.')
+
+
+def olmix_limits(config, names, kl, n_tokens):
+    """The limits of a Search by Olmix's recipe, for a run of n_tokens.
+
+    Natural shares are those by size. Raises BadInput if max_epochs allows no mixture.
+    """
+    # Imported here because scipy takes a second.
+    from tools.best_mixture import make_recipe
+    sizes = {}
+    for source in open_sources(config, names):
+        sizes[source.name] = source.n_windows * source.block_size
+    limits = dict(
+        kl=kl, natural={}, sizes=sizes, max_epochs=config['max_epochs'], tokens=n_tokens)
+    make_recipe(names, **limits)
+    return limits
+
+
+def learn_mixture(launch, names, design, method, search, seed):
     """Runs all phases of a method. Returns the knobs of train.py that they end with."""
     if method not in PHASED:
         hint = ''
-        if method in ('fixed', 'stratified', 'influence', 'aioli'):
+        if method in ALONE:
             hint = f' `train.py --mixture={method}` needs no other run.'
         raise BadInput(f"method = '{method}' must be one of {', '.join(PHASED)}.{hint}")
     if launch.slurm:
         raise BadInput(
             '--slurm=True is not for methods: phases wait for each other. Submit this command '
             'itself as a job.')
+    n_runs = design.n * len(design.seeds)
+    if method in BY_TREES and n_runs < TREE_RUNS:
+        raise BadInput(
+            f'{method} fits trees to {TREE_RUNS} runs or more, and --n={design.n} with '
+            f'{len(design.seeds)} seed(s) makes {n_runs}. Raise n.')
     before = jobs_before(method, launch.out, names, seed)
     if before:
         run_all(before, launch, 'runs that the method starts from')
@@ -618,20 +793,40 @@ def learn_mixture(launch, names, design, method, target, seed):
                 'mixture_interval, and log_interval shorter.')
         shares = [averages[-1][f'mixture/average_{name}'] for name in names]
         return dict(mixture='fixed', sources=as_sources(names, shares))
-    # The other two methods fit a law to the losses of runs on many mixtures.
-    from tools import mixing_laws
     folder = os.path.join(launch.out, 'runs')
     run_all(static_jobs(folder, names, design), launch, 'runs')
-    table = read_table(folder)
-    if method == 'dml':
-        shares = mixing_laws.fit_static_runs(table, None)['optimum']['p']
+    return fitted_mixture(read_table(folder), method, search, launch.out)
+
+
+def fitted_mixture(table, method, search, out):
+    """The knobs of train.py that a fit to the runs of a tools.runs.Table recommends.
+
+    regmix_d writes its schedule to the folder `out`.
+    """
+    # Imported here because scipy takes a second.
+    from tools import best_mixture, mixing_laws, regmix
+    if method == 'regmix_d':
+        _, schedule = regmix.regmix_d_runs(table, search.target, None, search.stages)
+        path = os.path.join(out, 'schedule.json')
+        with open(path, 'w', encoding='utf-8') as f:
+            json.dump(schedule, f, indent=1)
+        return dict(mixture='schedule', mixture_schedule=path)
+    if method == 'regmix':
+        shares = regmix.regmix_runs(table, search.target)['p']
+    elif method == 'olmix':
+        recipe = best_mixture.make_recipe(table.groups, **search.limits)
+        found = mixing_laws.fit_static_runs(table.of(search.target), None, recipe)
+        shares = found['optimum']['p']
     else:
-        shares = mixing_laws.regmix_runs(table, target)['p']
+        shares = mixing_laws.fit_static_runs(table, None)['optimum']['p']
     return dict(mixture='fixed', sources=as_sources(table.groups, shares))
 
 
-def write_mixture(config, out, method, knobs):
-    """Writes mixture.py, a config file for train.py, and cost.json to the folder `out`."""
+def write_mixture(config, out, method, knobs, target_tokens):
+    """Writes mixture.py, a config file for train.py, and cost.json to the folder `out`.
+
+    target_tokens  of the run that the mixture is for. None: that of `config`
+    """
     path = os.path.join(out, 'mixture.py')
     with open(path, 'w', encoding='utf-8') as f:
         f.write(
@@ -648,10 +843,18 @@ def write_mixture(config, out, method, knobs):
             tokens = steps * config['total_batch_tokens']
             spent += sum(flops_of(run.config, tokens, run.records))
     final = count_steps(config, None) * config['total_batch_tokens'] * token_flops(config)
+    cost = dict(method=method, flops=spent, share_of_this_run=spent / final)
+    note = ''
+    if target_tokens is not None:
+        share = spent / (target_tokens * token_flops(config))
+        cost.update(match_repetition=target_tokens, share_of_target_run=share)
+        note = f', {share:.3f} times one of {target_tokens:,} tokens'
     with open(os.path.join(out, 'cost.json'), 'w', encoding='utf-8') as f:
-        json.dump(dict(method=method, flops=spent, share_of_this_run=spent / final), f, indent=1)
+        json.dump(cost, f, indent=1)
     print(f'{method}: {knobs}')
-    print(f'cost of its phases: {spent:.3g} FLOPs, {spent / final:.2f} times a run of this config')
+    print(
+        f'cost of its phases: {spent:.3g} FLOPs, {spent / final:.2f} times a run of this config'
+        f'{note}')
     print(f'train.py ... {path}')
 
 
@@ -701,7 +904,6 @@ if __name__ == '__main__':
         raise BadInput('out is empty: name a folder for the runs, --out=out/sweep.')
     check_seeds(seeds)
     launch = Launch(out, theirs, jobs, threads, slurm)
-    mixtures = Design(design, n, seeds)
     queue = []
     next_command = ''
     if command == 'collect':
@@ -731,23 +933,32 @@ if __name__ == '__main__':
         if dry_run:
             raise BadInput('dry_run is not for method: its later runs follow from the first ones.')
         names = prepare_sources(config)
-        # An unknown group would be noticed only after all runs.
-        if method == 'regmix' and target and target not in names:
-            raise BadInput(
-                f"target = '{target}' is none of the sources {', '.join(names)}."
-                f'{did_you_mean(target, names)}')
-        knobs = learn_mixture(launch, names, mixtures, method, target, config['seed'])
-        write_mixture(config, out, method, knobs)
+        mixtures = make_design(design, n, seeds, names, method, reuse)
+        n_steps = count_steps(config, None)
+        search = Search(target, stages, {})
+        check_search(search, config, names, method)
+        if method == 'olmix':
+            n_tokens = match_repetition or n_steps * config['total_batch_tokens']
+            search.limits = olmix_limits(config, names, kl, n_tokens)
+        launch.arguments = theirs + proxy_arguments(
+            config, names, n_steps, match_repetition, proxy_lr_frac)
+        knobs = learn_mixture(launch, names, mixtures, method, search, config['seed'])
+        write_mixture(config, out, method, knobs, match_repetition)
     elif command == 'mixture':
         names = prepare_sources(config)
         if m not in (None, len(names)):
             raise BadInput(f'm = {m}, and the config has {len(names)} sources with a weight.')
         if len(names) < 2:
             raise BadInput('a sweep of mixtures needs two sources or more with a weight.')
+        mixtures = make_design(design, n, seeds, names, '', reuse)
         if method:
             train_config([*theirs, f'--mixture={method}'])
         if method and break_step is None:
             raise BadInput(f'--method={method} needs --break_step, where its runs are continued.')
+        # Children continue the data of their parents, so both use the same rows.
+        n_steps = count_steps(config, None) if break_step is None else break_step + child_steps
+        launch.arguments = theirs + proxy_arguments(
+            config, names, n_steps, match_repetition, proxy_lr_frac)
         if break_step is None:
             queue = static_jobs(out, names, mixtures)
             next_command = f'mixing_laws.py fit-static {out}'
