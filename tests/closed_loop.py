@@ -26,7 +26,7 @@ from lib.reading import local_files, read_batches, records_of
 from lib.tokenizer import load_tokenizer
 from prepare.shards import PartWriter, finish_source
 from tests.studies import print_header, print_row, read_arms, train_arms, write_config
-from tools.report import weights_of
+from tools.report import difference, holm, p_text, paired, paired_p, weights_of
 
 # -- knobs --
 text = ''                           # folder with train/*.jsonl.gz, val/ and probes/
@@ -51,6 +51,7 @@ ARMS = {
     'joint': BY_JOINT,
     'shuffled_probe': dict(mixture='influence', probe={'shuffled': 1.0}),
     'joint_own': dict(BY_JOINT, influence_units='own'),
+    'joint_kl': dict(BY_JOINT, influence_kl=0.5),
     'joint_all': dict(BY_JOINT, influence_layers='all'),
     'math_all': dict(BY_MATH, influence_layers='all'),
     'math_adam': dict(BY_MATH, influence_layers='all', influence_scaling='adam'),
@@ -137,10 +138,20 @@ def in_turn(values):
     return ' / '.join(f'{x:.2f}' for x in values)
 
 
+def mean_loss(entry):
+    """Mean loss of the probed domains, by which arms are judged."""
+    return float(np.mean([entry.final[f'val/loss_{d}'] for d in DOMAINS]))
+
+
 def print_losses(entries, arms, seeds):
-    weights_of_sources = f'final weights: {", ".join(SOURCES)}'
-    print_header('arm', *(f'loss of {d}' for d in DOMAINS), 'mean of the three', weights_of_sources)
-    for arm in arms:
+    """Every arm against the first one, by the probed domains. Papers, in no probe, stand beside."""
+    base = arms[0]
+    runs = list(entries.values())
+    p = holm([paired_p(runs, arm, base, mean_loss) for arm in arms[1:]])
+    print_header(
+        'arm', *(f'loss of {d}' for d in DOMAINS), 'mean of the three', f'against {base} (95 %)',
+        'p (Holm)', 'loss of papers', f'final weights: {", ".join(SOURCES)}')
+    for i, arm in enumerate(arms):
         local = [entries[arm, seed] for seed in seeds]
         losses = np.array([[e.final[f'val/loss_{d}'] for d in DOMAINS] for e in local])
         final = [weights_of(e)[-1] for e in local]
@@ -151,7 +162,13 @@ def print_losses(entries, arms, seeds):
             high = max(w[source] for w in final)
             weights.append(f'{low:.2f}' if high - low < 0.005 else f'{low:.2f} to {high:.2f}')
         by_domain = [in_turn(column) for column in losses.T]
-        print_row(arm, *by_domain, in_turn(losses.mean(1)), ', '.join(weights))
+        compared = ['', '']
+        if i:
+            found = paired(runs, arm, base, mean_loss)
+            compared = [difference(found, 3), p_text(p[i - 1])]
+        papers = in_turn([e.final['val/loss_papers'] for e in local])
+        print_row(
+            arm, *by_domain, in_turn(losses.mean(1)), *compared, papers, ', '.join(weights))
 
 
 def print_selection(entry):

@@ -10,14 +10,26 @@ from tools.runs import read_run
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
-def run(*command):
-    """Runs a script of the project, with its output in the terminal. Raises BadInput if it fails.
+def run(*command, log=None):
+    """Runs a script of the project. Raises BadInput if it fails.
 
+    log     file for its output. None: the terminal
     The script runs in the project's folder, so paths in the command must be absolute.
     """
-    print('\n$ python', *command, flush=True)
-    if subprocess.run([sys.executable, *command], cwd=ROOT).returncode:
-        raise BadInput(f'{command[0]} failed, see above. The same command again continues.')
+    # One string, because scripts that run at the same time print their commands here, too.
+    print(f'\n$ python {" ".join(command)}\n', end='', flush=True)
+    where = 'above'
+    if log is None:
+        code = subprocess.run([sys.executable, *command], cwd=ROOT).returncode
+    else:
+        # Two scripts at the same time would write their progress bars over each other.
+        where = log
+        os.makedirs(os.path.dirname(log), exist_ok=True)
+        with open(log, 'w', encoding='utf-8') as f:
+            code = subprocess.run(
+                [sys.executable, *command], cwd=ROOT, stdout=f, stderr=f).returncode
+    if code:
+        raise BadInput(f'{command[0]} failed, see {where}. The same command again continues.')
 
 
 def write_config(path, knobs):

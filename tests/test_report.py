@@ -7,10 +7,11 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict
+from types import SimpleNamespace
 
 from tests.conftest import need
 
-need('scipy')
+need('scipy', 'matplotlib')
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from scipy import stats
 from configurator import BadInput
 from model import ModelConfig
 from tests.conftest import ROOT, TINY, run_here
+from tools import report
 
 SHAPE = {k: v for k, v in TINY.items() if k in ModelConfig.__dataclass_fields__}
 CONFIG = {
@@ -86,12 +88,92 @@ def test_paired_differences_with_their_interval(tmp_path):
     means = base.mean(1)
     expected = f'{means.mean():.4f} ({means.min():.4f} to {means.max():.4f})'
     assert row(markdown, 'fixed')[:4] == ['fixed', '4', expected, f'{np.exp(means.mean()):.3f}']
-    assert row(markdown, 'moved')[4] == interval(other.mean(1), means)
-    assert row(markdown, 'moved − fixed')[2] == interval(other[:, 1], base[:, 1])
+    p = stats.ttest_rel(other.mean(1), means).pvalue
+    assert row(markdown, 'moved')[4:] == [interval(other.mean(1), means), f'{p:.2g}']
+    # Two sources are two comparisons.
+    p = stats.ttest_rel(other, base, axis=0).pvalue
+    corrected = np.maximum(np.minimum(1, 2 * p.min()), p)
+    assert row(markdown, 'moved − fixed')[1:] == [
+        f'{interval(other[:, i], base[:, i])}, p {corrected[i]:.2g}' for i in range(2)]
     assert row(markdown, 'mixture') == ['mixture', 'fixed', 'influence']
     assert not re.search(r'(src|href)="(?!data:)', page_html)
     assert page_html.count('data:image/png;base64,') == 3
     assert 'width=device-width' in page_html and 'http-equiv' not in page_html
+
+
+def by_definition(p):
+    """Holm 1979: the i-th smallest of n p values is rejected at a level if it and all smaller ones
+    are at most level / (n - i), i from 0. Returns the lowest level at which each is rejected."""
+    order = sorted(range(len(p)), key=lambda i: p[i])
+    lowest = {}
+    for rank, i in enumerate(order):
+        needed = [p[j] * (len(p) - k) for k, j in enumerate(order[:rank + 1])]
+        lowest[i] = min(1.0, max(needed))
+    return [lowest[i] for i in range(len(p))]
+
+
+def test_holms_correction_is_that_of_its_definition():
+    rng = np.random.default_rng(0)
+    for n in (1, 2, 5, 14):
+        for _ in range(20):
+            p = rng.uniform(0, 1, n) ** 3
+            np.testing.assert_allclose(report.holm(list(p)), by_definition(p), rtol=1e-12)
+    # The example of Holm's step-down: 0.01 * 4, 0.02 * 3 twice (not 0.02 * 2), 0.9.
+    assert report.holm([0.02, 0.9, 0.01, 0.02]) == pytest.approx([0.06, 0.9, 0.04, 0.06])
+    assert report.holm([None, 0.04, None]) == [None, 0.04, None]
+    assert report.holm([]) == []
+
+
+def test_chance_alone_is_called_a_difference_in_5_per_cent_of_studies():
+    """14 arms without an effect: some p is below 0.05 in half of the studies, corrected in 5 %."""
+    rng = np.random.default_rng(0)
+    found = np.zeros((400, 2))
+    for study in found:
+        d = rng.normal(size=(14, 3))
+        p = list(stats.ttest_1samp(d, 0, axis=1).pvalue)
+        study[:] = min(p) < 0.05, min(report.holm(p)) < 0.05
+    plain, corrected = found.mean(0)
+    assert plain > 0.4 and corrected < 0.08
+
+
+def test_many_arms_are_corrected_together_and_other_sources_stand_beside(tmp_path):
+    rng = np.random.default_rng(1)
+    losses = rng.normal(3, 0.1, (4, 3, 2))          # (arms, seeds, sources)
+    for i, of_arm in enumerate(losses):
+        for seed in range(3):
+            rate = 1e-3 * (i + 1)
+            make_run(tmp_path / 'runs' / f'{"wxyz"[i]}_seed{seed}', of_arm[seed], seed,
+                     learning_rate=rate)
+    markdown, _ = page(tmp_path, tmp_path / 'runs', sources="['a']")
+    arms = markdown.split('## Arms')[1].split('## ')[0]
+    assert 'Mean loss of a with equal weights. Beside it, each alone: b.' in arms
+    assert row(arms, 'arm')[4:] == [
+        'against w (95 %)', 'p (Holm)', 'b (range)', 'b against w (95 %)']
+    p = [stats.ttest_rel(losses[i, :, 0], losses[0, :, 0]).pvalue for i in (1, 2, 3)]
+    for i, corrected in zip((1, 2, 3), by_definition(p), strict=True):
+        cells = row(arms, 'wxyz'[i])
+        assert cells[4] == interval(losses[i, :, 0], losses[0, :, 0])
+        assert cells[5] == f'{corrected:.2g}'
+        assert cells[6].startswith(f'{losses[i, :, 1].mean():.4f} (')
+        assert cells[7] == interval(losses[i, :, 1], losses[0, :, 1])
+    assert row(arms, 'w')[5] == '' and row(arms, 'w')[7] == ''
+
+
+def test_arms_without_any_spread_have_a_p():
+    """Arms that are the same run by run do not differ. scipy has nan there."""
+    def runs_of(arm, losses):
+        return [SimpleNamespace(arm=arm, seed=i, status='finished', final=loss)
+                for i, loss in enumerate(losses)]
+
+    def p(losses, others):
+        runs = runs_of('x', losses) + runs_of('base', others)
+        return report.paired_p(runs, 'x', 'base', lambda run: run.final)
+
+    assert p([1.0, 2.0, 3.0], [1.0, 2.0, 3.0]) == 1
+    assert p([1.0, 2.0, 3.0], [2.0, 3.0, 4.0]) == 0
+    assert p([1.0], [2.0]) is None and p([], []) is None
+    x, y = [1.0, 2.5, 3.0], [1.5, 2.0, 4.0]
+    assert p(x, y) == pytest.approx(stats.ttest_rel(x, y).pvalue, rel=1e-12)
 
 
 def test_one_seed_and_unfinished_runs_claim_nothing(tmp_path):
