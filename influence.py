@@ -22,6 +22,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from configurator import BadInput
+from data import put_on
 from lib.parallel import full_tensor, local_tensor, reshard, sum_numbers
 from model import RMSNorm
 from ops import kernels
@@ -261,21 +262,26 @@ def parts_of_rows(model, batches, layers, scale, n_parts):
 
     def use(name, first, gradients):
         gradients = gradients.to(total[name].dtype)
-        at = part[first:first + len(gradients)]
-        total[name].index_add_(0, at, gradients)
+        b = len(gradients)
+        # Row by row, because index_add_ sums in any order on a GPU.
+        for at, gradient in zip(part_of_row[first:first + b], gradients, strict=True):
+            total[name][at] += gradient
         squares = gradients.square()
         if factors[name] is not None:
             squares *= factors[name]
-        sums[3].index_add_(0, at, squares.flatten(1).sum(1, dtype=torch.float64))
+        squares = squares.flatten(1).sum(1, dtype=torch.float64)
+        sums[3] += member[:, first:first + b] @ squares
 
     for batch in batches:
         B = len(batch[0])
-        part = (torch.arange(n_rows, n_rows + B, device=device) * n_data + rank) % n_parts
+        part_of_row = [((n_rows + i) * n_data + rank) % n_parts for i in range(B)]
+        member = F.one_hot(torch.tensor(part_of_row), n_parts).T.double()       # (n_parts, B)
+        member = put_on(member.contiguous(), device)
         n_rows += B
         losses = stream_row_gradients(model, batch, layers, use)                # (N,)
         n_valid = (batch[1] >= 0).sum(1).double()                               # (B,)
         losses = losses.view(B, -1).sum(1, dtype=torch.float64)
-        sums[:3].index_add_(1, part, torch.stack((losses, n_valid, n_valid.square())))
+        sums[:3] += torch.stack((losses, n_valid, n_valid.square())) @ member.T
     parts = [{} for _ in range(n_parts)]
     for name, parameter in selected.items():
         if model.layout is not None:
