@@ -267,7 +267,10 @@ def test_sources_weighed_by_size_are_read_equally_often(tmp_path, chat_data):
 
 
 def test_influence_reweights_conversations(tmp_path, chat_data):
-    """One of three sources has shuffled answers. It loses weight on a probe of conversations."""
+    """One of three sources has shuffled answers. It loses weight on a probe of conversations.
+
+    Not at once: a model that has learned nothing yet is helped by shuffled letters, too.
+    """
     rng = np.random.default_rng(1)
     noise = []
     for messages in conversations(300, 1):
@@ -280,14 +283,14 @@ def test_influence_reweights_conversations(tmp_path, chat_data):
     # The additional message makes sure that no probe document is in a source.
     asked = [[dict(role='user', content='please'), *c] for c in conversations(150, 5)]
     write_chats(chat_data / 'probe', 'talk', asked, splits=('probe',))
-    knobs = {**SFT, 'sources': {'chat': 1.0, 'noise': 1.0, 'more': 1.0}, 'max_steps': 40,
-             'mixture': 'influence', 'mixture_interval': 8, 'mixture_warmup': 8,
-             'mixture_eta': 1.0, 'probe': {'talk': 1.0}, 'probe_rows': 40, 'influence_rows': 8,
+    knobs = {**SFT, 'sources': {'chat': 1.0, 'noise': 1.0, 'more': 1.0}, 'max_steps': 56,
+             'mixture': 'influence', 'mixture_interval': 16, 'mixture_warmup': 48,
+             'mixture_eta': 1.0, 'probe': {'talk': 1.0}, 'probe_rows': 40, 'influence_rows': 24,
              'max_epochs': None, 'mixture_max': 0.9}
     m = train(tmp_path / 'run', chat_data, **knobs)
-    others = m[39]['mixture/weight_chat'] + m[39]['mixture/weight_more']
-    assert m[39]['mixture/weight_noise'] < 0.25 < others
-    assert sum(m[s]['mixture/drawn_noise'] for s in range(34, 40)) / 6 < 0.28
+    others = m[55]['mixture/weight_chat'] + m[55]['mixture/weight_more']
+    assert m[55]['mixture/weight_noise'] < 0.25 < others
+    assert sum(m[s]['mixture/drawn_noise'] for s in range(50, 56)) / 6 < 0.28
 
 
 PEAK_MEMORY = '''

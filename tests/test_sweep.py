@@ -17,7 +17,7 @@ import pytest
 
 from configurator import BadInput
 from tests.conftest import ROOT, SHARED, TINY, metrics, run, run_here
-from tools import regmix
+from tools import mixing_laws, regmix
 from tools.mixture_reuse import KEPT
 from tools.runs import Row, Table
 from tools.sweep import (
@@ -94,7 +94,7 @@ def test_children_continue_a_methods_run_after_a_kill(tmp_path, tiny_data):
     """
     out = tmp_path / 'out'
     sweep = command(
-        tiny_data, out, 'mixture', '--method=aioli', '--break_step=8', '--child_steps=3', '--n=4',
+        tiny_data, out, 'mixture', '--method=aioli', '--break_step=8', '--child_steps=3', '--n=3',
         '--jobs=2')
     silent = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     process = subprocess.Popen(sweep, cwd=ROOT, **silent)
@@ -107,7 +107,7 @@ def test_children_continue_a_methods_run_after_a_kill(tmp_path, tiny_data):
     done = run(sweep)
     assert done.returncode == 0, done.stderr
     children = sorted((out / 'children').iterdir())
-    assert len(children) == 4
+    assert len(children) == 3
     for folder in children:
         config = json.loads((folder / 'config.json').read_text())
         records = metrics(folder)
@@ -213,6 +213,8 @@ def table_of_laws(n=24):
 def test_methods_that_fit_runs_end_with_knobs_of_train_py(tmp_path, tiny_data, monkeypatch):
     # The search of 100,000 mixtures takes 8 s.
     monkeypatch.setattr(regmix.regmix_d, '__defaults__', (2000,))
+    # So do the intervals of 100 bootstrap samples.
+    monkeypatch.setattr(mixing_laws.bootstrap_laws, '__defaults__', (None, 4))
     table = table_of_laws()
     config = train_config(as_arguments({**KNOBS, 'data_dir': tiny_data, 'max_epochs': 4.0}))
     free = fitted_mixture(table, 'dml', Search('', 2, {}), str(tmp_path))['sources']
