@@ -9,7 +9,7 @@ optimizer. methods/estimates.py makes influence and its errors of the products.
 tools/influence_tables.py is their command line.
 
 Letters in shape comments: B rows, T positions, C n_embd, V vocab_size, N = B*T, I and O inputs and
-outputs of a layer, K batches, D directions.
+outputs of a layer, K batches, P parts of the probe.
 """
 import contextlib
 import functools
@@ -30,11 +30,9 @@ from ops.loss import budget_rows
 from ops.ranks import full_shape, n_replicas, placed
 
 LAYERS = ('last', 'all', 'first', 'embedding+head')
-# Layers of a single block. Their gradients are small: a direction for every domain takes little
+# Layers of a single block. Their gradients are small: those of many parts of the probe take little
 # memory, and so does the gradient of one row.
 SMALL = ('last', 'first')
-
-
 # Gradients of so many parts of the probe sets are kept, to tell how noisy the probe is.
 PARTS = 24
 
@@ -51,7 +49,6 @@ class Probe:
     norms    (P,) float64: squared norms of the gradients of the part's units, summed. A unit is a
              row, or the part where single rows are not measured
     tokens   (P,) valid tokens; squares (P,): squares of the units' tokens, summed
-    loss     domain -> nats per token
     layers   one of LAYERS
     """
     parts: list
@@ -61,7 +58,6 @@ class Probe:
     norms: np.ndarray
     tokens: np.ndarray
     squares: np.ndarray
-    loss: dict
     layers: str
 
 
@@ -69,17 +65,15 @@ class Probe:
 class Direction:
     """The direction in parameter space that lowers the probe's loss, in units of the probe's help.
 
-    v            parameter name -> tensor, sharded as the parameter is
-    den          domain -> squared norm of its mean gradient, without the bias that noise adds
-    reliability  domain -> that norm as a share of the norm with the bias; 1: a probe without noise
-    loss         domain -> nats per token
-    layers       one of LAYERS
+    v       parameter name -> tensor, sharded as the parameter is
+    layers  one of LAYERS
     """
     v: dict
-    den: dict
-    reliability: dict
-    loss: dict
     layers: str
+
+
+class TooFewTokens(BadInput):
+    """The rows that were chosen of a probe set have too few valid tokens. Others may have more."""
 
 
 def check_layers(layers, knob='influence_layers'):
@@ -203,25 +197,28 @@ def takes_rows(model):
 
 
 def probes_by_rows(model, layers):
-    """Whether `probe_direction` takes the gradients of single rows instead of batches."""
+    """Whether the gradients of single rows are taken instead of those of batches."""
     return layers in SMALL and takes_rows(model)
+
+
+def parts_of_domain(layers, n_domains):
+    """Number of parts of every domain. Gradients of layers that are not in SMALL are large."""
+    return max(4, PARTS // n_domains) if layers in SMALL else 4
 
 
 @dataclass
 class DomainParts:
-    """The parts of one domain: fields as in `Probe`, `loss` is the domain's in nats."""
+    """The parts of one domain: fields as in `Probe`."""
     parts: list
     norms: list | None      # None: every part is one unit
     tokens: list
     squares: list
-    loss: float
 
 
 def parts_of_batches(model, batches, layers, n_parts):
     """The batches are dealt to n_parts parts, whose gradients add up: DomainParts."""
     parts = [{} for _ in range(n_parts)]
     tokens = [0.0] * n_parts
-    loss = 0.0
     at = 0                      # part of the batch that is being measured
 
     def use(name, gradient):
@@ -230,11 +227,10 @@ def parts_of_batches(model, batches, layers, n_parts):
         else:
             parts[at][name] = gradient
 
-    for batch_loss, n in stream_gradients(model, batches, layers, use):
-        loss += batch_loss
+    for _, n in stream_gradients(model, batches, layers, use):
         tokens[at] += n
         at = (at + 1) % n_parts
-    return DomainParts(parts, None, tokens, [n * n for n in tokens], loss)
+    return DomainParts(parts, None, tokens, [n * n for n in tokens])
 
 
 def parts_of_rows(model, batches, layers, scale, n_parts):
@@ -255,9 +251,9 @@ def parts_of_rows(model, batches, layers, scale, n_parts):
         factors[name] = None
         if scale is not None:
             factors[name] = full_tensor(scaled(scale, name, torch.ones_like(parameter)))
-    # Sums over the rows of a part: loss, tokens, squares of the tokens, and squared norms of the
+    # Sums over the rows of a part: tokens, squares of the tokens, and squared norms of the
     # gradients. They stay on the device, so that the host does not wait in every batch.
-    sums = torch.zeros(4, n_parts, dtype=torch.float64, device=device)
+    sums = torch.zeros(3, n_parts, dtype=torch.float64, device=device)
     n_rows = 0                  # of this rank, before the batch
 
     def use(name, first, gradients):
@@ -270,7 +266,7 @@ def parts_of_rows(model, batches, layers, scale, n_parts):
         if factors[name] is not None:
             squares *= factors[name]
         squares = squares.flatten(1).sum(1, dtype=torch.float64)
-        sums[3] += member[:, first:first + b] @ squares
+        sums[2] += member[:, first:first + b] @ squares
 
     for batch in batches:
         B = len(batch[0])
@@ -278,18 +274,17 @@ def parts_of_rows(model, batches, layers, scale, n_parts):
         member = F.one_hot(torch.tensor(part_of_row), n_parts).T.double()       # (n_parts, B)
         member = put_on(member.contiguous(), device)
         n_rows += B
-        losses = stream_row_gradients(model, batch, layers, use)                # (N,)
+        stream_row_gradients(model, batch, layers, use)
         n_valid = (batch[1] >= 0).sum(1).double()                               # (B,)
-        losses = losses.view(B, -1).sum(1, dtype=torch.float64)
-        sums[:3] += torch.stack((losses, n_valid, n_valid.square())) @ member.T
+        sums[:2] += torch.stack((n_valid, n_valid.square())) @ member.T
     parts = [{} for _ in range(n_parts)]
     for name, parameter in selected.items():
         if model.layout is not None:
             dist.all_reduce(total[name])
         for part, gradient in zip(parts, total.pop(name), strict=True):
             part[name] = placed(model.layout, name, parameter, gradient)
-    loss, tokens, squares, norms = np.array(sum_numbers(sums.flatten().tolist())).reshape(4, -1)
-    return DomainParts(parts, norms.tolist(), tokens.tolist(), squares.tolist(), float(loss.sum()))
+    tokens, squares, norms = np.array(sum_numbers(sums.flatten().tolist())).reshape(3, -1).tolist()
+    return DomainParts(parts, norms, tokens, squares)
 
 
 def gram_of(model, parts, scale):
@@ -317,15 +312,14 @@ def measure_probe(model, probe, layers='last', scale=None, n_parts=None):
     probe     domain -> batches as for `stream_gradients`. At least two, or for layers in SMALL of a
               model without tp and experts two rows
     scale     from `adam_scale`; None: gradients as they are
-    n_parts   parts of a domain. None: PARTS over all domains, but at least 4. For layers that are
-              not in SMALL, whose gradients are large, 4
-    Raises BadInput for fewer than two rows or batches with a valid token. Memory: a gradient for
-    every part.
+    n_parts   parts of a domain. None: as `parts_of_domain` has it
+    Raises TooFewTokens for fewer than two rows or batches with a valid token. Memory: a gradient
+    for every part.
     """
     by_rows = probes_by_rows(model, layers)
     if n_parts is None:
-        n_parts = max(4, PARTS // len(probe)) if layers in SMALL else 4
-    parts, at, norms, tokens, squares, loss = [], [], [], [], [], {}
+        n_parts = parts_of_domain(layers, len(probe))
+    parts, at, norms, tokens, squares = [], [], [], [], []
     for i, (domain, batches) in enumerate(probe.items()):
         if by_rows:
             found = parts_of_rows(model, batches, layers, scale, n_parts)
@@ -334,9 +328,8 @@ def measure_probe(model, probe, layers='last', scale=None, n_parts=None):
         n_tokens = sum(found.tokens)
         if n_tokens == 0 or sum(found.squares) == n_tokens**2:
             kind = 'rows' if by_rows else 'batches'
-            raise BadInput(
+            raise TooFewTokens(
                 f"influence: fewer than two {kind} of probe '{domain}' have valid tokens.")
-        loss[domain] = found.loss / n_tokens
         for j, n in enumerate(found.tokens):
             if n:
                 at.append(i)
@@ -349,15 +342,13 @@ def measure_probe(model, probe, layers='last', scale=None, n_parts=None):
         raise BadInput(f"influence: scaling by Adam leaves nothing of '{layers}'.")
     norms = np.array(norms, dtype=np.float64) if by_rows else gram.diagonal().copy()
     return Probe(
-        parts, list(probe), np.array(at), gram, norms, np.array(tokens), np.array(squares), loss,
-        layers)
+        parts, list(probe), np.array(at), gram, norms, np.array(tokens), np.array(squares), layers)
 
 
 def products_of_batches(model, batches, probe):
     """Inner products of the gradient of every batch's summed loss with the probe's parts.
 
-    Returns (products (K, P) float64, valid tokens (K,) float64, loss in nats per token), numpy
-    arrays and a float, over all ranks. Raises BadInput when no token is valid.
+    Returns (products (K, P), valid tokens (K,)), numpy float64 over all ranks.
     """
     device = next(model.parameters()).device
     # On the device, so that the hooks of the backward pass do not make the host wait.
@@ -369,17 +360,13 @@ def products_of_batches(model, batches, probe):
             sums.add_(found, alpha=1 / n_replicas(model.layout, name))
 
     rows = []                   # local products of every batch
-    found = []
-    for loss_and_tokens in stream_gradients(model, batches, probe.layers, use):
-        found.append(loss_and_tokens)
+    tokens = []
+    for _, n in stream_gradients(model, batches, probe.layers, use):
+        tokens.append(n)
         rows.append(sums.clone())
         sums.zero_()
-    tokens = [n for _, n in found]
-    if not sum(tokens):
-        raise BadInput('influence: the sample of a source has no valid token.')
     flat = sum_numbers(torch.stack(rows).flatten().tolist(), every_rank=True)
-    loss = sum(loss for loss, _ in found) / sum(tokens)
-    return np.array(flat).reshape(len(rows), -1), np.array(tokens), loss
+    return np.array(flat).reshape(len(rows), -1), np.array(tokens)
 
 
 def products_of_rows(model, batch, probe):

@@ -40,9 +40,9 @@ class MixtureConfig:
     """Knobs that mixture methods share."""
     mixture_warmup: at_least(0) | None = None   # no re-weighting before this step. None: after
                                             # warmup_steps and 5 % of the run
-    mixture_eta: between(0.0, 1e12) | None = None       # step size. None: influence 0.3 (an
-                                            # influence of 1 multiplies by exp(0.3)), skillit
-                                            # 0.2, aioli 0.2 (of two sources), 0.1 (of 3 to 5) or
+    mixture_eta: between(0.0, 1e12) | None = None       # step size. None: influence 0.3 (1 better
+                                            # than the mean multiplies by exp(0.3)), skillit 0.2,
+                                            # aioli 0.2 (of two sources), 0.1 (of 3 to 5) or
                                             # 1, doge 100 (1 / mu), doremi 1
     mixture_rows: at_least(1) = 64          # skillit, aioli: fixed validation rows of every source.
                                             # doge: rows of one validation batch of all sources

@@ -52,6 +52,20 @@ def domain_weights(probe, weights):
     return w / w.sum()
 
 
+def units_of(probe, weights, units, kept):
+    """What influences are divided by: (divisors (n,), a (D,), M (D, D), shares (D, P)).
+
+    The direction is the sum of a_c g_c, and its product with the probe's mean gradient, the sum of
+    w_c g_c, comes last in divisors. With units='own' the squared norms of the g_c come before it.
+    All of them must be above 0 for an influence to have a meaning. M, shares: `domain_products`.
+    """
+    w = domain_weights(probe, weights)
+    M, shares = domain_products(probe, kept)
+    norms = M.diagonal() if units == 'own' else M.diagonal()[:0]
+    a = w / norms if units == 'own' else w
+    return np.append(norms, a @ M @ w), a, M, shares
+
+
 def factors_of(probe, weights, units, kept=1.0):
     """What every part of the probe gives to an influence: (D + 1, P) float64.
 
@@ -63,11 +77,9 @@ def factors_of(probe, weights, units, kept=1.0):
               large gradients count more. 'own': weighted mean of the influences on the domains,
               each in units of its own help.
     """
-    w = domain_weights(probe, weights)
-    M, shares = domain_products(probe, np.ones(len(probe.at)) * kept)
-    by_domain = shares / M.diagonal()[:, None]
-    a = w if units == 'loss' else w / M.diagonal()
-    return np.vstack((by_domain, a @ shares / (a @ M @ w)))
+    kept = np.ones(len(probe.at)) * kept
+    divisors, a, M, shares = units_of(probe, weights, units, kept)
+    return np.vstack((shares / M.diagonal()[:, None], a @ shares / divisors[-1]))
 
 
 @dataclass
@@ -108,19 +120,20 @@ def estimate(probe, weights, units, found):
     with np.errstate(divide='ignore', invalid='ignore'):
         factors = factors_of(probe, weights, units)
         left_out = leave_out(probe, weights, units)                             # (P, D + 1, P)
-    n_parts = np.array([(probe.at == i).sum() for i in range(len(probe.domains))])
     stratum = (probe.at == np.arange(len(probe.domains))[:, None]).astype(float)        # (D, P)
+    n_parts = stratum.sum(1)                                                            # (D,)
     r, se, widths = {}, {}, []
     deviations = []                     # (P,) of every source, of the joint influence
     rows = []                           # variances of the joint influence over rows
     for name, (products_of_source, tokens) in found.items():
-        mean = products_of_source.sum(0) / tokens.sum()                         # (P,)
+        # A source without a valid token in the sample has influence 0 and an infinite error.
+        mean = products_of_source.sum(0) / max(1.0, tokens.sum())               # (P,)
         r[name], error = mean_and_error(products_of_source @ factors.T, tokens)
         changes = jackknife(probe, left_out @ mean)                             # (P, D + 1)
         by_stratum = stratum @ changes**2                                       # (D, D + 1)
         variance = by_stratum.sum(0) + error**2
         # Welch and Satterthwaite's degrees of freedom of a sum of variances
-        n_rows = tokens.sum() ** 2 / (tokens**2).sum()
+        n_rows = tokens.sum() ** 2 / max(1.0, (tokens**2).sum())
         parts_of_variance = (by_stratum**2 / (n_parts - 1)[:, None]).sum(0)
         parts_of_variance += error**4 / max(n_rows - 1, 1.0)
         freedom = np.divide(
@@ -139,28 +152,22 @@ def estimate(probe, weights, units, found):
 def noise_of(probe, weights, units):
     """Why a measurement on the probe says nothing, as a clause; '': it says something.
 
-    The unit of influence is a squared norm without noise. Where that is smaller than its own
-    standard error, an influence may come out at any size.
+    What an influence is divided by is a product without noise. Where that is smaller than its own
+    standard error, an influence may come out at any size and with any sign.
     """
-    def values(kept):
-        M, _ = domain_products(probe, kept)
-        w = domain_weights(probe, weights)
-        # With units='own' every domain has a unit.
-        return np.array([w @ M @ w]) if units == 'loss' else M.diagonal()
-
     P = len(probe.at)
     with np.errstate(divide='ignore', invalid='ignore'):
-        found = values(np.ones(P))
-        left_out = np.array([values(1.0 - row) for row in np.eye(P)])
+        found = units_of(probe, weights, units, np.ones(P))[0]
+        left_out = np.array([units_of(probe, weights, units, 1.0 - row)[0] for row in np.eye(P)])
         spread = (jackknife(probe, left_out) ** 2).sum(0) ** 0.5
     # In this form nan counts as noise.
     unclear = ~(found > spread)
     if not unclear.any():
         return ''
-    names = probe.domains
-    if units == 'own':
-        names = [domain for domain, is_unclear in zip(names, unclear, strict=True) if is_unclear]
     i = int(unclear.argmax())
+    names = probe.domains
+    if i < len(found) - 1:              # domains of units='own', and not all of them together
+        names = [names[j] for j in np.flatnonzero(unclear[:-1])]
     return (
         f'the rows of the probe ({", ".join(names)}) do not agree with each other: the mean '
         f'product of their gradients is {found[i]:.2g} with a standard error of {spread[i]:.2g}')
@@ -179,9 +186,7 @@ def direction_of(probe, weights=None, units='loss'):
     weights, units   as for `factors_of`; weights None: equal ones
     Raises RunFault when the unit of influence is not positive. `noise_of` asks for more.
     """
-    w = domain_weights(probe, weights)
-    M, _ = domain_products(probe, np.ones(len(probe.at)))
-    lowest = w @ M @ w if units == 'loss' else M.diagonal().min()
+    lowest = units_of(probe, weights, units, np.ones(len(probe.at)))[0].min()
     if not lowest > 0:
         raise RunFault(
             f'the rows of the probe ({", ".join(probe.domains)}) do not agree with each other '
@@ -190,8 +195,7 @@ def direction_of(probe, weights=None, units='loss'):
     v = {}
     for name in probe.parts[0]:
         v[name] = sum(c * part[name] for c, part in zip(factors, probe.parts, strict=True))
-    den = dict(zip(probe.domains, M.diagonal().tolist(), strict=True))
-    return Direction(v, den, reliability(probe), probe.loss, probe.layers)
+    return Direction(v, probe.layers)
 
 
 def probe_direction(model, probe, layers='last', weights=None, scale=None, units='loss'):
@@ -203,13 +207,13 @@ def mean_and_error(values, tokens):
     """A mean per token and its standard error, from sums (K, D) or (K,) over tokens (K,).
 
     The jackknife: how much the mean changes without each row or batch. Returns two arrays
-    (D,), or two floats. The error is infinite where one row or batch has all valid tokens. Raises
-    BadInput for fewer than two.
+    (D,), or two floats. The error is infinite where one row or batch has all valid tokens, or none
+    has any. Raises BadInput for fewer than two.
     """
     if len(tokens) < 2:
         raise BadInput(f'influence: {len(tokens)} batch(es) of a source; at least two are needed.')
     total = tokens.sum()
-    r = values.sum(0) / total
+    r = values.sum(0) / max(1.0, total)
     counted = tokens > 0
     k = counted.sum()
     if k < 2:

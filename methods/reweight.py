@@ -1,12 +1,12 @@
 """Influence at work in a training run: it sets the weights of the sources and drops rows.
 
 Every mixture_interval steps `Influence.update` measures the influence of every source on the probe
-sets (influence.py), changes the sampling weights by a rule (rules.py), and with select='online'
-marks the rows to drop until the next update (selection.py). The rows that are measured are a
-function of seed and step alone, so a resumed run measures the same. `Measurement` serves
-tools/influence_tables.py as well.
+sets (influence.py, estimates.py), changes the sampling weights by a rule (rules.py), and with
+select='online' marks the rows to drop until the next update (selection.py). Seed and step choose
+the rows that are measured, and the checkpoint holds their number, so a resumed run measures the
+same. `Measurement` serves tools/influence_tables.py as well.
 
-Letters in shape comments: D directions, n rows.
+Letters in shape comments: P parts of the probe, K batches, n rows.
 """
 import math
 import time
@@ -19,11 +19,11 @@ from tqdm import tqdm
 from configurator import BadInput, RunFault, at_least, between, one_of
 from data import domain_of, text_warnings
 from influence import (
-    PARTS,
-    SMALL,
+    TooFewTokens,
     adam_scale,
     datainf,
     measure_probe,
+    parts_of_domain,
     probes_by_rows,
     products_of_batches,
     products_of_rows,
@@ -70,7 +70,7 @@ def chosen_windows(source, n_rows, key):
     """Chooses n_rows cursors of a source by `key`, a tuple of ints, alone: (n_rows,) int array."""
     rng = np.random.default_rng(key)
     # A permutation of a very large source is slow, and there repetitions are rare.
-    # `unseen_reference` relies on a longer choice beginning with the rows of a shorter one.
+    # `unseen_scores` relies on a longer choice beginning with the rows of a shorter one.
     if source.n_windows < 2**24:
         return rng.permutation(source.n_windows)[:n_rows]
     return rng.integers(source.n_windows, size=n_rows)
@@ -103,7 +103,7 @@ class Measurement:
         # Where single rows are measured, batches are as large as in training.
         n_batches = 1
         if not probes_by_rows(self.model, self.layers):
-            n_batches = max(4, PARTS // len(self.probes)) if self.layers in SMALL else 4
+            n_batches = parts_of_domain(self.layers, len(self.probes))
         batches = {}
         for i, probe in enumerate(self.probes):
             rows = chosen_windows(probe, self.probe_rows, (*self.key, 0, i))
@@ -160,7 +160,7 @@ class Measurement:
         for i, source in enumerate(sources):
             # The standard error is over batches, so there have to be several.
             batches = self.feeder.source_batches(source, self.chosen_rows(i, source), 8)
-            found.append(products_of_batches(self.model, batches, probe)[:2])
+            found.append(products_of_batches(self.model, batches, probe))
         return found
 
     def unseen_scores(self, direction):
@@ -264,6 +264,11 @@ def check(training):
             raise BadInput(
                 f"mixture_eta = {config['mixture_eta']:g} is too large: an influence of 1 would "
                 'multiply a weight by exp(mixture_eta). Use at most 500.')
+        # Above 1 the weights would swing around what they should converge to.
+        if config['influence_kl'] * rules.eta_of(config) > 1:
+            raise BadInput(
+                f"influence_kl = {config['influence_kl']:g} times mixture_eta = "
+                f'{rules.eta_of(config):g} must be at most 1. Lower one of them.')
         rules.check_bounds(len(training.active), config['mixture_min'], config['mixture_max'])
 
 
@@ -371,14 +376,18 @@ class Influence:
             training.model, training.feeder, probes, weights, n_probe, config['influence_rows'],
             (config['seed'], step), config['influence_layers'], config['influence_scaling'],
             config['influence_units'], training.optimizers)
-        probe = measurement.probe(training.active)
         n_rows = len(probes) * n_probe
         if config['influence_scaling'] == 'datainf':
             n_rows += len(training.active) * config['influence_rows']
         metrics = {'probe/rows': n_probe}
-        for domain, value in reliability(probe).items():
-            metrics[f'probe/reliability_{domain}'] = value
-        noise = noise_of(probe, weights, config['influence_units'])
+        try:
+            probe = measurement.probe(training.active)
+        except TooFewTokens as error:
+            noise = str(error).rstrip('.')
+        else:
+            for domain, value in reliability(probe).items():
+                metrics[f'probe/reliability_{domain}'] = value
+            noise = noise_of(probe, weights, config['influence_units'])
         if config['mixture'] == 'influence':
             found = None
             if not noise:
@@ -416,12 +425,11 @@ class Influence:
             return
         if self.failed >= 0:
             self.failed += 1
-        what = 'longer sequences, more text in the probe set, or a later mixture_warmup'
         if self.failed == FIRST:
             raise RunFault(
                 f'step {step}: the first {FIRST} measurements of influence say nothing, the last '
                 f'one with {self.probe_rows} rows of every probe set: {noise}. Raise probe_rows, '
-                f'or use {what}.')
+                'make the probe set larger, or let mixture_warmup be longer.')
         more = min(2 * self.probe_rows, self.most_rows())
         if self.training.run.is_master:
             then = f'The next one reads {more} rows of every probe set.'

@@ -154,15 +154,12 @@ def update_influence(weights, r, cov, state, eta, low, high, kl=0.0, ema=0.5):
     clear = np.abs(found) >= 2 * errors
     if not clear.any() and not kl:
         return weights, state, dict(kept='no source differs from the others by more than its noise')
-    logs = {}
-    for name, difference in zip(weights, np.where(clear, found, 0.0).tolist(), strict=True):
-        pull = 0.0
-        if kl and weights[name] > 0:
-            pull = kl * math.log(weights[name] / start[name])
-        logs[name] = eta * (difference - pull)
-    moved = {name: w * math.exp(logs[name]) for name, w in weights.items()}
-    total = sum(moved.values())
-    moved = {name: w / total for name, w in moved.items()}
+    gains = np.where(clear, found, 0.0)
+    if kl:
+        for i, (name, w) in enumerate(weights.items()):
+            if w > 0:
+                gains[i] -= kl * math.log(w / start[name])
+    moved = exponentiated(weights, gains, eta)
     return project(moved, dict.fromkeys(weights, low), high), state, dict(kept='')
 
 

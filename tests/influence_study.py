@@ -84,7 +84,7 @@ def measured(data, chosen, names, n_parts, by_source):
     tokens = data['tokens'][order]
     probe = Probe(
         [], list(names), np.arange(len(member)) // n_parts, member @ gram @ member.T,
-        member @ gram.diagonal(), member @ tokens, member @ tokens**2, {}, 'last')
+        member @ gram.diagonal(), member @ tokens, member @ tokens**2, 'last')
     found = {}
     for name, rows in by_source.items():
         products = data[f'products_{name}'][np.ix_(rows, order)] @ member.T

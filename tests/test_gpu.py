@@ -101,10 +101,10 @@ def influence_on(device):
     for layers in ('all', 'last'):
         measured = influence.measure_probe(model, probe, layers)
         direction = estimates.direction_of(measured)
-        r, _, _ = group_influence(model, {'a': moved(batches(4, seed=5))}, measured)
+        r, _ = group_influence(model, {'a': moved(batches(4, seed=5))}, measured)
         rows = influence.row_influence(model, batch, direction)[0]
         sqnorms = influence.ghost_sqnorm(model, batch, layers)
-        den = torch.tensor([r['a'], direction.den['x'], direction.reliability['x']])
+        den = torch.tensor([r['a'], estimates.reliability(measured)['x']])
         found += [den, rows, sqnorms]
     with torch.autocast(device, torch.bfloat16):
         model = model.float()
