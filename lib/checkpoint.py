@@ -47,6 +47,8 @@ from lib.device import barrier, on_master
 from model import ModelConfig
 from ops.ranks import full_shape, stored_form
 
+# values of `mixture` whose weights are given beforehand
+GIVEN = ('fixed', 'stratified', 'natural', 'unimax', 'schedule')
 # knobs that a resumed run cannot change
 FIXED = ('seed', 'block_size', 'total_batch_tokens', 'packing', 'overlong', 'optimizer', 'mixture',
          'presence', 'select', 'select_scores', 'select_margin', 'select_keep')
@@ -614,8 +616,7 @@ def check_resumable(checkpoint, saved, config, saved_model, model, end_step):
     check_same_model(checkpoint, saved_model, model)
     for name in FIXED:
         # Weights that are given beforehand may follow any method: they count from here on.
-        given = ('fixed', 'stratified', 'natural', 'unimax', 'schedule')
-        if name == 'mixture' and config[name] in given:
+        if name == 'mixture' and config[name] in GIVEN:
             continue
         before = saved['config'].get(name, config[name])    # an older version may lack a knob
         if before != config[name]:

@@ -37,6 +37,7 @@ from methods import rules
 from tests.studies import print_header, print_row, read_arms, run, train_arms, write_config
 from tools.report import difference, holm, mean_and_range, p_text, paired, paired_p, weights_of
 from tools.runs import flops_of
+from tools.sweep import TREE_RUNS
 
 # -- knobs --
 text = ''                           # folder with train/*.jsonl.gz, val/ and probes/
@@ -64,7 +65,6 @@ BY_LAW = ('dml', 'olmix', 'regmix')                             # fitted to the 
 PHASED = ('skillit', 'doge', 'doremi', *BY_LAW)                 # methods that take several runs
 PROXIES = ('doge', 'doremi')                                    # whose step size is the proxy's
 TUNED = ('influence', 'skillit', 'doge', 'doremi', 'aioli')     # methods with a step size
-TREE_RUNS = 20                      # fewest runs that sweep.py fits trees to
 
 
 def settings(n_steps):

@@ -13,8 +13,8 @@ import numpy as np
 from scipy.optimize import minimize
 
 from configurator import BadInput, did_you_mean
+from methods import FIXED
 from tools.commands import print_table
-from tools.runs import CONSTANT
 
 # A share below this counts as 0 where a report says which sources a mixture keeps.
 NO_SHARE = 1e-3
@@ -139,7 +139,7 @@ def check_static(table):
     for run in table.runs:
         if run.parent:
             raise BadInput('these runs continue others: use fit-dynamic.')
-        if run.method not in CONSTANT:
+        if run.method not in FIXED:
             raise BadInput(
                 f"the mixture of run '{run.name}' is '{run.method}': a static law needs runs whose "
                 'mixture does not change.')

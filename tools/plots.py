@@ -12,7 +12,8 @@ from matplotlib.ticker import EngFormatter
 
 from configurator import BadInput, read_json
 from lib.log import read_metrics
-from tools.runs import CONSTANT, read_config, read_records
+from methods import FIXED
+from tools.runs import read_config, read_records
 
 
 def _panels(n, columns, width, height, **options):
@@ -314,7 +315,7 @@ def _moving_runs(folder):
             continue
         config = read_config(run)
         total = sum(config['sources'].values())
-        if config['mixture'] in CONSTANT or total <= 0:
+        if config['mixture'] in FIXED or total <= 0:
             continue
         # A config may give weights that do not sum to 1.
         start = {name: weight / total for name, weight in config['sources'].items()}

@@ -24,6 +24,7 @@ from configurator import BadInput, check_type, parse_knobs, pick, read_json, rea
 from data import read_meta
 from lib.log import read_metrics
 from lib.schedule import count_steps
+from methods import FIXED
 from model import ModelConfig, flops_per_token
 
 # Knobs of train.py that are read here and by the tools, and their types. A config.json also has
@@ -34,8 +35,6 @@ KNOBS = dict(
     eval_rows='int', max_steps='int | None', max_tokens='int | None', epochs='float | None',
     stop_step='int | None')
 POSITIVE = ('block_size', 'batch_size', 'total_batch_tokens', 'log_interval')
-# Mixture methods with the same weights for a whole run.
-CONSTANT = ('fixed', 'stratified', 'natural', 'unimax')
 
 # -- one run ---------------------------------------------------------------------------------------
 
@@ -307,7 +306,7 @@ def row_of(run, names, at=None):
         parent = row_of(read_run(folder), names, first)
     records = [r for r in run.records if r['step'] >= first and (at is None or r['step'] <= at)]
     method = run.config['mixture']
-    is_constant = method in CONSTANT
+    is_constant = method in FIXED
     # Records later than `at` also tell the weights of a mixture that never changes.
     logged = run.records if is_constant else records
     logged = [r for r in logged if f'mixture/weight_{names[0]}' in r]

@@ -117,10 +117,8 @@ match_repetition: at_least(1) | None = None     # tokens of the run that the mix
                                         # that, proxies never see the repetition that makes a large
                                         # share of a small source bad (arXiv:2606.07597). None: all
 proxy_lr_frac: between(1e-9, 1.0) = 1.0 # share of learning_rate that the runs of the sweep have,
-                                        # not the recommended run. Proxies of 125M parameters at
-                                        # rates of 1e-5 to 1e-6 ranked 23 fixed data recipes as a
-                                        # tuned model of 1B did: rank correlation above 0.95, and
-                                        # below 0.75 at the usual rate (arXiv:2512.24503)
+                                        # not the recommended run. At a low rate small proxies rank
+                                        # data more as large runs do (arXiv:2512.24503)
 # -- collect --
 unit: one_of('step', 'tokens', 'flops') = 'step'    # compare at equal step, tokens or flops
 at: at_least(0.0) | None = None         # the point. None: the last that half of the runs reached
