@@ -4,7 +4,6 @@ import collections
 import json
 import math
 import shutil
-import sys
 
 from tests.conftest import need
 
@@ -19,7 +18,7 @@ from lib import checkpoint, hf
 from lib.byte_level import DIGITS_PATTERN
 from lib.tokenizer import load_tokenizer, make_tokenizer, save_tokenizer
 from model import GPT, ModelConfig, init_weights
-from tests.conftest import run, run_here, run_ranks, train
+from tests.conftest import run_here, run_ranks, train
 from tools import benchmarks
 
 CHOICE = """task: {name}
@@ -286,8 +285,7 @@ def test_two_ranks_give_what_one_gives(model_folder, tmp_path):
     write_lines(bpb, [dict(text='the river in ' * n) for n in (1, 5, 40, 3)])
     command = ['tools/evaluate.py', f'--ckpt={model_folder / "ours"}', f'--tasks={tasks}']
     command += [f'--bpb={bpb}', '--device=cpu', '--dtype=float32', '--batch_tokens=600']
-    out = run([sys.executable, *command, f'--out={tmp_path}/one.json'])
-    assert out.returncode == 0, out.stdout + out.stderr
+    assert run_here([*command, f'--out={tmp_path}/one.json']) == 0
     out = run_ranks([*command, f'--out={tmp_path}/two.json', f'--compare={tmp_path}/one.json'], 2)
     assert out.returncode == 0, out.stdout
     assert '+0.0000   0.0000  paired' in out.stdout
