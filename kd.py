@@ -47,9 +47,10 @@ import torch
 from tqdm import tqdm
 
 from configurator import BadInput, RunFault, at_least, between, configure, one_of, pick, read_json
-from data import Source, batch_of, common_tokenizer, derive_keys, open_file, put_on
+from data import Source, batch_of, common_tokenizer, derive_keys, put_on
 from lib import hf, parallel, parts, storage
 from lib.device import device_name, pick_dtype, start_ranks, tune_malloc
+from lib.shards import open_file
 from model import GPT
 from ops import ranks
 from ops.attention import check_documents

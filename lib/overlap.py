@@ -20,8 +20,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from configurator import BadInput
-from data import domain_of, mix_bits, open_shard
+from data import domain_of, mix_bits
 from lib.parallel import sum_numbers
+from lib.shards import open_shard
 
 RUN_BYTES = 80                  # bytes of text in a run: 13 words of English
 RUN_TOKENS = 20                 # tokens of a run where no meta.json says how many bytes they are

@@ -18,8 +18,9 @@ import re
 import numpy as np
 
 from configurator import BadInput, RunFault, read_json
-from data import SAMPLE_BYTES, sha256_of
+from data import SAMPLE_BYTES
 from lib import storage
+from lib.shards import sha256_of
 
 
 def stem_of(folder, part):

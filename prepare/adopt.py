@@ -18,8 +18,8 @@ if __name__ == '__main__':
     import _path  # noqa: F401  (import path)
 
 from configurator import BadInput, configure
-from data import open_shard
 from lib.reading import match_paths
+from lib.shards import open_shard
 from lib.tokenizer import load_tokenizer
 from prepare import inputs
 from prepare.shards import finish_source, lock, open_source, print_table, source_folder

@@ -33,7 +33,6 @@ import numpy as np
 from tqdm import tqdm
 
 from configurator import BadInput, RunFault, at_least, between, pick
-from data import open_shard, shard_header
 from lib import reading
 from lib.byte_level import LLAMA3_PATTERN
 from lib.chat import (
@@ -46,6 +45,7 @@ from lib.chat import (
 )
 from lib.messages import Conversation, LeftOut, read_conversation, without_nulls
 from lib.model_files import TEMPLATE_FOLDER
+from lib.shards import open_shard, shard_header
 from lib.tokenizer import load_tokenizer, make_tokenizer
 from prepare import inputs, shards
 

@@ -18,8 +18,8 @@ from dataclasses import dataclass, replace
 from tqdm import tqdm
 
 from configurator import BadInput
-from data import sha256_of
 from lib import storage
+from lib.shards import sha256_of
 
 SETTLED_S = 2.0         # a younger file may change again without another time: clocks have ticks
 SAVE_EVERY_S = 60.0

@@ -17,9 +17,9 @@ import shutil
 import numpy as np
 
 from configurator import BadInput, read_json
-from data import mask_path, read_header, shard_header
 from lib import storage
 from lib.messages import NOTES
+from lib.shards import mask_path, read_header, shard_header
 from lib.tokenizer import save_tokenizer
 
 # -- files -----------------------------------------------------------------------------------------

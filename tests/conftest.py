@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 import torch
 
-from data import open_file, open_shard, read_header, sha256_of, shard_bytes
 from lib import checkpoint
 from lib.byte_level import DIGITS_PATTERN
+from lib.shards import open_file, open_shard, read_header, sha256_of, shard_bytes
 from lib.tokenizer import make_tokenizer, save_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -24,8 +24,9 @@ if __name__ == '__main__':
 
 import kd
 from configurator import configure, read_json
-from data import Source, batch_of, open_shard, shard_bytes
+from data import Source, batch_of
 from lib.hf import open_model
+from lib.shards import open_shard, shard_bytes
 from tests.studies import ROOT, print_header, print_row, read_arms, run
 from tools.report import difference, mean_and_range, paired
 from tools.runs import is_finished, read_run, token_flops

@@ -13,13 +13,13 @@ import time
 import pytest
 import torch
 
-import data
 from configurator import BadInput, RunFault, flush_or_drop, print_once, sentence_of
-from data import Source, check_sample, check_unchanged, sha256_of
-from lib import checkpoint, hf, storage
+from data import Source, check_sample, check_unchanged
+from lib import checkpoint, hf, shards, storage
 from lib.byte_level import GPT2_PATTERN
 from lib.device import check_memory, launched_ranks
 from lib.log import read_metrics
+from lib.shards import sha256_of
 from lib.tokenizer import make_tokenizer, save_tokenizer
 from tests.conftest import (
     ROOT,
@@ -53,7 +53,7 @@ def described(tmp_path):
     make_source(folder, 'a')
     make_source(folder, 'b')
     for path in (folder / 'b').glob('*/*.bin'):
-        n_tokens = data.read_header(str(path))[0]
+        n_tokens = shards.read_header(str(path))[0]
         path.with_suffix('.mask').write_bytes(b'\0\1' * (n_tokens // 2))
     for name in 'ab':
         describe_source(folder / name)
@@ -114,7 +114,7 @@ def test_shards_that_are_not_those_of_meta_json_are_refused(described, change, m
     (lambda d: flip(d / 'b/train/000001.mask'), '000001.mask has other bytes'),
     (lambda d: swap(d / 'b/train/000000.mask', d / 'b/val/000000.mask'), 'belongs to another')])
 def test_masks_that_are_not_those_of_meta_json_are_refused(described, change, message):
-    data.open_mask.cache_clear()
+    shards.open_mask.cache_clear()
     change(described)
     with pytest.raises(BadInput, match=message):
         check_sample([Source(described, 'b', 'train', 16, packing='document')], 0)

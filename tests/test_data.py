@@ -15,11 +15,9 @@ from data import (
     common_tokenizer,
     derive_keys,
     document_ids,
-    open_shard,
     permute,
-    read_header,
-    shard_bytes,
 )
+from lib.shards import open_shard, read_header, shard_bytes
 from tests.conftest import list_shards, make_source, write_shard
 
 

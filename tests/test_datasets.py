@@ -15,9 +15,9 @@ import pyarrow.parquet
 import pytest
 
 from configurator import BadInput
-from data import open_shard
 from lib.byte_level import GPT2_PATTERN
 from lib.chat import marked
+from lib.shards import open_shard
 from lib.tokenizer import load_tokenizer, make_tokenizer, save_tokenizer
 from tests.conftest import ROOT, run_here
 

@@ -20,11 +20,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import configurator
-import data
 import kd
 from configurator import BadInput, configure_script, sentence_of
 from data import Source, check_sample
-from lib import checkpoint, hf
+from lib import checkpoint, hf, shards
 from lib.log import read_metrics
 from methods import selection
 from tests.conftest import (
@@ -259,7 +258,7 @@ def test_damaged_shards_never_pass(tiny_source, choices):
     intact = path.read_bytes()
     try:
         path.write_bytes(choices.draw(changed_bytes(intact)))
-        data.open_file.cache_clear()
+        shards.open_file.cache_clear()
         with pytest.raises(BadInput, match=path.name):
             check_sample([Source(tiny_source / 'data', 'a', 'train', 16)], 0)
     finally:

@@ -12,9 +12,14 @@ from tests.conftest import ROOT, run
 
 # From the bottom up. A file imports files of its own layer or of lower ones.
 LAYERS = [
-    ['configurator'], ['ops', 'data'], ['model'], ['lib'], ['influence', 'kd', 'prepare'],
-    ['methods'], ['tools'], ['train']]
+    ['configurator'], ['lib.shards'], ['ops', 'data'], ['model'], ['lib'],
+    ['influence', 'kd', 'prepare'], ['methods'], ['tools'], ['train']]
 RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}
+
+
+def rank_of(module):
+    """Layer of a module: its own, or that of its folder."""
+    return RANK.get(module, RANK[module.split('.')[0]])
 
 
 def modules():
@@ -52,11 +57,11 @@ def test_imports_never_point_upwards():
     known = modules()
     faults = []
     for name, path in known.items():
-        own = name.split('.')[0]
         for target, at_top in imports_of(path, known):
             other = target.split('.')[0]
             is_lazy_tool = name == 'train' and other == 'tools' and not at_top
-            if RANK[other] > RANK[own] or other == 'train' or name == 'train' and other == 'tools':
+            is_above = rank_of(target) > rank_of(name)
+            if is_above or other == 'train' or name == 'train' and other == 'tools':
                 if not is_lazy_tool:
                     faults.append(f'{name} imports {target}')
     assert not faults
@@ -188,5 +193,12 @@ def test_imports_have_no_effect_on_torch_or_warnings():
         '    before = state()\n'
         '    importlib.import_module(module)\n'
         '    assert state() == before, (module, before, state())\n')
+    done = run([sys.executable, '-c', code])
+    assert done.returncode == 0, done.stderr
+
+
+def test_preparation_does_not_wait_for_torch():
+    # Every worker process imports it anew.
+    code = 'import sys, prepare.common, prepare.shards\nassert "torch" not in sys.modules'
     done = run([sys.executable, '-c', code])
     assert done.returncode == 0, done.stderr

@@ -26,10 +26,11 @@ import pyarrow.parquet
 import pytest
 
 from configurator import BadInput
-from data import Source, open_shard
+from data import Source
 from lib import reading
 from lib import tokenizer as tokenizer_module
 from lib.byte_level import DIGITS_PATTERN, GPT2_PATTERN, LLAMA3_PATTERN
+from lib.shards import open_shard
 from lib.tokenizer import load_tokenizer, make_tokenizer, save_tokenizer
 from prepare import inputs
 from prepare.adopt import find_shards

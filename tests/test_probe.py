@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from configurator import BadInput
-from data import Source, open_shard
+from data import Source
+from lib.shards import open_shard
 from lib.tokenizer import load_tokenizer
 from prepare.adopt import split_of
 from prepare.common import hash_share

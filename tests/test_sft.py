@@ -9,19 +9,11 @@ import pytest
 import torch
 
 from configurator import BadInput
-from data import (
-    MixtureLoader,
-    Source,
-    batch_of,
-    best_fit,
-    open_mask,
-    open_shard,
-    pack_documents,
-    token_ids,
-)
+from data import MixtureLoader, Source, batch_of, best_fit, pack_documents, token_ids
 from lib.byte_level import DIGITS_PATTERN
 from lib.chat import encode_chat, marked
 from lib.parallel import apply_parallelism
+from lib.shards import open_mask, open_shard
 from lib.tokenizer import make_tokenizer, save_tokenizer
 from model import GPT, ModelConfig, init_weights
 from prepare.shards import PartWriter, finish_source

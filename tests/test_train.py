@@ -14,10 +14,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from configurator import BadInput
-from data import open_shard
 from lib import parallel
 from lib.byte_level import GPT2_PATTERN
 from lib.checkpoint import find_checkpoint, read_state
+from lib.shards import open_shard
 from lib.tokenizer import make_tokenizer, save_tokenizer
 from tests.conftest import (
     ROOT,

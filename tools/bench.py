@@ -900,7 +900,8 @@ def bench_kd(trainer, n_rounds):
 
 def bench_loader(n_rounds, device):
     """Rows from 200 MB of shards in the page cache, 16 of 2,048 tokens at a time."""
-    from data import MixtureLoader, Source, shard_bytes
+    from data import MixtureLoader, Source
+    from lib.shards import shard_bytes
     shares = {'a': 0.4, 'b': 0.3, 'c': 0.2, 'd': 0.1}
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:

@@ -32,10 +32,10 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from configurator import BadInput, RunFault, check_type, did_you_mean, read_json
-from data import open_shard
 from lib.chat import JINJA, end_ids, render, sandbox_class
 from lib.parallel import sum_numbers
 from lib.reading import local_files, location, read_batches, records_of
+from lib.shards import open_shard
 from tools.task_files import check_task
 
 # Set -> task -> shots. None: the task's own number.

@@ -14,9 +14,10 @@ import sys
 import _path  # noqa: F401  (the import path)
 
 from configurator import BadInput, configure
-from data import Source, read_meta, shard_faults
+from data import Source
 from kd import check_cache
 from lib import checkpoint
+from lib.shards import read_meta, shard_faults
 from lib.tokenizer import load_tokenizer
 from methods.selection import check_scores
 

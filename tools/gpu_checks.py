@@ -25,9 +25,9 @@ import numpy as np
 import torch
 
 from configurator import BadInput, RunFault
-from data import shard_bytes
 from lib.device import device_name
 from lib.log import read_metrics
+from lib.shards import shard_bytes
 from model import ModelConfig, flops_per_token
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))

@@ -21,9 +21,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from configurator import BadInput, check_type, parse_knobs, pick, read_json, read_source
-from data import read_meta
 from lib.log import read_metrics
 from lib.schedule import count_steps
+from lib.shards import read_meta
 from methods import FIXED
 from model import ModelConfig, flops_per_token
 
