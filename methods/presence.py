@@ -56,6 +56,8 @@ class PresenceConfig:
     presence_sum: one_of('tokens', 'micro_batches') = 'tokens'      # what counts alike at equal
                                     # weights. micro_batches: the paper's sum. They differ where
                                     # micro-batches have unequal numbers of supervised tokens
+    presence_by_source: bool = False    # every micro-batch holds rows of one source, so the number
+                                    # of micro-batches of a step varies
     presence_permute: bool = False  # control: the weights of a step in random order. presence must
                                     # be 'store'
 
@@ -88,11 +90,10 @@ class Presence:
               the deviation of the step before, and needs no mean, which cancels in a softmax. One
               more buffer. The first step has equal weights
     """
-    by_source = False
-
     def __init__(self, training, grad_accum):
-        """training: methods.Training; grad_accum: micro-batches of a step."""
+        """training: methods.Training; grad_accum: micro-batches of a step of mixed sources."""
         self.training = training
+        self.by_source = training.config['presence_by_source']
         self.mode = training.config['presence']
         self.layers = training.config['presence_layers']
         self.by_tokens = training.config['presence_sum'] == 'tokens'
@@ -100,10 +101,11 @@ class Presence:
         self.n = grad_accum
         self.sigma = None               # deviation of the scores of the step before
         self.parameters = None          # set at the first step, when there is a model
-        if grad_accum < 2:
+        n_least = len(training.active) if self.by_source else grad_accum
+        if n_least < 2:
             raise BadInput(
                 f"presence = '{self.mode}' weighs the micro-batches of a step against each other, "
-                f'and there is only {grad_accum}. Lower batch_size or raise total_batch_tokens.')
+                f'and there is only {n_least}. Lower batch_size or raise total_batch_tokens.')
         if self.permutes and self.mode != 'store':
             raise BadInput(
                 f"presence_permute needs presence = 'store', not '{self.mode}': a micro-batch may "

@@ -665,7 +665,7 @@ def sharded_results(shard, mine, gather):
             knobs = dict(
                 presence=mode, presence_layers=scored, presence_tau=1.0,
                 presence_schedule='constant', presence_switch=None, presence_sum='tokens',
-                presence_permute=False)
+                presence_permute=False, presence_by_source=False)
             training = types.SimpleNamespace(config=knobs, model=model, n_steps=10)
             taker = presence.Presence(training, 4)
             taker.load_state_dict(dict(n=4, layers=scored, sigma=1e-3))

@@ -58,6 +58,7 @@ def presence_of(model, mode, n, sigma=None, layers='first', **knobs):
             presence_switch=None,
             presence_sum='tokens',
             presence_permute=False,
+            presence_by_source=False,
             seed=7,
         )
         | knobs
@@ -250,6 +251,23 @@ def test_in_a_training_run(tiny_data, tmp_path, mode):
         assert {
             k: v for k, v in resumed[s].items() if k.startswith(('train/loss', 'presence'))
         } == {k: v for k, v in whole[s].items() if k.startswith(('train/loss', 'presence'))}
+
+
+def test_micro_batches_of_one_source(tiny_data, tmp_path):
+    """Three quarters of the rows are of one source, so are three quarters of the micro-batches."""
+    knobs = dict(total_batch_tokens=256, batch_size=2, max_steps=4)         # 16 rows
+    plain = train(tmp_path / 'plain', tiny_data, **knobs)
+    knobs |= dict(presence='store', presence_by_source=True)
+    still = train(tmp_path / 'still', tiny_data, **knobs, presence_tau=0.0)
+    for s in range(4):
+        assert still[s]['train/loss'] == pytest.approx(plain[s]['train/loss'], rel=1e-5)
+    run = train(tmp_path / 'run', tiny_data, **knobs)
+    assert run[3]['train/loss'] != pytest.approx(plain[3]['train/loss'], rel=1e-5)
+    # 12 and 4 rows, in micro-batches of two rows
+    weights = [key for key in run[0] if key.startswith('presence/weight_') and key[-1].isdigit()]
+    assert len(weights) == 8
+    # A single micro-batch of mixed rows could not be weighed.
+    train(tmp_path / 'whole', tiny_data, **{**knobs, 'batch_size': 16, 'max_steps': 1})
 
 
 @pytest.mark.parametrize('mode, permute', [('stream', False), ('store', True)])
