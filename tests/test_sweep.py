@@ -299,8 +299,15 @@ def test_a_finished_run_with_other_knobs_is_not_taken_for_this_one(tmp_path, tin
     message = 'mix00_seed0.* holds a run with other knobs: learning_rate 0.01 there, 0.02 now'
     with pytest.raises(BadInput, match=message):
         run_here([*sweep, '--learning_rate=0.02'])
-    # A run that outlived its sweep holds the lock on its log.
+    # The knob weight_decay came after this run, which therefore had its default.
     folder = tmp_path / 'out' / 'mix00_seed0'
+    config = json.loads((folder / 'config.json').read_text())
+    default = config.pop('weight_decay')
+    (folder / 'config.json').write_text(json.dumps(config))
+    with pytest.raises(BadInput, match=f'weight_decay {default} there, 0.5 now'):
+        run_here([*sweep, '--weight_decay=0.5'])
+    run_here(sweep)
+    # A run that outlived its sweep holds the lock on its log.
     (folder / 'metrics.jsonl').unlink()
     with open(folder / 'log.txt', 'a') as log:
         fcntl.flock(log, fcntl.LOCK_EX)

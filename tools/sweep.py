@@ -193,10 +193,12 @@ def check_same_run(job, arguments):
         raise BadInput(f'{path} is no config of a run. Remove the run, or restore the file.')
     # JSON makes lists of tuples, so both sides have to go through it.
     wanted = json.loads(json.dumps(train_config(job.command(arguments)[2:])))
+    # A run of an older version has the defaults of the knobs that came since.
+    there = {**json.loads(json.dumps(train_config([]))), **there}
     for key, value in wanted.items():
-        if there.get(key) != value:
+        if there[key] != value:
             raise BadInput(
-                f"'{job.folder}' holds a run with other knobs: {key} {there.get(key)!r} there, "
+                f"'{job.folder}' holds a run with other knobs: {key} {there[key]!r} there, "
                 f'{value!r} now. Give the sweep another --out, or remove the run.')
 
 
