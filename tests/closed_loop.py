@@ -25,7 +25,14 @@ from lib.hf import open_model
 from lib.reading import local_files, read_batches, records_of
 from lib.tokenizer import load_tokenizer
 from prepare.shards import PartWriter, finish_source
-from tests.studies import print_header, print_row, read_arms, train_arms, write_config
+from tests.studies import (
+    print_header,
+    print_row,
+    read_arms,
+    train_arms,
+    write_config,
+    write_summary,
+)
 from tools.report import difference, holm, p_text, paired, paired_p, weights_of
 
 # -- knobs --
@@ -206,3 +213,4 @@ if __name__ == '__main__':
         print_selection(entries['select', seeds[0]])
     if 'oracle' in arms and 'uniform' in arms:
         print_self_influence(entries, seeds, data)
+    write_summary(out)

@@ -34,7 +34,16 @@ if __name__ == '__main__':
 
 from configurator import BadInput, at_least, between, configure, read_json
 from methods import rules
-from tests.studies import print_header, print_row, read_arms, run, train_arms, write_config
+from tests.studies import (
+    print_header,
+    print_row,
+    read_arms,
+    run,
+    tell,
+    train_arms,
+    write_config,
+    write_summary,
+)
 from tools.report import difference, holm, mean_and_range, p_text, paired, paired_p, weights_of
 from tools.runs import flops_of
 from tools.sweep import TREE_RUNS
@@ -281,7 +290,7 @@ def tune_steps(setup, factors, seed):
     best = {}
     costs = {}
     # Those of influence are on other rows of this text than those of the others.
-    print(f'\nStep sizes, {len(setup.names)} sources: mean loss on the text of val/, seed {seed}')
+    tell(f'\nStep sizes, {len(setup.names)} sources: mean loss on the text of val/, seed {seed}')
     print_header('method', 'default', *(f'x {factor:.2g}' for factor in factors), 'chosen')
     for method in tuned:
         of_method = [entries[with_factor(method, factor), seed] for factor in factors]
@@ -341,7 +350,7 @@ def print_result(result, seeds, p, corrected):
     """A Markdown table. p, corrected: of all methods but the baseline"""
     base = result.methods[0]
     names = result.names
-    print(f'\n{result.title}')
+    tell(f'\n{result.title}')
     columns = ['method', 'test perplexity (seeds)', f'against {base} (95 %)', 'p', 'p (Holm)']
     columns += ['wins', f'loss of {names[0]}', *names[1:], f'weights {", ".join(names)}']
     print_header(*columns, 'cost, runs', 'tuning, runs')
@@ -408,7 +417,7 @@ if __name__ == '__main__':
     methods = [name for name in METHODS if not arms or name in arms or name == METHODS[0]]
     if mixtures < TREE_RUNS and 'regmix' in methods:
         methods.remove('regmix')
-        print(f'regmix is left out: it takes {TREE_RUNS} runs, and mixtures = {mixtures}.')
+        tell(f'regmix is left out: it takes {TREE_RUNS} runs, and mixtures = {mixtures}.')
     out = os.path.abspath(out)
     data = os.path.join(out, 'data')
     prepare_all(os.path.abspath(text), data)
@@ -437,3 +446,4 @@ if __name__ == '__main__':
         title = f'{len(SOURCES)} sources, {SMALL} cut to {small_rows} rows'
         results.append(study(title, setup, seeds, best, {}))
     print_results(results, seeds)
+    write_summary(out)
