@@ -224,6 +224,21 @@ def draw_curves(out, means, curves, picks, unit, at):
     ]
 
 
+def draw_budget(path, curves):
+    """Draws bits per byte against FLOPs spent, a line for every arm.
+
+    curves: dict arm -> (n, 2) pairs of FLOPs, as a share of the budget, and bits per byte
+    """
+    figure, (axis,) = _panels(1, 1, 8, 5)
+    for i, (arm, points) in enumerate(curves.items()):
+        spent, values = np.asarray(points).T
+        # Twenty lines need more than the ten colours.
+        axis.plot(spent, values, label=arm, color=f'C{i % 10}', linestyle=('-', '--')[i // 10 % 2])
+    axis.set(xlabel='FLOPs spent, share of the budget', ylabel='bits per byte of the goal')
+    axis.legend(fontsize=8)
+    return _save(figure, path)
+
+
 def _draw_front(means, title):
     """Loss over parameters of every shape, coloured by depth. means is sorted by parameters."""
     params = np.array([mean.curve.params for mean in means])
