@@ -11,7 +11,7 @@ from scipy import stats
 
 from configurator import BadInput
 from methods import rules
-from tests import methods_study, studies
+from tests import attribution_study, distil_study, methods_study, speedrun, studies
 from tests.methods_study import Result, Setup, arm_knobs, settings
 
 NAMES = ['code', 'math', 'web_edu']
@@ -146,3 +146,35 @@ def test_a_script_that_fails_names_its_log(tmp_path):
     with pytest.raises(BadInput, match=r'nothing\.py failed, see .*x\.log'):
         studies.run('nothing.py', log=str(log))
     assert 'nothing.py' in log.read_text()
+
+
+def test_a_right_matrix_scores_best():
+    """Losses that a matrix makes by itself, with noise that no mixture explains."""
+    rng = np.random.default_rng(0)
+    n_targets, n_sources = len(attribution_study.TARGETS), len(attribution_study.SOURCES)
+    p = rng.dirichlet(np.ones(n_sources), 40)
+    G = rng.normal(size=(n_targets, n_sources))
+    judge = attribution_study.Judge(p, -p @ G.T + rng.normal(0, 1e-3, (40, n_targets)))
+    value, draws = judge([-p @ G.T])
+    assert (value > 0.98).all() and draws.shape == (400, len(attribution_study.COLUMNS))
+    np.testing.assert_allclose(judge([p @ G.T])[0], -value)
+    # Every source's own share orders its loss here, and says nothing of what is left beside it.
+    own = attribution_study.like_sources(np.eye(n_sources))
+    judge = attribution_study.Judge(p, -p @ (own + 0.1 * G).T)
+    value, _ = judge([-p @ own.T])
+    assert value[0] > 0.9 and np.isnan(value[3])
+
+
+def test_near_copies_drop_a_tenth_of_the_words():
+    document = ' '.join(str(i) for i in range(10_000))
+    (copy,) = speedrun.near_copies([document])
+    kept = copy.split()
+    assert 8_800 < len(kept) < 9_200
+    assert [int(word) for word in kept] == sorted({int(word) for word in kept})
+
+
+def test_distillation_breaks_even_where_plain_training_costs_as_much():
+    """Plain losses fall by 0.1 for every doubling of the FLOPs."""
+    assert distil_study.worth_of(3.9, [1.0, 2.0, 4.0], [4.0, 3.9, 3.8]) == pytest.approx(2.0)
+    assert distil_study.worth_of(3.85, [1.0, 2.0, 4.0], [4.0, 3.9, 3.8]) == pytest.approx(8**0.5)
+    assert distil_study.worth_of(3.7, [1.0, 2.0, 4.0], [4.0, 3.9, 3.8]) is None
