@@ -20,8 +20,9 @@ mixture could reach.
     natural         shares by size, so all sources are read equally often
     equal, unimax   equal shares, and as equal as 4 epochs allow
     schedule        natural shares for 60 % of the run, then half of it the sources like the goal
-    influence       weights by influence on probe sets of the goal; _kl: held near the start;
-                    _prop: the proportional rule; _select: drops rows as well
+    influence       weights by influence on probe sets of the goal, step rule; _prop: proportional
+                    rule; _last: that, by the last block; _select: step rule by the last block,
+                    and drops rows as well
     ado             laws of the training loss, without a proxy
     aioli, doge, doremi, skillit    they see validation text of the sources, not the goal
     regmix, olmix   trees, and a law with KL term and cap on epochs, both fitted to small proxies
@@ -88,16 +89,21 @@ PROXY = dict(n_layer=2, n_head=2, n_kv_head=1, n_embd=64, ffn_dim=160)
 
 AIOLI_ROUNDS = 4
 KEPT = 0.6                          # share of the rows that selection keeps, about
-INFLUENCE = dict(mixture='influence', probe_rows=64, influence_rows=16)
+# Ten parts of a run, and a measurement between two of them. With the default eta of 0.3 the weights
+# could hardly go from one end to the other in so few.
+INFLUENCE = dict(
+    mixture='influence', mixture_eta=0.45, influence_layers='embedding+head', probe_rows=32,
+    influence_rows=12)
 ARMS = {
     'natural': dict(mixture='natural'),
     'equal': dict(mixture='stratified'),
     'unimax': dict(mixture='unimax'),
     'schedule': dict(mixture='schedule'),
     'influence': INFLUENCE,
-    'influence_kl': dict(INFLUENCE, influence_kl=0.5),
     'influence_prop': dict(INFLUENCE, influence_rule='proportional'),
-    'influence_select': dict(INFLUENCE, select='online'),
+    'influence_last': dict(INFLUENCE, influence_rule='proportional', influence_layers='last'),
+    # By the last block, because the others would double the price of judging every row.
+    'influence_select': dict(INFLUENCE, influence_layers='last', select='online'),
     'ado': dict(mixture='ado', weigh_by='size'),
     'aioli': dict(mixture='aioli', mixture_rows=16, aioli_sweeps=2),
     'skillit': dict(mixture_rows=16),
@@ -105,7 +111,7 @@ ARMS = {
 BY_SOURCES = ('doge', 'doremi', 'skillit')      # phases that see validation text of the sources
 # Arms whose runs depend on the goal.
 BY_GOAL = (
-    'schedule', 'influence', 'influence_kl', 'influence_prop', 'influence_select', 'regmix',
+    'schedule', 'influence', 'influence_prop', 'influence_last', 'influence_select', 'regmix',
     'olmix', 'oracle')
 
 
@@ -163,17 +169,17 @@ def measured_rows(arm, config, model, n_domains):
     """What the measurements of an arm cost, in trained rows: (all in all, per trained row)."""
     block_size = config['block_size']
     whole = block_size * flops_per_token(model, block_size)
-    part = flops_of_rows(model, 'last', block_size) / whole
     knobs = ARMS[arm]
+    part = flops_of_rows(model, knobs.get('influence_layers', 'last'), block_size) / whole
     n_rows = per_row = 0.0
     if knobs.get('mixture') == 'influence':
-        n_rows = 14 * part * (
+        n_rows = 9 * part * (
             n_domains * knobs['probe_rows'] + len(SOURCES) * knobs['influence_rows'])
     if knobs.get('select') == 'online':
         # Rows of the probe to compare with, and two more rows of every source than are trained on.
-        n_rows += 14 * part * (n_domains * knobs['probe_rows'] / 2 + 2 * len(SOURCES))
+        n_rows += 9 * part * (n_domains * knobs['probe_rows'] / 2 + 2 * len(SOURCES))
         # From mixture_warmup on, rows are scored until enough of them are kept.
-        per_row = 7 / 8 * part / KEPT
+        per_row = 9 / 10 * part / KEPT
     if 'mixture_rows' in knobs:
         # Every round of aioli evaluates all sources before, and after each exploration of 2 sweeps.
         evaluations = dict(aioli=AIOLI_ROUNDS * (2 * len(SOURCES) + 1), skillit=9)[arm]
@@ -288,7 +294,7 @@ def arm_knobs(arm, learned, n, domains, folder):
     """Knobs of train.py for a run of n steps. learned: the knobs of its phases, {} without"""
     knobs = {**ARMS[arm], **learned}
     knobs = {
-        'mixture_interval': max(1, n // 16), 'mixture_warmup': n // 8, 'max_steps': n,
+        'mixture_interval': n // 10, 'mixture_warmup': n // 10, 'max_steps': n,
         'warmup_steps': n // 20, 'eval_interval': math.ceil(n / 4), 'save_interval': n,
         'sources': {}, **knobs}
     knobs['sources'] = with_goals(np.ones(len(SOURCES))) | knobs['sources']
@@ -298,8 +304,6 @@ def arm_knobs(arm, learned, n, domains, folder):
         knobs['mixture_interval'] = n // 20
     if arm == 'aioli':
         knobs |= dict(mixture_interval=n // AIOLI_ROUNDS, mixture_warmup=0)
-    if arm == 'skillit':
-        knobs |= dict(mixture_interval=n // 10, mixture_warmup=n // 10)
     if arm == 'schedule':
         knobs['mixture_schedule'] = schedule_path(folder)
     return knobs
