@@ -101,11 +101,14 @@ class Presence:
         self.n = grad_accum
         self.sigma = None               # deviation of the scores of the step before
         self.parameters = None          # set at the first step, when there is a model
-        n_least = len(training.active) if self.by_source else grad_accum
-        if n_least < 2:
+        if self.by_source and len(training.active) < 2:
+            raise BadInput(
+                'presence_by_source weighs sources against each other, and there is only one. Add '
+                'a source, or leave the knob out.')
+        if not self.by_source and grad_accum < 2:
             raise BadInput(
                 f"presence = '{self.mode}' weighs the micro-batches of a step against each other, "
-                f'and there is only {n_least}. Lower batch_size or raise total_batch_tokens.')
+                f'and there is only {grad_accum}. Lower batch_size or raise total_batch_tokens.')
         if self.permutes and self.mode != 'store':
             raise BadInput(
                 f"presence_permute needs presence = 'store', not '{self.mode}': a micro-batch may "

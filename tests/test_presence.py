@@ -289,6 +289,7 @@ def test_two_ranks_weigh_as_one(tiny_data, tmp_path, mode, permute):
 def test_mistakes(tiny_data, tmp_path):
     for changes, message in (
         (dict(presence='store', total_batch_tokens=32), 'only 1'),
+        (dict(presence='store', presence_by_source=True, sources={'a': 1.0}), 'only one'),
         (dict(presence='on'), 'off, store, stream'),
         (dict(presence='stream', presence_permute=True), "presence_permute needs .*'store'"),
         (dict(presence='store', presence_sum='rows'), 'tokens, micro_batches'),
